@@ -1,0 +1,46 @@
+"""Loads the compiled operator libraries, and remembers why one is missing.
+
+The libraries register their kernels with torch's dispatcher when they are loaded; they use only
+LibTorch's stable ABI, so one build serves every torch from 2.10 on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+from types import ModuleType
+
+import torch
+
+_FOLDER = pathlib.Path(__file__).parent
+
+_NOT_BUILT = {
+    "cpu": "its library was not built (no C++ compiler at install time, or FASTDIFF_BUILD=none); "
+    "install one and run `pip install` again",
+    "cuda": "its library was not built (no nvcc at install time, or FASTDIFF_BUILD=cpu or none); "
+    "set CUDA_HOME and run `pip install` again",
+}
+
+
+@functools.cache
+def load(kind: str) -> str | None:
+    """Load the "cpu" or "cuda" library once. None if that worked, else why not."""
+    if kind == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    path = _FOLDER / f"_C_{kind}.so"
+    if not path.exists():
+        return _NOT_BUILT[kind]
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} cannot be loaded: {error}"
+    return None
+
+
+def build_info() -> ModuleType | None:
+    """The pybind11 module with the facts of the build, if there is one."""
+    try:
+        return importlib.import_module("fastdiff._build_info")
+    except ImportError:
+        return None

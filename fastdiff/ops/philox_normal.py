@@ -1,0 +1,126 @@
+"""`philox_normal`: the standard normals that the other ops make in their kernels, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff._backends import select_backend
+from fastdiff.ops import _checks, _layout, _library
+
+_CHANNELS_LAST_DIMS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def philox_normal(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    *,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """n[k, e] ~ N(0, 1), a pure function of (seed, k, e, stream): SPEC §9.
+
+    Sample k has the 64-bit key number k + 1 of SplitMix64(seed); element e of the sample, counted
+    in logical (C, H, W) order whatever the memory format, is made from word e mod 4 of the
+    Philox4x32-10 block with counter (e div 4, stream) by Box-Muller in float32. The words are
+    identical on every backend, the normals agree to a few float32 ulps; half precisions are the
+    float32 normals rounded once.
+
+    Parameters
+    ----------
+    shape
+        (B, ...): the first dimension counts samples.
+    seed
+        An int (any size; its low 64 bits count) or the int64 keys (B,) themselves
+        (`fastdiff.ops.sample_keys`).
+    stream
+        Separates uses of one seed: the training step, the sampler's step number.
+    dtype
+        float32, bfloat16, float16 or float64 (float64 arithmetic on the reference backend only).
+    memory_format
+        torch.contiguous_format, channels_last (4-D) or channels_last_3d (5-D).
+
+    Returns
+    -------
+    Tensor
+        `shape`, `dtype`, on `device`. No gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what was expected.
+
+    Examples
+    --------
+    >>> import fastdiff
+    >>> a = fastdiff.ops.philox_normal((8, 3, 32, 32), seed=0)
+    >>> b = fastdiff.ops.philox_normal((2, 3, 32, 32), seed=0)  # the first two samples of `a`
+    >>> bool((a[:2] == b).all())
+    True
+    """
+    op = "philox_normal"
+    shape = tuple(shape)
+    if not shape:
+        raise ValueError(f"{op}: shape is (), expected (B, ...)")
+    if dtype not in _checks.FLOATS:
+        _checks.fail_dtype(op, "dtype", dtype, "a floating-point dtype")
+    dims = _CHANNELS_LAST_DIMS.get(memory_format)
+    if dims is None and memory_format != torch.contiguous_format:
+        raise ValueError(
+            f"{op}: memory_format is {memory_format}, expected torch.contiguous_format, "
+            "torch.channels_last or torch.channels_last_3d"
+        )
+    if dims is not None and len(shape) != dims:
+        raise ValueError(f"{op}: {memory_format} needs {dims} dimensions, shape is {shape}")
+    out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    keys, integer = _checks.check_seed(op, seed, shape[0], out.device)
+    stream = _checks.check_int64(op, "stream", stream)
+    unsupported = "float64 runs on the reference backend only" if dtype == torch.float64 else None
+    backend = select_backend(op, out.device.type, unsupported)
+    if backend == "reference":
+        return reference.philox_normal(
+            shape,
+            seed,
+            stream=stream,
+            dtype=dtype,
+            device=out.device,
+            memory_format=memory_format,
+        )
+    packet = torch.ops.fastdiff.philox_normal_
+    (packet.triton if backend == "triton" else packet.default)(out, keys, integer, stream)
+    return out
+
+
+def _fake(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
+    return None
+
+
+def _reference(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
+    source = keys if keys is not None else seed
+    normals = reference.philox_normal(
+        out.shape, source, stream=stream, dtype=out.dtype, device=out.device
+    )
+    out.copy_(normals)
+
+
+def _triton(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
+    from fastdiff.triton_kernels import philox_normal as kernels
+
+    kernels.philox_normal(
+        out, keys, seed, stream, _layout.memory_format_of(out) != torch.contiguous_format
+    )
+
+
+_library.define(
+    "philox_normal_",
+    "(Tensor(a!) out, Tensor? keys, SymInt? seed, SymInt stream) -> ()",
+    fake=_fake,
+    autograd=None,
+    reference=_reference,
+    triton=_triton,
+)

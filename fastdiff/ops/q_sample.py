@@ -1,0 +1,292 @@
+"""`q_sample`: the closed-form forward process, with noise given or made in the kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff import reference
+from fastdiff._backends import select_backend
+from fastdiff.ops import _checks, _layout, _library
+
+
+def q_sample(
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    flip: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, SPEC §3), in one pass.
+
+    Coefficients and arithmetic are float32 whatever the dtype of the tensors; the result is rounded
+    once. With `seed` the noise is made in the kernel (SPEC §9) and never touches memory:
+    `philox_normal(x0.shape, seed, stream=stream)` is the same noise.
+
+    Parameters
+    ----------
+    x0
+        (B, ...), floating point with pixels in [-1, 1], or uint8 levels 0..255, which are scaled to
+        (2 x0 - 255) / 255 in the kernel. Contiguous or channels_last; other strides work through a
+        copy.
+    t
+        (B,) int64, 0-based timesteps.
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar
+        (T,) float32 tables (float64 ones, and ones that require grad, run on the reference).
+    noise
+        Same shape as x0, floating point. Exclusive with `seed`; one of them is needed.
+    seed
+        An int, or int64 keys (B,).
+    stream
+        Separates uses of one seed.
+    flip
+        (B,) bool: mirror these samples of x0 along their last dimension (the noise stays).
+    dtype
+        Of the result; default: that of x0, float32 for uint8.
+
+    Returns
+    -------
+    Tensor
+        x_t, shape and memory format of x0. Differentiable in x0, noise and (on the reference)
+        the tables, any number of times. Under autocast nothing is cast: the result keeps its dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was given and what was expected.
+    IndexError
+        t outside 0..T-1 on the CPU, and on CUDA under FASTDIFF_DEBUG=1 (without it such samples
+        come out as NaN).
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> schedule = fastdiff.NoiseSchedule.linear(1000)
+    >>> tables = schedule.sqrt_alpha_bars.float(), schedule.sqrt_one_minus_alpha_bars.float()
+    >>> x0 = torch.rand(4, 3, 32, 32) * 2 - 1
+    >>> t = torch.randint(1000, (4,))
+    >>> x_t = fastdiff.ops.q_sample(x0, t, *tables, seed=0)
+    """
+    op = "q_sample"
+    if dtype is None:
+        dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
+    if dtype not in _checks.FLOATS:
+        if not x0.is_floating_point() and x0.dtype != torch.uint8:
+            _checks.fail_dtype(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
+        _checks.fail_dtype(op, "dtype", dtype, "a floating-point dtype")
+    if x0.dim() == 0:
+        raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
+    batch, device = x0.shape[0], x0.device
+    num = _checks.check_tables(
+        op,
+        device,
+        sqrt_alpha_bar=sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar=sqrt_one_minus_alpha_bar,
+    )
+    _checks.check_timesteps(op, t, batch, device, num)
+    if (noise is None) == (seed is None):
+        given = "neither" if noise is None else "both"
+        raise ValueError(f"{op}: pass either noise or seed; {given} was given")
+    keys = integer = None
+    if noise is not None:
+        if noise.shape != x0.shape:
+            raise ValueError(
+                f"{op}: noise has shape {tuple(noise.shape)}, expected {tuple(x0.shape)} as x0"
+            )
+        if not noise.is_floating_point():
+            _checks.fail_dtype(op, "noise", noise.dtype, "a floating-point dtype")
+        if noise.device != device:
+            raise ValueError(f"{op}: noise is on {noise.device}, expected {device}, where x0 is")
+    else:
+        keys, integer = _checks.check_seed(op, seed, batch, device)
+    stream = _checks.check_int64(op, "stream", stream)
+    if flip is not None:
+        _check_flip(op, flip, x0)
+
+    backend = select_backend(
+        op, device.type, _unsupported(x0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, dtype, seed)
+    )
+    if backend == "reference":
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.check_timestep_range(op, t, num)
+        return reference.q_sample(
+            x0,
+            t,
+            sqrt_alpha_bar,
+            sqrt_one_minus_alpha_bar,
+            noise,
+            seed=seed,
+            stream=stream,
+            flip=flip,
+            dtype=dtype,
+        )
+    packet = torch.ops.fastdiff.q_sample
+    overload = packet.triton if backend == "triton" else packet.default
+    arguments = (
+        x0,
+        t,
+        sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar,
+        noise,
+        keys,
+        integer,
+        stream,
+        flip,
+        dtype,
+    )
+    needs_grad = torch.is_grad_enabled() and (
+        x0.requires_grad or (noise is not None and noise.requires_grad)
+    )
+    if needs_grad or torch.compiler.is_compiling():
+        return overload(*arguments)
+    with _library.below_autograd():
+        return overload(*arguments)
+
+
+def _check_flip(op: str, flip: Tensor, x0: Tensor) -> None:
+    if flip.dtype != torch.bool:
+        _checks.fail_dtype(op, "flip", flip.dtype, "torch.bool")
+    if flip.dim() != 1 or flip.shape[0] != x0.shape[0]:
+        raise ValueError(
+            f"{op}: flip has shape {tuple(flip.shape)}, expected ({x0.shape[0]},), one per sample"
+        )
+    if flip.device != x0.device:
+        raise ValueError(f"{op}: flip is on {flip.device}, expected {x0.device}, where x0 is")
+    if x0.dim() < 2:
+        raise ValueError(f"{op}: flip needs x0 with a width, got shape {tuple(x0.shape)}")
+
+
+def _unsupported(
+    x0: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, seed: int | Tensor | None
+) -> str | None:
+    """The one capability predicate of the kernels: why they cannot run this input, or None."""
+    if a.dtype != torch.float32 or b.dtype != torch.float32:
+        return "only the reference takes tables that are not float32"
+    if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():
+        return "only the reference differentiates the tables"
+    if torch.float64 in (dtype, x0.dtype) and (seed is not None or x0.device.type != "cpu"):
+        return "float64 kernels exist on the CPU only, and for given noise only"
+    return None
+
+
+def _fake(
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    flip: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if dtype is None:
+        dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
+    return torch.empty(
+        x0.shape, dtype=dtype, device=x0.device, memory_format=_layout.memory_format_of(x0)
+    )
+
+
+def _reference(
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    flip: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    out = reference.q_sample(
+        x0,
+        t,
+        sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar,
+        noise,
+        seed=keys if keys is not None else seed,
+        stream=stream,
+        flip=flip,
+        dtype=dtype,
+    )
+    return out.contiguous(memory_format=_layout.memory_format_of(x0))
+
+
+def _triton(
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    flip: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    from fastdiff.triton_kernels import q_sample as kernels
+
+    out = _fake(
+        x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip, dtype
+    )
+    memory_format = _layout.memory_format_of(x0)
+    kernels.q_sample(
+        out,
+        x0.contiguous(memory_format=memory_format),
+        t.contiguous(),
+        sqrt_alpha_bar.contiguous(),
+        sqrt_one_minus_alpha_bar.contiguous(),
+        None if noise is None else noise.contiguous(memory_format=memory_format),
+        None if keys is None else keys.contiguous(),
+        seed,
+        stream,
+        None if flip is None else flip.contiguous(),
+        memory_format != torch.contiguous_format,
+    )
+    return out
+
+
+class _QSample(torch.autograd.Function):
+    """Linear in x0 and noise: both gradients are the op itself, without noise."""
+
+    @staticmethod
+    def forward(ctx, op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):  # noqa: ANN001, ANN205
+        with _library.below_autograd():
+            out = op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
+        ctx.op = op
+        ctx.x0_dtype = x0.dtype
+        ctx.noise_dtype = None if noise is None else noise.dtype
+        ctx.save_for_backward(t, a, b, flip)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        t, a, b, flip = ctx.saved_tensors
+        grad_x0 = grad_noise = None
+        if ctx.needs_input_grad[1]:
+            grad_x0 = ctx.op(grad, t, a, b, None, None, None, 0, flip, ctx.x0_dtype)
+        if ctx.needs_input_grad[5]:
+            grad_noise = ctx.op(grad, t, b, a, None, None, None, 0, None, ctx.noise_dtype)
+        return None, grad_x0, None, None, None, grad_noise, None, None, None, None, None
+
+
+def _autograd(op, *args):  # noqa: ANN001, ANN202
+    return _QSample.apply(op, *args)
+
+
+_library.define(
+    "q_sample",
+    "(Tensor x0, Tensor t, Tensor sqrt_alpha_bar, Tensor sqrt_one_minus_alpha_bar, Tensor? noise, "
+    "Tensor? keys, SymInt? seed, SymInt stream, Tensor? flip, ScalarType? dtype) -> Tensor",
+    fake=_fake,
+    autograd=_autograd,
+    reference=_reference,
+    triton=_triton,
+)
