@@ -19,7 +19,7 @@ from fastdiff import _native
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 
 
-class below_autograd:  # noqa: N801 (a context manager, like torch.no_grad)
+class below_autograd:
     """Calls inside go straight to the device kernels: for inputs that need no gradient.
 
     The Python kernel at the Autograd key costs some microseconds even when it has nothing to do.

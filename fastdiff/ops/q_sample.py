@@ -257,7 +257,7 @@ class _QSample(torch.autograd.Function):
     """Linear in x0 and noise: both gradients are the op itself, without noise."""
 
     @staticmethod
-    def forward(ctx, op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):  # noqa: ANN001, ANN205
+    def forward(ctx, op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):
         with _library.below_autograd():
             out = op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
         ctx.op = op
@@ -267,7 +267,7 @@ class _QSample(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         t, a, b, flip = ctx.saved_tensors
         grad_x0 = grad_noise = None
         if ctx.needs_input_grad[1]:
@@ -277,7 +277,7 @@ class _QSample(torch.autograd.Function):
         return None, grad_x0, None, None, None, grad_noise, None, None, None, None, None
 
 
-def _autograd(op, *args):  # noqa: ANN001, ANN202
+def _autograd(op, *args):
     return _QSample.apply(op, *args)
 
 
