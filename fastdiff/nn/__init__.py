@@ -1,0 +1,8 @@
+"""Neural network modules: the fused GroupNormSiLU and the U-Net with its presets."""
+
+from fastdiff.nn.config import UNetConfig
+from fastdiff.nn.group_norm_silu import GroupNormSiLU
+from fastdiff.nn.presets import PRESETS, preset_config
+from fastdiff.nn.unet import UNet
+
+__all__ = ["PRESETS", "GroupNormSiLU", "UNet", "UNetConfig", "preset_config"]

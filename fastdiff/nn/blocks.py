@@ -1,0 +1,158 @@
+"""Residual blocks, resampling, and the levels that a U-Net is made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdiff.nn.attention import SelfAttention
+from fastdiff.nn.config import UNetConfig
+from fastdiff.nn.group_norm_silu import GroupNormSiLU
+
+
+class ResnetBlock(nn.Module):
+    """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))), time))))``.
+
+    With ``e = time_emb_proj(temb)``, the time enters the second normalization as ``norm2(h + e)``
+    ("additive", DDPM appendix B) or as ``norm2(h) * (1 + e_scale) + e_shift`` ("scale_shift",
+    IDDPM's code and arXiv 2105.05233 eq. 6). Both are arguments of the one fused op.
+
+    `temb` (B, 4 * config.channels) has already gone through SiLU: it is the same in all blocks.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.scale_shift = config.time_conditioning == "scale_shift"
+        self.norm1 = GroupNormSiLU(config.num_groups, in_channels, config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(
+            4 * config.channels, 2 * out_channels if self.scale_shift else out_channels
+        )
+        self.norm2 = GroupNormSiLU(config.num_groups, out_channels, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(self.norm1(x))
+        time = self.time_emb_proj(temb)
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, channel_bias=time)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(h))
+
+
+class Downsample(nn.Module):
+    """Halve height and width: a 3x3 convolution of stride 2, or the mean of 2x2 pixels."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.pad_right = config.downsample_padding == "right"
+        self.conv = (
+            nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.pad_right else 1)
+            if config.conv_resample
+            else None
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        if self.pad_right:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then a 3x3 convolution if so configured."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.conv_resample else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+def _attention(channels: int, config: UNetConfig) -> SelfAttention:
+    return SelfAttention(channels, config.num_heads, config.num_groups, config.norm_eps)
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: residual blocks, each with attention if the level has it, then
+    a downsampling unless the level is the last. Returns the output of every step, for the skips."""
+
+    def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.widths[level]
+        has_attention = config.resolutions[level] in config.attention_resolutions
+        is_last = level == len(config.widths) - 1
+        self.resnets = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else width, width, config)
+            for i in range(config.num_res_blocks)
+        )
+        self.attentions = nn.ModuleList(
+            _attention(width, config) if has_attention else nn.Identity() for _ in self.resnets
+        )
+        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(width, config)])
+
+    def forward(self, h: torch.Tensor, temb: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(resnet(h, temb))
+            outputs.append(h)
+        for downsample in self.downsamplers:
+            outputs.append(downsample(outputs[-1]))
+        return outputs
+
+
+class MidBlock(nn.Module):
+    """The lowest resolution: two residual blocks with attention between them."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.widths[-1]
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, config) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            [_attention(width, config) if config.mid_attention else nn.Identity()]
+        )
+
+    def forward(self, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        h = self.attentions[0](self.resnets[0](h, temb))
+        return self.resnets[1](h, temb)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: residual blocks that each take one skip, with attention if the
+    level has it, then an upsampling unless the level is the first."""
+
+    def __init__(
+        self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig
+    ) -> None:
+        super().__init__()
+        width = config.widths[level]
+        has_attention = config.resolutions[level] in config.attention_resolutions
+        self.resnets = nn.ModuleList(
+            ResnetBlock((in_channels if i == 0 else width) + skip, width, config)
+            for i, skip in enumerate(skip_channels)
+        )
+        self.attentions = nn.ModuleList(
+            _attention(width, config) if has_attention else nn.Identity() for _ in self.resnets
+        )
+        self.upsamplers = nn.ModuleList([Upsample(width, config)] if level else [])
+
+    def forward(
+        self, h: torch.Tensor, skips: list[torch.Tensor], temb: torch.Tensor
+    ) -> torch.Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
+        for upsample in self.upsamplers:
+            h = upsample(h)
+        return h

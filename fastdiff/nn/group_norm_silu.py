@@ -1,0 +1,100 @@
+"""GroupNormSiLU: the module form of the fused group normalization."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastdiff.reference.group_norm_silu import ACTIVATIONS, group_norm_silu
+
+
+class GroupNormSiLU(nn.Module):
+    """``y = act(norm(x + channel_bias) * (1 + scale) + shift)`` with learned weight and bias.
+
+    Takes the place of a `torch.nn.GroupNorm` and the SiLU behind it, and has the same state dict
+    (``weight`` and ``bias`` of shape (C,)), so checkpoints load either way. The formula, shapes and
+    dtypes are those of `fastdiff.reference.group_norm_silu.group_norm_silu`.
+
+    Parameters
+    ----------
+    num_groups : int
+        G, a divisor of `num_channels`.
+    num_channels : int
+        C.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Without it, weight and bias are None: the layer has no parameters.
+    activation : {"silu", "identity"}
+    device, dtype : optional
+        Of the parameters.
+
+    Raises
+    ------
+    ValueError
+        `num_groups` does not divide `num_channels`, or `activation` is unknown.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(
+                f"num_groups must divide num_channels = {num_channels}, got {num_groups}"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        self.activation = activation
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to ones and the bias to zeros."""
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        channel_bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Normalize `x` (B, C, *spatial); `channel_bias`, `scale` and `shift` are (B, C)."""
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            channel_bias,
+            scale,
+            shift,
+            self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
+            f"activation={self.activation!r}"
+        )

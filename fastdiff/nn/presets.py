@@ -1,0 +1,67 @@
+"""Named U-Net configurations: the published ones of SPEC §11, and two small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdiff.nn.config import UNetConfig
+
+PRESETS: dict[str, UNetConfig] = {
+    # Ho et al. 2020, CIFAR-10: 35,746,307 parameters.
+    "ddpm_cifar10": UNetConfig(
+        sample_size=32, channel_mult=(1, 2, 2, 2), attention_resolutions=(16,), dropout=0.1
+    ),
+    # Ho et al. 2020, CelebA-HQ and LSUN 256x256: 113,673,219 parameters.
+    "ddpm_256": UNetConfig(
+        sample_size=256, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(16,)
+    ),
+    # Song et al. 2021 (DDIM), CelebA 64x64: 78,700,803 parameters.
+    "ddim_celeba64": UNetConfig(
+        sample_size=64, channel_mult=(1, 2, 2, 2, 4), attention_resolutions=(16,), dropout=0.1
+    ),
+    # Nichol & Dhariwal 2021 (IDDPM), CIFAR-10: 52,546,438 parameters.
+    "iddpm_cifar10": UNetConfig(
+        sample_size=32,
+        learned_variance=True,
+        channel_mult=(1, 2, 2, 2),
+        num_res_blocks=3,
+        attention_resolutions=(16, 8),
+        num_heads=4,
+        dropout=0.3,
+        time_embedding="openai",
+        time_conditioning="scale_shift",
+        downsample_padding="both",
+        norm_eps=1e-5,
+    ),
+    # 28x28 (MNIST, Fashion-MNIST): 28 -> 14 -> 7.
+    "mnist": UNetConfig(
+        sample_size=28,
+        in_channels=1,
+        channels=64,
+        channel_mult=(1, 2, 2),
+        attention_resolutions=(7,),
+        dropout=0.1,
+    ),
+    "digits": UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_groups=8,
+    ),
+}
+
+
+def preset_config(name: str, **overrides: Any) -> UNetConfig:
+    """The configuration called `name`, with some fields changed.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown (the message lists the known ones), or the overrides do not fit.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown U-Net preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name].replace(**overrides)

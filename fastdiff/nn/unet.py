@@ -1,0 +1,209 @@
+"""The U-Net of DDPM and its descendants (SPEC §11)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdiff.nn.attention import SelfAttention
+from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock
+from fastdiff.nn.config import UNetConfig
+from fastdiff.nn.embedding import TimestepEmbedding
+from fastdiff.nn.group_norm_silu import GroupNormSiLU
+from fastdiff.nn.presets import preset_config
+
+
+class UNet(nn.Module):
+    """U-Net ``unet(x_t, t, y=None) -> (B, C or 2C, H, W)``.
+
+    Parameters are named as in diffusers' ``UNet2DModel``, so that the state dicts are the same.
+    ``unet.to(memory_format=torch.channels_last)`` makes every activation channels_last.
+
+    Parameters
+    ----------
+    config : UNetConfig
+        Kept as `unet.config`; `UNet.from_config(unet.config.to_dict())` builds the same network.
+
+    Notes
+    -----
+    Initialisation is that of DDPM's code: variance scaling "fan_avg uniform" (Glorot) for
+    convolutions and linear maps, zero biases, and zeros for the last convolution of each residual
+    block, the output of each attention and the last convolution of the network, which the code
+    draws with scale 1e-10. The class embedding is N(0, 1).
+
+    References
+    ----------
+    Ho et al. 2020 (DDPM), appendix B; Nichol & Dhariwal 2021 (IDDPM), appendix A.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        if not isinstance(config, UNetConfig):
+            raise TypeError(
+                f"config must be a UNetConfig, got {type(config).__name__}; "
+                "UNet.from_config takes a dict, UNet.from_preset a name"
+            )
+        self.config = config
+        widths = config.widths
+        embed_dim = 4 * config.channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(config.channels, embed_dim, config.time_embedding)
+        self.class_embedding = (
+            None
+            if config.num_class_embeddings is None
+            else nn.Embedding(config.num_class_embeddings, embed_dim)
+        )
+
+        # Channels of every tensor that the way down hands over to the way up.
+        skip_channels = [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.down_blocks.append(DownBlock(skip_channels[-1], level, config))
+            is_last = level == len(widths) - 1
+            skip_channels += [width] * (config.num_res_blocks + (not is_last))
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList()
+        in_channels = widths[-1]
+        for level in reversed(range(len(widths))):
+            skips = [skip_channels.pop() for _ in range(config.num_res_blocks + 1)]
+            self.up_blocks.append(UpBlock(in_channels, skips, level, config))
+            in_channels = widths[level]
+
+        self.conv_norm_out = GroupNormSiLU(config.num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> UNet:
+        """Build a named architecture, e.g. ``UNet.from_preset("ddpm_cifar10", num_classes=10)``.
+
+        Parameters
+        ----------
+        name : str
+            A key of `fastdiff.nn.PRESETS`.
+        **overrides
+            Fields of `UNetConfig` to change.
+
+        Raises
+        ------
+        ValueError
+            The name is unknown (the message lists the known ones), or the overrides do not fit.
+        """
+        return cls(preset_config(name, **overrides))
+
+    @classmethod
+    def from_config(cls, config: UNetConfig | Mapping[str, Any]) -> UNet:
+        """Build the network that `config`, a UNetConfig or its `to_dict()`, describes."""
+        return cls(config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config))
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew (see the class notes)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.Embedding, GroupNormSiLU)):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, SelfAttention):
+                nn.init.zeros_(module.to_out[0].weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict from noisy images.
+
+        Parameters
+        ----------
+        x_t : (B, C, H, W) floating point
+            Noisy images; H and W multiples of `config.size_divisor`. Pixels of x0 are in [-1, 1].
+        t : (B,) int64, int32 or floating point
+            0-based timestep.
+        y : (B,) int64, for a class-conditional network only
+            Class, 0 <= y < num_classes; with `null_class`, num_classes means unconditional.
+
+        Returns
+        -------
+        (B, C, H, W), or (B, 2C, H, W) with a learned variance
+            In the memory format of `x_t`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A shape, dtype or class does not fit. The range of a CUDA `y` is checked only under
+            FASTDIFF_DEBUG=1, because the check waits for the device.
+        """
+        self._check_inputs(x_t, t, y)
+        temb = self.time_embedding(t)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(y)
+        temb = F.silu(temb)
+
+        h = self.conv_in(x_t)
+        skips = [h]
+        for block in self.down_blocks:
+            skips += block(skips[-1], temb)
+        h = self.mid_block(skips[-1], temb)
+        for block in self.up_blocks:
+            h = block(h, skips, temb)
+        return self.conv_out(self.conv_norm_out(h))
+
+    def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> None:
+        config = self.config
+        if x_t.dim() != 4 or x_t.shape[1] != config.in_channels:
+            raise ValueError(
+                f"x_t must have shape (B, {config.in_channels}, H, W), got {tuple(x_t.shape)}"
+            )
+        batch, _, height, width = x_t.shape
+        divisor = config.size_divisor
+        if height % divisor or width % divisor or not height or not width:
+            raise ValueError(
+                f"height and width of x_t must be multiples of {divisor} for the "
+                f"{len(config.widths)} levels of this U-Net ({divisor}, {2 * divisor}, "
+                f"{3 * divisor}, ...; it was made for {config.sample_size}), "
+                f"got {height} x {width}"
+            )
+        if t.shape != (batch,):
+            raise ValueError(
+                f"t must have shape (B,) = ({batch},), one timestep per image, got {tuple(t.shape)}"
+            )
+        if t.dtype not in (torch.int64, torch.int32) and not t.is_floating_point():
+            raise TypeError(f"t must be int64, int32 or floating point, got {t.dtype}")
+        if config.num_classes is None:
+            if y is not None:
+                raise ValueError(
+                    "y was given, but this U-Net has no classes; set num_classes to make it "
+                    "class-conditional"
+                )
+            return
+        null = f", or {config.num_classes} for no class" if config.null_class else ""
+        if y is None:
+            raise ValueError(
+                f"y is required: this U-Net is conditional on {config.num_classes} classes{null}"
+            )
+        if y.shape != (batch,):
+            raise ValueError(f"y must have shape (B,) = ({batch},), got {tuple(y.shape)}")
+        if y.dtype != torch.int64:
+            raise TypeError(f"y must be int64, got {y.dtype}")
+        if _may_read(y) and batch:
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= config.num_class_embeddings:
+                raise ValueError(
+                    f"y must be in 0 .. {config.num_classes - 1}{null}, got values in "
+                    f"{low} .. {high}"
+                )
+
+
+def _may_read(tensor: torch.Tensor) -> bool:
+    """Whether looking at the values is free: not while tracing, not if it waits for a device."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("FASTDIFF_DEBUG") == "1"
