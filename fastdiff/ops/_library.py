@@ -57,10 +57,14 @@ def define(
     reference, triton
         Implementations with the schema's arguments, used where no compiled kernel is.
     """
-    for overload, kernels in (("", _default_kernels(reference, triton)), (".triton", {})):
+    overloads = {
+        "": _default_kernels(reference, triton),
+        ".triton": {"CPU": triton, "CUDA": triton},
+    }
+    for overload, kernels in overloads.items():
         _library.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{name}{overload}"
-        for key, kernel in (kernels or {"CPU": triton, "CUDA": triton}).items():
+        for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
         if autograd is not None:

@@ -142,10 +142,19 @@ def q_sample(
     needs_grad = torch.is_grad_enabled() and (
         x0.requires_grad or (noise is not None and noise.requires_grad)
     )
-    if needs_grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return overload(*arguments)
-    with _library.below_autograd():
-        return overload(*arguments)
+    try:
+        if needs_grad:
+            return overload(*arguments)
+        with _library.below_autograd():
+            return overload(*arguments)
+    except RuntimeError:
+        # The CPU kernel found a timestep out of range; C++ cannot raise IndexError through the
+        # stable ABI.
+        if device.type == "cpu":
+            _checks.check_timestep_range(op, t, num)
+        raise
 
 
 def _check_flip(op: str, flip: Tensor, x0: Tensor) -> None:

@@ -1,0 +1,45 @@
+// Registers the CPU kernels with torch's dispatcher. The schemas are defined in fastdiff/ops.
+
+#include "../cpu/kernels.h"
+#include "../cpu/parallel.h"
+#include "philox_normal.h"
+#include "q_sample.h"
+
+namespace fastdiff {
+
+void cpu::parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
+                          void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+}
+
+namespace bindings {
+namespace {
+
+Tensor q_sample_cpu(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
+                    const Tensor& sqrt_one_minus_alpha_bar, const std::optional<Tensor>& noise,
+                    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+                    const std::optional<Tensor>& flip, std::optional<ScalarType> dtype) {
+  return q_sample(x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip,
+                  dtype, [](const QSampleArgs& args) {
+                    for (int64_t k = 0; k < args.layout.batch; ++k) {
+                      STD_TORCH_CHECK(args.t[k] >= 0 && args.t[k] < args.num_timesteps,
+                                      "q_sample: t[", k, "] = ", args.t[k], ", expected 0 <= t < ",
+                                      args.num_timesteps);
+                    }
+                    cpu::q_sample(args);
+                  });
+}
+
+void philox_normal_cpu(const Tensor& out, const std::optional<Tensor>& keys,
+                       std::optional<int64_t> seed, int64_t stream) {
+  philox_normal(out, keys, seed, stream, cpu::philox_normal);
+}
+
+}  // namespace
+}  // namespace bindings
+}  // namespace fastdiff
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cpu));
+  m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cpu));
+}

@@ -1,0 +1,132 @@
+#pragma once
+
+// What the op bindings share: argument checks and memory layouts, on LibTorch's stable ABI.
+//
+// The public Python functions check their arguments with fuller messages; these checks keep the raw
+// operators memory-safe.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "fastdiff/layout.h"
+#include "fastdiff/philox.h"
+
+namespace fastdiff::bindings {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(ScalarType type, const char* op, const char* name) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " has a dtype that no kernel takes");
+  }
+}
+
+inline void check_vector(const Tensor& x, int64_t length, ScalarType type, const Tensor& like,
+                         const char* op, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, op, ": ", name, " must have shape (", length,
+                  ",)");
+  STD_TORCH_CHECK(x.device() == like.device(), op, ": ", name, " is on another device");
+}
+
+inline void check_same_shape(const Tensor& x, const Tensor& like, const char* op,
+                             const char* name) {
+  bool same = x.dim() == like.dim() && x.device() == like.device();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = x.size(d) == like.size(d);
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and device of the main input");
+}
+
+// Strides of a dense tensor, fastest dimension first in `order`.
+template <typename Sizes>
+std::vector<int64_t> dense_strides(const Sizes& sizes, bool channels_last) {
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  const auto take = [&](int64_t d) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  };
+  if (channels_last) take(1);
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    if (!(channels_last && d == 1)) take(d);
+  }
+  return strides;
+}
+
+inline bool has_strides(const Tensor& x, const std::vector<int64_t>& strides) {
+  if (x.numel() == 0) return true;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) != strides[d]) return false;
+  }
+  return true;
+}
+
+// The same rule as fastdiff/ops/_layout.py: 4-D and 5-D tensors with innermost channels are
+// channels_last, everything else is contiguous.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous() || (x.dim() != 4 && x.dim() != 5)) return false;
+  return has_strides(x, dense_strides(x.sizes(), true)) || (x.stride(1) == 1 && x.size(1) > 1);
+}
+
+// `x` itself if it is dense in the format, else a copy that is.
+inline Tensor in_format(const Tensor& x, bool channels_last) {
+  if (has_strides(x, dense_strides(x.sizes(), channels_last))) return x;
+  const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
+                              : x.dim() == 4 ? MemoryFormat::ChannelsLast
+                                             : MemoryFormat::ChannelsLast3d;
+  return torch::stable::contiguous(x, format);
+}
+
+inline Tensor empty(const Tensor& like, ScalarType type, bool channels_last) {
+  const auto sizes = like.sizes();
+  const std::vector<int64_t> strides = dense_strides(sizes, channels_last);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      like.dim(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline SampleLayout sample_layout(const Tensor& x, bool channels_last) {
+  SampleLayout layout{x.size(0), 1, channels_last ? x.size(1) : 1, 1};
+  for (int64_t d = 1; d < x.dim(); ++d) layout.numel *= x.size(d);
+  if (x.dim() > 1) layout.width = x.size(x.dim() - 1);
+  return layout;
+}
+
+// `keys` must outlive the launch; the caller keeps it contiguous.
+inline NoiseSource noise_source(const std::optional<Tensor>& keys, std::optional<int64_t> seed,
+                                int64_t stream) {
+  return {keys ? keys->const_data_ptr<int64_t>() : nullptr,
+          static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(stream)};
+}
+
+inline std::optional<Tensor> checked_keys(const std::optional<Tensor>& keys, const Tensor& like,
+                                          const char* op) {
+  if (!keys) return std::nullopt;
+  check_vector(*keys, like.size(0), ScalarType::Long, like, op, "keys");
+  return in_format(*keys, false);
+}
+
+}  // namespace fastdiff::bindings

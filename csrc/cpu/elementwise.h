@@ -1,0 +1,36 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "fastdiff/layout.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace fastdiff::cpu {
+
+// Calls body(sample, first, n) for every tile of every sample, on all threads. `elements_per_thread`
+// is the work below which another thread does not pay.
+template <typename F>
+void for_each_tile(const SampleLayout& layout, int64_t elements_per_thread, const F& body) {
+  if (layout.numel == 0) return;
+  const int64_t size = tile_elements(layout);
+  const int64_t per_sample = (layout.numel + size - 1) / size;
+  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::min(size, layout.numel));
+  parallel_for(0, layout.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile % per_sample * size;
+      body(tile / per_sample, first, std::min(size, layout.numel - first));
+    }
+    finish_streaming();
+  });
+}
+
+// Per-thread memory that grows to the largest tile seen: channels_last tiles grow with the channels.
+inline float* thread_scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,187 @@
+#include "tile.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "fastdiff/q_sample.h"
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastdiff::cpu {
+namespace {
+
+FASTDIFF_CLONES void from_bfloat16(const uint16_t* in, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = bits_to_float(static_cast<uint32_t>(in[i]) << 16);
+}
+
+// Scaling by 2^112 moves the exponent from half's bias to float's and normalizes subnormals.
+FASTDIFF_CLONES void from_float16(const uint16_t* in, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t h = in[i];
+    const uint32_t magnitude = (h & 0x7FFFu) << 13;
+    const float finite = bits_to_float(magnitude) * 0x1p112f;
+    const uint32_t special = magnitude | 0x7F800000u;
+    const uint32_t bits = magnitude >= 0x0F800000u ? special : float_to_bits(finite);
+    out[i] = bits_to_float(bits | ((h & 0x8000u) << 16));
+  }
+}
+
+FASTDIFF_CLONES void from_uint8(const uint8_t* in, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = pixel_from_uint8(in[i]);
+}
+
+FASTDIFF_CLONES void to_bfloat16(const float* in, uint16_t* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_to_bits(in[i]);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    out[i] = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+  }
+}
+
+// Round to nearest even. Subnormal halves come from a float addition that aligns the mantissa.
+FASTDIFF_CLONES void to_float16(const float* in, uint16_t* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_to_bits(in[i]);
+    const uint32_t magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t normal =
+        (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t subnormal =
+        float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+    const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477FF000u ? special : half;
+    out[i] = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+  }
+}
+
+// Sixteen Philox blocks at a time, as a structure of arrays, then interleaved.
+FASTDIFF_CLONES void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks,
+                                   float* out) {
+  constexpr int kLanes = 16;
+  float lanes[4][kLanes];
+  for (int64_t base = 0; base < blocks; base += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      float n[4];
+      normal_block(key, stream, first + static_cast<uint64_t>(base) + static_cast<uint32_t>(lane),
+                   n);
+      lanes[0][lane] = n[0];
+      lanes[1][lane] = n[1];
+      lanes[2][lane] = n[2];
+      lanes[3][lane] = n[3];
+    }
+    const int64_t count = std::min<int64_t>(kLanes, blocks - base);
+    float* block_out = out + 4 * base;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      for (int k = 0; k < 4; ++k) block_out[4 * lane + k] = lanes[k][lane];
+    }
+  }
+}
+
+void stream_bytes(char* out, const char* in, int64_t n) {
+#if defined(__x86_64__)
+  const int64_t head = std::min<int64_t>(n, (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16);
+  std::memcpy(out, in, head);
+  int64_t i = head;
+  for (; i + 16 <= n; i += 16) {
+    const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), value);
+  }
+  std::memcpy(out + i, in + i, n - i);
+#else
+  std::memcpy(out, in, n);
+#endif
+}
+
+// Pixels per tile of a channels_last tensor: a multiple of 4, and enough that the Philox blocks cut
+// at both ends of a channel's run cost little.
+int64_t tile_pixels(const SampleLayout& layout) {
+  return std::max<int64_t>(16, kTile / layout.inner / 4 * 4);
+}
+
+}  // namespace
+
+const float* load_tile(DType dtype, const void* base, int64_t offset, int64_t n, float* buffer) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      from_bfloat16(static_cast<const uint16_t*>(base) + offset, buffer, n);
+      return buffer;
+    case DType::kFloat16:
+      from_float16(static_cast<const uint16_t*>(base) + offset, buffer, n);
+      return buffer;
+    case DType::kUInt8:
+      from_uint8(static_cast<const uint8_t*>(base) + offset, buffer, n);
+      return buffer;
+    default:
+      return static_cast<const float*>(base) + offset;
+  }
+}
+
+void store_tile(DType dtype, void* base, int64_t offset, int64_t n, const float* tile,
+                bool stream) {
+  char* out = static_cast<char*>(base) + offset * size_of(dtype);
+  if (dtype == DType::kFloat32) {
+    if (stream) {
+      stream_bytes(out, reinterpret_cast<const char*>(tile), n * 4);
+    } else {
+      std::memcpy(out, tile, n * 4);
+    }
+    return;
+  }
+  const auto convert = dtype == DType::kBFloat16 ? to_bfloat16 : to_float16;
+  if (!stream) {
+    convert(tile, reinterpret_cast<uint16_t*>(out), n);
+    return;
+  }
+  uint16_t halves[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
+    convert(tile + i, halves, count);
+    stream_bytes(out + 2 * i, reinterpret_cast<const char*>(halves), 2 * count);
+  }
+}
+
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+int64_t tile_elements(const SampleLayout& layout) {
+  return layout.inner == 1 ? kTile : tile_pixels(layout) * layout.inner;
+}
+
+int64_t normal_scratch(const SampleLayout& layout) {
+  return tile_elements(layout) + (layout.inner == 1 ? 8 : tile_pixels(layout) + 8);
+}
+
+const float* normal_tile(const SampleLayout& layout, uint64_t key, uint64_t stream, int64_t first,
+                         int64_t n, float* scratch) {
+  // Normals of `count` consecutive logical elements from `begin`, which may start within a block.
+  const auto run = [&](int64_t begin, int64_t count, float* out) {
+    const int64_t block = begin / 4;
+    normal_blocks(key, stream, block, (begin + count + 3) / 4 - block, out);
+    return out + begin % 4;
+  };
+  if (layout.inner == 1) return run(first, n, scratch);
+
+  const int64_t channels = layout.inner;
+  const int64_t first_pixel = first / channels, pixels = n / channels;
+  float* row_scratch = scratch + tile_elements(layout);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* row = run(c * (layout.numel / channels) + first_pixel, pixels, row_scratch);
+    for (int64_t p = 0; p < pixels; ++p) scratch[p * channels + c] = row[p];
+  }
+  return scratch;
+}
+
+}  // namespace fastdiff::cpu

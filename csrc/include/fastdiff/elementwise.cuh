@@ -1,0 +1,128 @@
+#pragma once
+
+// The common shape of elementwise kernels: a block works on one chunk of one sample, so that the
+// sample's coefficients and key are read once; a thread handles V consecutive elements.
+
+#include <climits>
+
+#include "fastdiff/layout.h"
+#include "fastdiff/philox.h"
+
+namespace fastdiff {
+
+constexpr int kElementwiseThreads = 128;
+
+// Chunks are kElementwiseThreads * V elements, or more where the grid would pass its limit; chunks
+// whose noise is staged in shared memory are whole pixels.
+struct ChunkPlan {
+  int64_t elements;   // per chunk
+  int64_t per_sample;
+  bool stage_noise;   // generate the chunk's noise into shared memory, in memory order
+
+  unsigned blocks(const SampleLayout& layout) const {
+    return static_cast<unsigned>(layout.batch * per_sample);
+  }
+  unsigned shared_bytes() const {
+    return stage_noise ? static_cast<unsigned>(elements * sizeof(float)) : 0;
+  }
+};
+
+// In a channels_last tensor the four normals of a Philox block lie `inner` elements apart. Staging
+// makes each block once; above 256 channels 16 pixels no longer fit in 16 KB and every element makes
+// its own block instead.
+inline ChunkPlan plan_chunks(const SampleLayout& layout, int vector, bool generated) {
+  ChunkPlan plan{};
+  plan.stage_noise = generated && layout.inner > 1 && layout.inner <= 256 && vector > 1;
+  plan.elements = kElementwiseThreads * vector;
+  if (plan.stage_noise) {
+    const int64_t pixels = plan.elements / layout.inner / 16 * 16;
+    plan.elements = layout.inner * (pixels > 16 ? pixels : 16);
+  }
+  plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
+  while (!plan.stage_noise && layout.batch * plan.per_sample > INT_MAX) {
+    plan.elements *= 2;
+    plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
+  }
+  return plan;
+}
+
+// Elements [begin, begin + count) of `sample`, in memory order.
+struct Chunk {
+  int64_t sample;
+  int64_t begin;
+  int64_t count;
+};
+
+#if defined(__CUDACC__)
+
+__device__ __forceinline__ Chunk block_chunk(const SampleLayout& layout, const ChunkPlan& plan) {
+  Chunk chunk;
+  chunk.sample = blockIdx.x / plan.per_sample;
+  chunk.begin = (blockIdx.x - chunk.sample * plan.per_sample) * plan.elements;
+  chunk.count = min(plan.elements, layout.numel - chunk.begin);
+  return chunk;
+}
+
+// The normal of one logical element; its three neighbours are thrown away.
+__device__ __forceinline__ float normal_element(uint64_t key, uint64_t stream, int64_t element) {
+  float n[4];
+  normal_block(key, stream, static_cast<uint64_t>(element) / 4, n);
+  const int k = static_cast<int>(element & 3);
+  const float low = k & 1 ? n[1] : n[0], high = k & 1 ? n[3] : n[2];
+  return k & 2 ? high : low;
+}
+
+// Fills staged[i], i < chunk.count, with the normals of a channels_last chunk of whole pixels.
+__device__ __forceinline__ void stage_normals(const SampleLayout& layout, const Chunk& chunk,
+                                              uint64_t key, uint64_t stream, float* staged) {
+  const int channels = static_cast<int>(layout.inner);
+  const int pixels = static_cast<int>(chunk.count / channels);
+  const int64_t pixels_per_channel = layout.numel / layout.inner;
+  const int64_t first_pixel = chunk.begin / channels;
+  const int blocks = pixels / 4 + 2;  // a run of pixels may start and end inside a Philox block
+  for (int i = threadIdx.x; i < channels * blocks; i += blockDim.x) {
+    const int c = i / blocks;
+    const int64_t start = c * pixels_per_channel + first_pixel;
+    const int64_t block = start / 4 + (i - c * blocks);
+    const int p = static_cast<int>(4 * block - start);
+    if (p >= pixels) continue;
+    float n[4];
+    normal_block(key, stream, static_cast<uint64_t>(block), n);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (p + k >= 0 && p + k < pixels) staged[(p + k) * channels + c] = n[k];
+    }
+  }
+  __syncthreads();
+}
+
+// Normals of the V elements from memory index `first` of the chunk's sample.
+template <int V>
+__device__ __forceinline__ void chunk_normals(const SampleLayout& layout, const Chunk& chunk,
+                                              int64_t first, uint64_t key, uint64_t stream,
+                                              const float* staged, float out[V]) {
+  if constexpr (V == 1) {
+    out[0] = normal_element(key, stream, layout.logical_index(first));
+  } else if (staged) {
+    const float4* source = reinterpret_cast<const float4*>(staged + (first - chunk.begin));
+#pragma unroll
+    for (int v = 0; v < V / 4; ++v) {
+      const float4 n = source[v];
+      out[4 * v] = n.x, out[4 * v + 1] = n.y, out[4 * v + 2] = n.z, out[4 * v + 3] = n.w;
+    }
+  } else if (layout.inner == 1) {
+#pragma unroll
+    for (int v = 0; v < V; v += 4) {
+      normal_block(key, stream, static_cast<uint64_t>(first + v) / 4, out + v);
+    }
+  } else {
+#pragma unroll 1
+    for (int v = 0; v < V; ++v) {
+      out[v] = normal_element(key, stream, layout.logical_index(first + v));
+    }
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace fastdiff

@@ -1,0 +1,297 @@
+"""Builds the native libraries of fastdiff with ninja. Everything else is in pyproject.toml.
+
+    fastdiff/_C_cpu.so        CPU kernels and their registration, if there is a C++ compiler
+    fastdiff/_C_cuda.so       CUDA kernels and their registration, if there is nvcc
+    fastdiff/_build_info.*    the facts of this build (pybind11)
+
+The first two use only LibTorch's stable ABI, so they run under any torch >= 2.10.
+
+Environment
+    FASTDIFF_BUILD         cpu: no CUDA; cuda: a missing nvcc is an error; none: pure Python
+    CUDA_HOME              the CUDA toolkit; default: that of the nvcc on the PATH
+    CXX                    the C++ compiler; default: c++, g++ or clang++ on the PATH
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: 8.0 to 12.0 as far as nvcc knows them
+    MAX_JOBS               compilers at a time; default: one per core and per 3 GB of free memory
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with all that the bindings use
+DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    f"-ffile-prefix-map={ROOT}/=",  # error messages name csrc/..., not this machine's folders
+]
+# GCC and clang have this one; it vectorizes the marked loops without needing an OpenMP runtime.
+SIMD_FLAG = "-fopenmp-simd"
+
+
+def say(message: str) -> None:
+    print(f"fastdiff: {message}", flush=True)
+
+
+def find_cxx() -> str | None:
+    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((c for c in candidates if c and shutil.which(shlex.split(c)[0])), None)
+
+
+def find_cuda_home() -> pathlib.Path | None:
+    """The toolkit's folder: CUDA_HOME, or where the nvcc on the PATH says that it lives."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return pathlib.Path(home) if (pathlib.Path(home) / "bin/nvcc").exists() else None
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    # `which nvcc` may be a wrapper script; a dry run prints the real folder as TOP.
+    probe = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"^#\$ TOP=(.+)$", probe.stderr, re.MULTILINE)
+    home = pathlib.Path(found[1].strip()) if found else pathlib.Path(nvcc).resolve().parent.parent
+    home = pathlib.Path(os.path.normpath(home))
+    return home if (home / "bin/nvcc").exists() else None
+
+
+def cuda_archs(nvcc: pathlib.Path) -> list[str]:
+    """Entries such as "8.0" or "9.0+PTX"."""
+    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return re.split(r"[;,\s]+", chosen.strip())
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
+    known = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed.split()]
+    return [*known[:-1], f"{known[-1]}+PTX"]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            raise SystemExit(
+                f"fastdiff: TORCH_CUDA_ARCH_LIST has {arch!r}; expected entries such as 8.0, 9.0+PTX"
+            )
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def max_jobs() -> int:
+    if jobs := os.environ.get("MAX_JOBS"):
+        return max(1, int(jobs))
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, memory // (3 << 30)))
+
+
+def escaped(path: object) -> str:
+    """A path as ninja wants it in build lines."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class Plan:
+    """What will be built here: decided once, before setuptools asks for the extensions."""
+
+    def __init__(self) -> None:
+        self.wanted = os.environ.get("FASTDIFF_BUILD", "auto").lower()
+        if self.wanted not in ("auto", "cpu", "cuda", "none"):
+            raise SystemExit(
+                f"fastdiff: FASTDIFF_BUILD is {self.wanted!r}; expected cpu, cuda or none"
+            )
+        self.cxx = None if self.wanted == "none" else find_cxx()
+        self.cuda_home = None
+        if self.wanted == "none":
+            say("FASTDIFF_BUILD=none: pure Python, every op runs on the PyTorch reference")
+        elif self.cxx is None:
+            say("no C++ compiler found: pure Python, every op runs on the PyTorch reference")
+        elif self.wanted != "cpu":
+            self.cuda_home = find_cuda_home()
+            if self.cuda_home is None:
+                say("no nvcc found (CUDA_HOME, PATH): building without the CUDA kernels")
+        if self.wanted == "cuda" and self.cuda_home is None:
+            raise SystemExit(
+                "fastdiff: FASTDIFF_BUILD=cuda, but there is no nvcc: set CUDA_HOME to the toolkit"
+            )
+
+    def extensions(self) -> list[Extension]:
+        names = []
+        if self.cxx:
+            names += ["_C_cpu", "_build_info"]
+        if self.cuda_home:
+            names.append("_C_cuda")
+        return [Extension(f"fastdiff.{name}", sources=[]) for name in names]
+
+
+class NinjaBuild(build_ext):
+    """Compiles all extensions in one ninja run under build/, where later runs find their objects."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2].startswith("_C_"):
+            # Loaded by torch, not by Python: no interpreter tag.
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        import ninja
+        import pybind11
+        import torch
+
+        if not self.extensions:
+            return
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Build isolation puts torch somewhere else every time; behind a link the commands stay the
+        # same, and ninja recompiles only what changed.
+        torch_link = folder / "torch"
+        if torch_link.is_symlink() or torch_link.exists():
+            torch_link.unlink()
+        torch_link.symlink_to(pathlib.Path(torch.__file__).parent)
+        text = self.ninja_text(folder, torch.__version__, pybind11.get_include())
+        (folder / "build.ninja").write_text(text)
+        jobs = max_jobs()
+        say(f"compiling with {PLAN.cxx}, {jobs} jobs at a time (MAX_JOBS), in {folder}")
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
+        if self.verbose:
+            command.append("-v")
+        if subprocess.run(command, check=False).returncode:
+            remedy = (
+                " FASTDIFF_BUILD=cpu leaves the CUDA kernels out, FASTDIFF_BUILD=none everything."
+            )
+            raise SystemExit(f"fastdiff: the native build failed, see above.{remedy}")
+        for ext in self.extensions:
+            target = pathlib.Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, not new bytes in an old one that a running process may have mapped.
+            target.unlink(missing_ok=True)
+            shutil.copy(folder / pathlib.Path(self.get_ext_filename(ext.name)).name, target)
+
+    def ninja_text(self, folder: pathlib.Path, torch_version: str, pybind11_include: str) -> str:
+        include = [f"-I{CSRC / 'include'}"]
+        # -isystem: no warnings from torch's headers, and no dependency on their time stamps.
+        torch_flags = [
+            "-isystem",
+            "torch/include",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            "-DUSE_CUDA" if PLAN.cuda_home else "",
+        ]
+        cxx = shlex.join([*CXX_FLAGS, SIMD_FLAG, *include, *filter(None, torch_flags)])
+        lines = [
+            f"cxx = {PLAN.cxx}",
+            f"cxxflags = {cxx}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $libs",
+            "  description = link $out",
+        ]
+
+        def compile_(source: pathlib.Path, flags: str = "", rule: str = "cxx") -> str:
+            target = f"{source.parent.name}_{source.stem}.o"
+            lines.append(f"build {target}: {rule} {escaped(source)}")
+            lines.append(f"  flags = {flags}")
+            return target
+
+        def link(name: str, objects: list[str], libs: str) -> None:
+            lines.append(f"build {escaped(name)}: link {' '.join(objects)}")
+            lines.append(f"  libs = {libs}")
+
+        torch_libs = "-Ltorch/lib -ltorch_cpu -ltorch"
+        names = {ext.name.rpartition(".")[2] for ext in self.extensions}
+        archs: list[str] = []
+        cuda_version = ""
+        if "_C_cpu" in names:
+            objects = [compile_(s) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
+            link("_C_cpu.so", [*objects, compile_(CSRC / "bindings/cpu.cpp")], torch_libs)
+        if "_C_cuda" in names:
+            nvcc = PLAN.cuda_home / "bin/nvcc"
+            archs = cuda_archs(nvcc)
+            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+            cuda_version = re.search(r"release ([\d.]+)", version.stdout)[1]
+            say(f"CUDA {cuda_version} in {PLAN.cuda_home}, for {' '.join(archs)}")
+            nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+            nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", PLAN.cxx]
+            nvcc_flags += ["--threads", "2", *include, *gencode(archs)]
+            lines += [
+                f"nvcc = {shlex.quote(str(nvcc))}",
+                f"nvccflags = {shlex.join(nvcc_flags)}",
+                "rule nvcc",
+                "  command = $nvcc -MD -MF $out.d $nvccflags $flags -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = compile $in",
+            ]
+            objects = [compile_(s, rule="nvcc") for s in sorted((CSRC / "cuda").glob("*.cu"))]
+            cuda_include = shlex.join(["-isystem", str(PLAN.cuda_home / "include")])
+            objects.append(compile_(CSRC / "bindings/cuda.cpp", cuda_include))
+            # The static runtime: no dependency on the CUDA version that torch was built with.
+            lib = next(
+                (d for d in ("lib64", "lib", "targets/x86_64-linux/lib")
+                 if (PLAN.cuda_home / d / "libcudart_static.a").exists()),
+                "lib64",
+            )  # fmt: skip
+            cudart = shlex.join([f"-L{PLAN.cuda_home / lib}"]) + " -lcudart_static -ldl -lrt"
+            link("_C_cuda.so", objects, f"{torch_libs} {cudart} -lpthread {self.torch_cuda(folder)}")
+        if "_build_info" in names:
+            facts = {
+                "FASTDIFF_COMPILER": compiler_version(),
+                "FASTDIFF_TORCH_VERSION": torch_version,
+                "FASTDIFF_TORCH_TARGET": "2.10",
+                "FASTDIFF_CUDA_VERSION": cuda_version,
+                "FASTDIFF_CUDA_ARCHS": " ".join(archs),
+            }
+            # Quoted once for C++ and once for the shell.
+            flags = [f'-D{name}="{value}"' for name, value in facts.items()]
+            flags += ["-isystem", pybind11_include, "-isystem", sysconfig.get_paths()["include"]]
+            name = pathlib.Path(self.get_ext_filename("fastdiff._build_info")).name
+            source = compile_(CSRC / "bindings/build_info.cpp", shlex.join(flags).replace("$", "$$"))
+            link(name, [source, "cpu_simd.o"], "")
+        return "\n".join(lines) + "\n"
+
+    def torch_cuda(self, folder: pathlib.Path) -> str:
+        """Link flags for libtorch_cuda, which a CPU-only torch at build time does not have.
+
+        The symbols used are resolved when a CUDA-enabled torch loads the library; an empty stand-in
+        with the right name records the dependency.
+        """
+        if (folder / "torch/lib/libtorch_cuda.so").exists():
+            return "-ltorch_cuda"
+        stand_in = folder / "stand_in"
+        stand_in.mkdir(exist_ok=True)
+        command = [*shlex.split(PLAN.cxx), "-shared", "-x", "c++", os.devnull]
+        command += ["-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in / "libtorch_cuda.so")]
+        subprocess.run(command, check=True)
+        return "-Wl,--no-as-needed -Lstand_in -ltorch_cuda"
+
+
+def compiler_version() -> str:
+    command = [*shlex.split(PLAN.cxx), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+PLAN = Plan()
+setup(ext_modules=PLAN.extensions(), cmdclass={"build_ext": NinjaBuild})
