@@ -1,0 +1,326 @@
+"""Gaussian diffusion: forward process, posterior, reverse process, training losses (SPEC §3-§6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import losses, ops
+from fastdiff._device_cache import DeviceCache
+from fastdiff.ops import _checks, _layout
+from fastdiff.parameterizations import convert
+from fastdiff.reference.posterior_mean import posterior_mean
+from fastdiff.reference.q_sample import per_sample
+from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.schedules import NoiseSchedule
+from fastdiff.step_tables import VARIANCES
+
+Model = Callable[..., Tensor]
+"""Any callable `model(x_t, t, **model_kwargs)` with t the 0-based int64 index (B,)."""
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """p(x_{t-1} | x_t) and the predictions behind it, each shaped like x_t.
+
+    `variance` and `log_variance` are float32 (views of one value per sample if fixed). `pred_eps`
+    belongs to `pred_x0`: it is recomputed where that was clipped.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_x0: Tensor
+    pred_eps: Tensor
+
+
+class GaussianDiffusion:
+    """A noise schedule together with what the network predicts and how it is trained.
+
+    Parameters
+    ----------
+    schedule
+        The forward process.
+    prediction
+        What the network predicts: "eps", "x0", "v", or "mean" (of the posterior) (SPEC §5).
+    variance
+        Of p(x_{t-1} | x_t): "fixed_large" (beta), "fixed_small" (beta~), "learned" (the network's
+        second half of channels is the log variance), "learned_range" (IDDPM eq. 15) (SPEC §4).
+    loss
+        "mse": the squared error of the prediction; L_simple (DDPM eq. 14) for eps (SPEC §6).
+    weighting
+        None, or a tensor (T,) of weights per timestep (L_gamma, DDIM eq. 5).
+
+    Raises
+    ------
+    ValueError
+        Unknown names (listing the known ones), a weighting of the wrong shape, or eps-prediction on
+        a schedule with zero terminal SNR: x_T = eps there, which tells nothing about x0.
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> diffusion = fastdiff.GaussianDiffusion(fastdiff.NoiseSchedule.linear(1000))
+    >>> x0, t = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randint(1000, (4,))
+    >>> loss = diffusion.training_losses(lambda x, t: torch.zeros_like(x), x0, t, seed=0)["loss"]
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        prediction: str = "eps",
+        variance: str = "fixed_large",
+        loss: str = "mse",
+        weighting: Tensor | None = None,
+    ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule is {type(schedule).__name__}, expected a NoiseSchedule")
+        for name, value, known in (
+            ("prediction", prediction, PREDICTIONS),
+            ("variance", variance, VARIANCES),
+            ("loss", loss, losses.LOSSES),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+        if prediction == "eps" and schedule.has_zero_terminal_snr:
+            raise ValueError(
+                "prediction='eps' cannot recover x0 from a schedule with zero terminal SNR "
+                "(abar_T = 0); use prediction='v' or 'x0', or leave the last timestep out with "
+                "schedule.respace(range(T - 1))"
+            )
+        self.schedule = schedule
+        self.prediction = prediction
+        self.variance = variance
+        self.loss = loss
+        self.weighting = losses.validated_weighting(weighting, schedule.num_timesteps)
+        self._identity_times = torch.equal(schedule.timesteps, torch.arange(schedule.num_timesteps))
+        self._cache = DeviceCache()
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.schedule.num_timesteps
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has 2C output channels, the second half for the variance."""
+        return self.variance in ("learned", "learned_range")
+
+    # ---------------------------------------------------------------- forward process
+
+    def q_sample(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        *,
+        stream: int = 0,
+        flip: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, SPEC §3).
+
+        Arguments as in `fastdiff.ops.q_sample`. With neither noise nor seed, keys are drawn from
+        torch's generator on x0's device, so that `torch.manual_seed` governs the noise.
+        """
+        if noise is None and seed is None:
+            seed = _draw_keys(x0)
+        tables = self.schedule.tables(x0.device)
+        return ops.q_sample(
+            x0,
+            t,
+            tables.sqrt_alpha_bar,
+            tables.sqrt_one_minus_alpha_bar,
+            noise,
+            seed=seed,
+            stream=stream,
+            flip=flip,
+            dtype=dtype,
+        )
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, SPEC §4).
+
+        Returns
+        -------
+        tuple of Tensor
+            The mean in x_t's dtype; the others float32, views of one value per sample.
+        """
+        self._check_t("q_posterior", x_t, t)
+        tables = self.schedule.tables(x_t.device)
+        mean = posterior_mean(x0, x_t, t, tables.posterior_coef_x0, tables.posterior_coef_x_t)
+        variance = per_sample(tables.posterior_variance, t, x_t).expand_as(x_t)
+        log_variance = per_sample(tables.posterior_log_variance_clipped, t, x_t).expand_as(x_t)
+        return mean, variance, log_variance
+
+    # ---------------------------------------------------------------- reverse process
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> ReverseStep:
+        """p(x_{t-1} | x_t) = N(mu~(x0_hat, x_t), sigma_t^2) (DDPM §3.2, SPEC §4-§5).
+
+        Parameters
+        ----------
+        x_t
+            (B, C, ...), floating point.
+        t
+            (B,) int64, 0-based timesteps.
+        clip_denoised
+            Clip the predicted x0 to [-1, 1].
+
+        Raises
+        ------
+        ValueError
+            Model output that is not (B, C, ...), or (B, 2C, ...) for learned variances.
+        """
+        self._check_t("p_mean_variance", x_t, t)
+        output, extra = self.split_output(
+            model(x_t, self.model_times(t), **(model_kwargs or {})), x_t
+        )
+        schedule = self.schedule
+        pred_x0 = convert(schedule, self.prediction, "x0", output, x_t, t)
+        if clip_denoised:
+            pred_x0 = pred_x0.clamp(-1, 1)
+            pred_eps = convert(schedule, "x0", "eps", pred_x0, x_t, t)
+        else:
+            pred_eps = convert(schedule, self.prediction, "eps", output, x_t, t)
+        if self.prediction == "mean" and not clip_denoised:
+            mean = output
+        else:
+            mean = self.q_posterior(pred_x0, x_t, t)[0]
+        variance, log_variance = self._variance(extra, x_t, t)
+        return ReverseStep(mean, variance, log_variance, pred_x0, pred_eps)
+
+    def model_times(self, t: Tensor) -> Tensor:
+        """What the network is fed for the schedule's indices t: other ones only if respaced."""
+        return t if self._identity_times else self.schedule.tables(t.device).timesteps[t]
+
+    def split_output(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(prediction, variance channels or None), after checking the model's output channels."""
+        channels = x_t.shape[1]
+        factor = 2 if self.learns_variance else 1
+        expected = (x_t.shape[0], factor * channels, *x_t.shape[2:])
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the model returned {type(output).__name__}, expected a tensor")
+        if tuple(output.shape) != expected:
+            hint = ""
+            if output.dim() > 1 and output.shape[1] == 2 * channels:
+                hint = "; 2C channels go with variance='learned' or 'learned_range'"
+            raise ValueError(
+                f"the model returned shape {tuple(output.shape)}, expected {expected} for "
+                f"variance={self.variance!r} and x_t of shape {tuple(x_t.shape)}{hint}"
+            )
+        if not self.learns_variance:
+            return output, None
+        return output[:, :channels], output[:, channels:]
+
+    def _variance(self, extra: Tensor | None, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        tables = self.schedule.tables(x_t.device)
+        if extra is None:
+            if self.variance == "fixed_large":
+                variance, log_variance = tables.beta, tables.log_beta
+            else:
+                variance = tables.posterior_variance
+                log_variance = tables.posterior_log_variance_clipped
+            return (
+                per_sample(variance, t, x_t).expand_as(x_t),
+                per_sample(log_variance, t, x_t).expand_as(x_t),
+            )
+        log_variance = extra.float()
+        if self.variance == "learned_range":
+            upper = per_sample(tables.log_beta, t, x_t)
+            lower = per_sample(tables.posterior_log_variance_clipped, t, x_t)
+            log_variance = (upper + lower) / 2 + (upper - lower) / 2 * log_variance
+        return log_variance.exp(), log_variance
+
+    # ---------------------------------------------------------------- training
+
+    def training_losses(
+        self,
+        model: Model,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        stream: int = 0,
+        flip: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample losses at x_t ~ q(x_t | x0) (DDPM algorithm 1, SPEC §6).
+
+        Parameters
+        ----------
+        x0
+            (B, C, ...): pixels in [-1, 1], or uint8 levels, scaled inside.
+        t
+            (B,) int64, 0-based timesteps.
+        noise, seed, stream
+            As in `q_sample`; a seed gives the loss of the noise it stands for.
+        flip
+            (B,) bool: mirror these samples of x0.
+
+        Returns
+        -------
+        dict
+            "loss" (B,) float32, to be averaged and differentiated; and its parts ("mse", before
+            the weighting).
+
+        Raises
+        ------
+        ValueError
+            Model output of the wrong shape, or a loss that cannot train `variance`.
+        """
+        if self.learns_variance and self.loss not in losses.TRAIN_VARIANCE:
+            raise ValueError(
+                f"loss={self.loss!r} gives no gradient to the variance channels of "
+                f"variance={self.variance!r}; train with a fixed variance"
+            )
+        if noise is None and seed is None:
+            seed = _draw_keys(x0)
+        x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
+        if noise is None:
+            noise = ops.philox_normal(
+                x0.shape,
+                seed,
+                stream=stream,
+                device=x0.device,
+                memory_format=_layout.memory_format_of(x0),
+            )
+        output = model(x_t, self.model_times(t), **(model_kwargs or {}))
+        output, extra = self.split_output(output, x_t)
+        batch = losses.LossInputs(self, x0, x_t, t, noise, flip, output, extra)
+        parts = losses.LOSSES[self.loss](batch)
+        if self.weighting is not None:
+            weights = self._cache.get(
+                "weighting", t.device, lambda device: self.weighting.to(device, torch.float32)
+            )
+            parts["loss"] = weights[t] * parts["loss"]
+        return parts
+
+    def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
+        _checks.check_timesteps(caller, t, x_t.shape[0], x_t.device, self.num_timesteps)
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.check_timestep_range(caller, t, self.num_timesteps)
+
+    def __repr__(self) -> str:
+        return (
+            f"GaussianDiffusion({self.schedule!r}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, loss={self.loss!r})"
+        )
+
+
+def _draw_keys(x0: Tensor) -> Tensor:
+    """Keys (B,) from torch's generator on x0's device: reproducible, and nothing synchronizes."""
+    return torch.randint(-(2**63), 2**63 - 1, (len(x0),), dtype=torch.int64, device=x0.device)
