@@ -155,6 +155,8 @@ class MixtureDenoiser(nn.Module):
         return self.log_weights - 0.5 * log_density.sum(-1)
 
     def _responsibilities(self, x: Tensor, a: Tensor, noise: Tensor) -> Tensor:
+        if len(self.means) == 1:
+            return torch.ones_like(x[:, None, :1])
         return self._component_log_probs(x, a, noise).softmax(1)[:, :, None]
 
     def _score(self, x: Tensor, a: Tensor, noise: Tensor) -> Tensor:
