@@ -1,0 +1,123 @@
+"""``python -m fastdiff.train``: train a U-Net; without any flag, on 8x8 digits in a minute or two.
+
+Writes a run folder with config.json, metrics.jsonl, loss.png, samples/, checkpoints/ and model/
+(diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastdiff import _cli
+from fastdiff.training.config import TrainConfig, read_config_file
+from fastdiff.training.errors import UserError
+from fastdiff.training.interrupt import Interrupt
+
+PROGRAM = "python -m fastdiff.train"
+NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
+
+
+def main(argv: list[str]) -> int:
+    """Train as ``argv`` says; return the exit code."""
+    from fastdiff.training.data import load_dataset
+    from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint
+    from fastdiff.training.trainer import Trainer
+
+    # Everything that can be wrong is found before the first file is written.
+    config = parse(argv)
+    folder = RunFolder(config.run_folder)
+    if not config.resume:
+        folder.check_new()
+    device = choose_device(config.device)
+    dataset = load_dataset(config.data, config.data_dir, config.image_size)
+    trainer = Trainer(config, dataset, folder, device)
+    if config.resume:
+        newest = newest_checkpoint(folder, _cli.say)
+        if newest is None:
+            _cli.say(f"{folder.path} has no checkpoint yet: starting at step 0")
+        else:
+            trainer.restore(newest)
+            _cli.say(f"continuing {folder.path} at step {trainer.step}")
+    folder.create(config)
+
+    parameters = sum(p.numel() for p in trainer.unet.parameters())
+    height, width, channels = dataset.shape
+    _cli.say(
+        f"{len(dataset):,} images of {height}x{width}x{channels}, {parameters / 1e6:.2f} M "
+        f"parameters, on {device}; writing to {folder.path}"
+    )
+    with Interrupt() as interrupt:
+        finished = trainer.train(should_stop=interrupt.requested)
+    if not finished:
+        _cli.say(
+            f"stopped at step {trainer.step} of {config.steps}; continue with\n"
+            f"  {PROGRAM} --out {folder.path} --resume"
+        )
+        return 128 + interrupt.signum
+    _cli.say(
+        f"done: look at {folder.samples / f'step-{trainer.step:08d}.png'}; draw more with\n"
+        f"  python -m fastdiff.sample {folder.path}"
+    )
+    return 0
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Settle every setting: flags over ``--config``, over the run being resumed, over defaults.
+
+    Raises
+    ------
+    UserError
+        For a setting that is unknown, of the wrong type or out of range, and for one that would
+        make a resumed run another run.
+    """
+    import tyro
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--data")
+    # The rest of the line is tyro's; these two decide on the defaults it shows.
+    known, _ = early.parse_known_args(argv)
+    flags = _without(argv, "--config")
+    from_file = read_config_file(known.config) if known.config else {}
+    source = f"--config {known.config}"
+
+    def settle(base: TrainConfig) -> TrainConfig:
+        return tyro.cli(
+            TrainConfig,
+            args=flags,
+            default=base.updated(from_file, source),
+            prog=PROGRAM,
+            description=f"{__doc__}\n--config FILE reads any of these settings from YAML or JSON.",
+        )
+
+    data: Any = known.data or from_file.get("data", TrainConfig.data)
+    config = settle(TrainConfig.for_data(str(data)))
+    if config.resume:
+        from fastdiff.training.run import RunFolder
+
+        saved = RunFolder(config.run_folder).saved_config("--resume")
+        config = settle(saved)
+        changed = config.changes_that_break_resuming(saved)
+        if changed:
+            raise UserError(
+                f"--resume: {config.run_folder} is a run with other settings: "
+                f"{'; '.join(changed)}; leave them out, or train anew with another --out"
+            )
+    config.validate()
+    return config
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """Return ``argv`` without ``flag VALUE`` and ``flag=VALUE``."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument == flag:
+            next(rest, None)
+        elif not argument.startswith(flag + "="):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    _cli.run(PROGRAM, main, NEEDS)

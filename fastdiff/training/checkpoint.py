@@ -1,0 +1,210 @@
+"""Checkpoints that survive kills and full disks.
+
+A checkpoint is a folder ``checkpoints/step-00001000`` with
+
+- ``model.safetensors``, ``ema.safetensors``: the weights,
+- ``state.pt``: optimizer, counters and random states, loadable with ``weights_only=True``,
+- ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files.
+
+It is written under a temporary name, synced to disk and then renamed, so a folder with the final
+name is complete; older checkpoints are deleted only after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"
+_MANIFEST = "checkpoint.json"
+_FILES = ("model.safetensors", "ema.safetensors", "state.pt")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete or whose content does not match its checksums."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: weights, averaged weights, and everything else.
+
+    Attributes
+    ----------
+    step : int
+        Optimizer steps done.
+    meta : dict
+        JSON-able facts that describe the model, so that it can be built from the checkpoint alone.
+    model, ema : dict of str to Tensor
+        State dicts.
+    state : dict
+        Optimizer, counters and random states: tensors, numbers, strings, lists and dicts.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``checkpoint`` into ``folder`` and delete all but the newest ``keep``.
+
+    Raises
+    ------
+    OSError
+        When it cannot be written (a full disk); nothing that was there is touched.
+    """
+    import safetensors.torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    name = f"step-{checkpoint.step:08d}"
+    temporary, final = folder / (_TEMPORARY + name), folder / name
+    buffer = io.BytesIO()
+    torch.save(checkpoint.state, buffer)
+    # Serialized in memory and written by us: safetensors' own writer hides the errno of a full
+    # disk, and the checksum is then of what was meant to be written.
+    contents = {
+        "model.safetensors": safetensors.torch.save(_contiguous(checkpoint.model)),
+        "ema.safetensors": safetensors.torch.save(_contiguous(checkpoint.ema)),
+        "state.pt": buffer.getbuffer(),
+    }
+    manifest = {
+        "step": checkpoint.step,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        **checkpoint.meta,
+    }
+    contents[_MANIFEST] = json.dumps(manifest, indent=2).encode()
+    try:
+        temporary.mkdir()
+        for name, data in contents.items():
+            write_synced(temporary / name, data)
+        sync_folder(temporary)
+        if final.exists():
+            # Left by a run that went on from an older checkpoint because this one was damaged.
+            final.rename(folder / f"{_TEMPORARY}old-{final.name}")
+        temporary.rename(final)
+        sync_folder(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for _, old in _listed(folder)[keep:]:
+        old.rename(folder / (_TEMPORARY + old.name))
+    _remove_leftovers(folder)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read the checkpoint in the folder ``path``.
+
+    Raises
+    ------
+    DamagedCheckpoint
+        When a file is missing, unreadable, or does not match its checksum.
+    """
+    import safetensors.torch
+
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        contents = {name: (path / name).read_bytes() for name in _FILES}
+        for name, data in contents.items():
+            if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
+                raise DamagedCheckpoint(f"{path / name} does not match its checksum")
+        return Checkpoint(
+            step=int(manifest.pop("step")),
+            model=safetensors.torch.load(contents["model.safetensors"]),
+            ema=safetensors.torch.load(contents["ema.safetensors"]),
+            state=torch.load(
+                io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True
+            ),
+            meta={key: value for key, value in manifest.items() if key != "sha256"},
+        )
+    except DamagedCheckpoint:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(f"{error.filename or path}: {error.strerror}") from error
+    except Exception as error:
+        # What a parser raises on bytes it did not expect is not a documented set.
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest good checkpoint in ``folder``; None if there is none at all.
+
+    Damaged ones are passed over, with a message to ``warn`` for each.
+
+    Raises
+    ------
+    DamagedCheckpoint
+        When there are checkpoints and every one is damaged.
+    """
+    listed = _listed(folder)
+    for _, path in listed:
+        try:
+            return load(path)
+        except DamagedCheckpoint as error:
+            warn(f"skipping the damaged checkpoint {path.name}: {error}")
+    if listed:
+        raise DamagedCheckpoint(f"every checkpoint in {folder} is damaged")
+    return None
+
+
+def write_synced(path: Path, data: bytes | memoryview) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is either the old one or the new one at any moment."""
+    temporary = path.with_name(_TEMPORARY + path.name)
+    try:
+        write_synced(temporary, data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk (a no-op where folders cannot be opened)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _listed(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in ``folder`` as (step, path), newest first."""
+    if not folder.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(_TEMPORARY + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses channels_last weights; the format is put back when they are loaded.
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,277 @@
+"""Every setting of a training run, in one dataclass that is also the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdiff.training.errors import UserError
+
+BUILT_IN_DATA = ("digits", "fashion-mnist", "cifar10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run; the defaults train a small U-Net on 8x8 digits.
+
+    Field docstrings are the help texts of ``python -m fastdiff.train``. `for_data` gives the
+    defaults of another dataset.
+    """
+
+    data: str = "digits"
+    """Images to learn: digits, fashion-mnist, cifar10, a folder of images, or an .npz file
+    (uint8, N x H x W x C). The defaults below are those of the dataset chosen here."""
+    data_dir: str | None = None
+    """Folder that holds the files of fashion-mnist (IDX) or cifar10; None: the usual places."""
+    image_size: int | None = None
+    """Resize and centre-crop the images of a folder to this many pixels; None: as they are."""
+    flip: bool = False
+    """Mirror every second image left to right at random."""
+    class_cond: bool = False
+    """Give the model each image's class."""
+    label_dropout: float = 0.1
+    """With --class-cond: how often the class is hidden, which classifier-free guidance needs."""
+
+    preset: str = "digits"
+    """Name of the U-Net's architecture."""
+    timesteps: int = 1000
+    """Number of diffusion steps T."""
+    schedule: str = "cosine"
+    """Noise schedule: linear, quadratic, constant, jsd, sigmoid, cosine."""
+    prediction: str = "eps"
+    """What the U-Net predicts: eps, x0, v."""
+    variance: str = "fixed_large"
+    """Variance of the reverse step: fixed_large, fixed_small."""
+    loss: str = "mse"
+    """Training loss."""
+
+    steps: int = 1500
+    """Optimizer steps of the whole run."""
+    batch_size: int = 128
+    """Images per optimizer step, over all micro-batches."""
+    grad_accum: int = 1
+    """Split each batch into this many micro-batches to save memory; the result is the same up to
+    rounding."""
+    lr: float = 2e-3
+    """Highest learning rate (AdamW)."""
+    warmup: int = 100
+    """Steps over which the learning rate rises from zero."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: stay, or fall to zero along a cosine by the last step."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    ema: float = 0.995
+    """Decay of the averaged weights that samples are drawn from (warmed up from 0.1)."""
+    seed: int = 0
+    """Seed of everything random: weights, order of the data, timesteps, noise."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU when there is one."""
+    amp: Literal["off", "bf16"] = "off"
+    """Run the U-Net under autocast in bfloat16."""
+    channels_last: bool = False
+    """Keep weights and images in channels_last memory format."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile."""
+
+    out: str | None = None
+    """Run folder; None: runs/<name of the data>."""
+    resume: bool = False
+    """Continue the run in the run folder from its newest good checkpoint."""
+    log_every: int = 25
+    """Steps between entries of metrics.jsonl (the only points where the device is waited for)."""
+    sample_every: int = 500
+    """Steps between sample grids."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Number of checkpoints kept."""
+    num_samples: int = 64
+    """Images per sample grid."""
+    sample_steps: int = 50
+    """DDIM steps per sample grid."""
+
+    @classmethod
+    def for_data(cls, data: str) -> TrainConfig:
+        """Return the defaults for ``data``: a built-in name, or a folder or file of images."""
+        recipe = _RECIPES.get(data, {} if data == "digits" else _OWN_IMAGES)
+        return cls(data=data, **recipe)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written: ``out``, or runs/<name of the data>."""
+        if self.out is not None:
+            return Path(self.out)
+        return Path("runs") / (self.data if self.data in BUILT_IN_DATA else Path(self.data).stem)
+
+    def validate(self) -> None:
+        """Raise `UserError` for the first setting no run can have."""
+        _at_least(1, self, "timesteps", "steps", "batch_size", "grad_accum", "log_every")
+        _at_least(1, self, "sample_every", "checkpoint_every", "keep", "num_samples")
+        _at_least(1, self, "sample_steps", "image_size")
+        _at_least(0, self, "warmup", "weight_decay", "seed")
+        for name in ("lr", "grad_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")
+        for name in ("ema", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number in [0, 1)")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed}: give a number below 2**63")
+        if self.batch_size % self.grad_accum:
+            raise UserError(
+                f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}"
+            )
+        if self.sample_steps > self.timesteps:
+            raise UserError(
+                f"--sample-steps {self.sample_steps} is more than --timesteps {self.timesteps}"
+            )
+
+    def to_json(self) -> str:
+        """Return the settings as the text of config.json."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "resume"}
+        return json.dumps(values, indent=2) + "\n"
+
+    def updated(self, values: dict[str, Any], source: str) -> TrainConfig:
+        """Return a copy with ``values`` (field or flag names) put in.
+
+        Raises
+        ------
+        UserError
+            For a key that is no setting and a value of the wrong type, naming ``source``.
+        """
+        kinds = typing.get_type_hints(TrainConfig)
+        changes = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in kinds:
+                raise UserError(
+                    f"{source}: unknown setting {key!r}; valid: {', '.join(sorted(kinds))}"
+                )
+            changes[name] = _converted(value, kinds[name], f"{source}: {key}")
+        return dataclasses.replace(self, **changes)
+
+    def changes_that_break_resuming(self, saved: TrainConfig) -> list[str]:
+        """Describe the settings that differ from ``saved`` and would make it another run."""
+        return [
+            f"{_flag(field.name)} {getattr(self, field.name)} (the run has "
+            f"{getattr(saved, field.name)})"
+            for field in dataclasses.fields(self)
+            if field.name not in _FREE_ON_RESUME
+            and getattr(self, field.name) != getattr(saved, field.name)
+        ]
+
+
+# DDPM's recipe for CIFAR-10 (SPEC §11), and what it becomes for smaller and for unknown images.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        "preset": "ddpm_cifar10",
+        "schedule": "linear",
+        "flip": True,
+        "steps": 800_000,
+        "lr": 2e-4,
+        "warmup": 5000,
+        "lr_schedule": "constant",
+        "ema": 0.9999,
+        "log_every": 100,
+        "sample_every": 5000,
+        "checkpoint_every": 5000,
+    },
+    "fashion-mnist": {
+        "preset": "mnist",
+        "flip": True,
+        "steps": 10_000,
+        "lr": 5e-4,
+        "warmup": 500,
+        "ema": 0.999,
+        "sample_every": 1000,
+        "checkpoint_every": 1000,
+    },
+}
+_OWN_IMAGES = {**_RECIPES["fashion-mnist"], "flip": False}
+
+# What may differ between a run and its continuation: how long, where, how fast and how often
+# it reports. Everything else would silently make it another run.
+_FREE_ON_RESUME = frozenset(
+    [
+        "steps",
+        "out",
+        "resume",
+        "data_dir",
+        "device",
+        "amp",
+        "channels_last",
+        "compile",
+        "grad_accum",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep",
+        "num_samples",
+        "sample_steps",
+    ]
+)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read the settings in a YAML or JSON file (``yaml.safe_load``: nothing loaded runs code)."""
+    import yaml
+
+    try:
+        # JSON is a subset of YAML as far as settings go, so one parser reads both.
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML or JSON: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected settings as `name: value` lines")
+    return values
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _at_least(least: int, config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{_flag(name)} {value}: give a number of at least {least}")
+
+
+def _converted(value: Any, kind: Any, what: str) -> Any:
+    """Convert a value from a file to a field's type; YAML reads 1e-3, for one, as a string."""
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    if typing.get_origin(kind) is Literal:
+        options = typing.get_args(kind)
+        # YAML 1.1 reads a bare `off` as false.
+        value = "off" if value is False and "off" in options else value
+        if value not in options:
+            raise UserError(f"{what}: expected one of {', '.join(options)}, got {value!r}")
+        return value
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif kind is str and isinstance(value, str):
+        return value
+    elif kind in (int, float) and isinstance(value, (int, float, str)):
+        try:
+            number = kind(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (isinstance(value, str) or number == value):
+            return number
+    raise UserError(f"{what}: expected {kind.__name__}, got {value!r}")

@@ -1,0 +1,49 @@
+"""An exponential moving average of a model's parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Averaged copy of a model: p_ema <- d p_ema + (1 - d) p after every optimizer step.
+
+    The decay is warmed up, d_n = min(decay, (1 + n) / (10 + n)) at update n (from 0), so that
+    the average is not dominated by the random initial weights while the run is young. Only
+    parameters are averaged; buffers are constants or counters and are copied.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model being trained (unwrapped: neither compiled nor distributed).
+    decay : float
+        Final decay in [0, 1); 0 copies the parameters.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The averaged copy, in eval mode and without gradients: sample from this one.
+    num_updates : int
+        Updates so far; part of a checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+        self.decay = decay
+        self.num_updates = 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards ``model``'s parameters."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(
+            list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay
+        )
+        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(current)
+        self.num_updates += 1

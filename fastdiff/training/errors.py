@@ -1,0 +1,40 @@
+"""The two ways a run ends early that deserve one line instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something only the user can put right; the message names the argument and the remedy.
+
+    Raised before any file is written. Command lines print it and exit with code 2.
+    """
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that started well and cannot go on: a non-finite loss, a full disk.
+
+    The message names the step and what is still intact. Command lines exit with code 1.
+    """
+
+    exit_code = 1
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Turn a library's ``ValueError`` or ``TypeError`` about ``argument`` into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{argument}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,214 @@
+"""A run folder, and building a run's model and process from settings or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdiff.training.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    load_newest,
+    write_atomic,
+)
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.errors import UserError, naming
+
+if TYPE_CHECKING:
+    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.nn import UNet
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run writes; `create` makes the folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Grids of samples, one picture each."""
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        """The averaged model in diffusers' format."""
+        return self.path / "model"
+
+    def check_new(self) -> None:
+        """Raise `UserError` if something is there already or the folder cannot be made."""
+        if self.path.is_dir():
+            if any(self.path.iterdir()):
+                raise UserError(
+                    f"--out {self.path} exists and is not empty; continue that run with --resume, "
+                    "or give another folder with --out"
+                )
+        elif self.path.exists():
+            raise UserError(f"--out {self.path} is a file; give a folder")
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"--out {self.path}: cannot write in {parent}; give another folder")
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write config.json."""
+        try:
+            for folder in (self.path, self.samples, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, config.to_json().encode())
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
+
+    def saved_config(self, argument: str) -> TrainConfig:
+        """Read config.json; `UserError` naming ``argument`` if this is no run folder."""
+        try:
+            values = json.loads(self.config.read_text())
+        except OSError as error:
+            raise UserError(
+                f"{argument}: {self.path} holds no run ({self.config.name}: {error.strerror})"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{argument}: {self.config} is not valid JSON: {error}") from error
+        return TrainConfig().updated(values, str(self.config))
+
+
+def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:
+    """Build the U-Net that ``config`` asks for, for images (H, W, C).
+
+    A preset used at another size keeps its attention at the same levels.
+    """
+    from fastdiff.nn import UNet, preset_config
+
+    height, width, channels = image_shape
+    with naming("--preset"):
+        preset = preset_config(config.preset)
+    for length in (height, width):
+        if length % preset.size_divisor:
+            raise UserError(
+                f"--preset {config.preset} needs images whose height and width are multiples of "
+                f"{preset.size_divisor}, got {height}x{width}; resize them (--image-size for a "
+                "folder) or choose a preset with fewer levels"
+            )
+    overrides = {
+        "sample_size": height,
+        "in_channels": channels,
+        "attention_resolutions": [
+            height >> preset.resolutions.index(r) for r in preset.attention_resolutions
+        ],
+    }
+    if config.class_cond:
+        if num_classes < 2:
+            raise UserError(
+                f"--class-cond needs images with classes, and --data {config.data} has none; a "
+                "folder has one subfolder per class, an .npz file an array of labels"
+            )
+        overrides |= {"num_classes": num_classes, "null_class": config.label_dropout > 0}
+    with naming("--preset"):
+        return UNet.from_preset(config.preset, **overrides)
+
+
+def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
+    """Build the diffusion process that ``config`` asks for."""
+    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.schedules import NoiseSchedule
+
+    with naming("--schedule"):
+        schedule = NoiseSchedule.from_name(config.schedule, config.timesteps)
+    with naming("--prediction, --variance or --loss"):
+        return GaussianDiffusion(
+            schedule, prediction=config.prediction, variance=config.variance, loss=config.loss
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``--device`` into a device that exists; "auto" is a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch's messages run over many lines; the first says what is wrong.
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name}: {reason}; `--device auto` takes what is there"
+        ) from error
+    return device
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as samplers and evaluation need it.
+
+    Attributes
+    ----------
+    config : TrainConfig
+        The run's settings.
+    step : int
+        Optimizer steps behind the weights.
+    unet : UNet
+        With the averaged weights, in eval mode, on the device.
+    diffusion : GaussianDiffusion
+        The process it was trained for.
+    image_shape : tuple of int
+        (C, H, W).
+    """
+
+    config: TrainConfig
+    step: int
+    unet: UNet
+    diffusion: GaussianDiffusion
+    image_shape: tuple[int, int, int]
+
+
+def load_run(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    warn: Callable[[str], None] = warnings.warn,
+) -> TrainedRun:
+    """Load the newest good checkpoint of a run; the folder is all that is needed.
+
+    Raises
+    ------
+    UserError
+        The folder holds no run, or no usable checkpoint.
+    """
+    from fastdiff.nn import UNet
+
+    run = RunFolder(Path(folder))
+    config = run.saved_config("RUN")
+    newest = newest_checkpoint(run, warn)
+    if newest is None:
+        raise UserError(f"RUN: {folder} has no checkpoint yet")
+    with naming(f"RUN: {folder} cannot be rebuilt"):
+        unet = UNet.from_config(newest.meta["unet"])
+        image_shape = tuple(newest.meta["image_shape"])
+    unet.load_state_dict(newest.ema)
+    unet.eval().requires_grad_(False).to(device)
+    return TrainedRun(config, newest.step, unet, build_diffusion(config), image_shape)
+
+
+def newest_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest good checkpoint of a run, None if it has none yet."""
+    try:
+        return load_newest(run.checkpoints, warn)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; train anew with another --out") from error
