@@ -36,7 +36,8 @@ CXX_FLAGS = [
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
-    "-fno-math-errno",
+    "-fno-math-errno",  # this and the next: without them GCC does not vectorize square roots
+    "-fno-trapping-math",  # and selects between floats
     "-ffp-contract=fast",
     "-Wall",
     f"-ffile-prefix-map={ROOT}/=",  # error messages name csrc/..., not this machine's folders

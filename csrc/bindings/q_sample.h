@@ -21,12 +21,20 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
   check_vector(sqrt_one_minus_alpha_bar, num_timesteps, ScalarType::Float, x0, op,
                "sqrt_one_minus_alpha_bar");
   STD_TORCH_CHECK(!(noise && (keys || seed)), op, ": noise excludes keys and seed");
-  if (noise) check_same_shape(*noise, x0, op, "noise");
-  if (flip) check_vector(*flip, batch, ScalarType::Bool, x0, op, "flip");
+  if (noise) {
+    check_same_shape(*noise, x0, op, "noise");
+    check_float(*noise, op, "noise");
+  }
+  if (flip) {
+    check_vector(*flip, batch, ScalarType::Bool, x0, op, "flip");
+    STD_TORCH_CHECK(x0.dim() >= 2, op, ": flip needs x0 with a width");
+  }
 
   const ScalarType x0_type = x0.scalar_type();
   const ScalarType out_type =
       dtype.value_or(x0_type == ScalarType::Byte ? ScalarType::Float : x0_type);
+  if (x0_type != ScalarType::Byte) check_float(x0, op, "x0");
+  STD_TORCH_CHECK(is_float(out_type), op, ": dtype must be a floating-point dtype");
   const bool wide = x0_type == ScalarType::Double || out_type == ScalarType::Double;
   STD_TORCH_CHECK(!wide || (x0.is_cpu() && !keys && !seed), op,
                   ": float64 kernels exist on the CPU only, and for given noise only");

@@ -40,6 +40,15 @@ inline DType dtype_of(ScalarType type, const char* op, const char* name) {
   }
 }
 
+inline bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+         type == ScalarType::Double;
+}
+
+inline void check_float(const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(is_float(x.scalar_type()), op, ": ", name, " must be floating point");
+}
+
 inline void check_vector(const Tensor& x, int64_t length, ScalarType type, const Tensor& like,
                          const char* op, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == type, op, ": ", name, " has the wrong dtype");

@@ -63,27 +63,39 @@ FASTDIFF_CLONES void to_float16(const float* in, uint16_t* out, int64_t n) {
   }
 }
 
-// Sixteen Philox blocks at a time, as a structure of arrays, then interleaved.
+// Sixteen Philox blocks at a time, one per vector lane, in three loops that GCC vectorizes each. The
+// counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.
 FASTDIFF_CLONES void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks,
                                    float* out) {
   constexpr int kLanes = 16;
-  float lanes[4][kLanes];
+  uint32_t w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
+  float n0[kLanes], n1[kLanes], n2[kLanes], n3[kLanes], normals[4 * kLanes];
   for (int64_t base = 0; base < blocks; base += kLanes) {
+    const uint64_t block = first + static_cast<uint64_t>(base);
+    const uint32_t low = static_cast<uint32_t>(block), high = static_cast<uint32_t>(block >> 32);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-      float n[4];
-      normal_block(key, stream, first + static_cast<uint64_t>(base) + static_cast<uint32_t>(lane),
-                   n);
-      lanes[0][lane] = n[0];
-      lanes[1][lane] = n[1];
-      lanes[2][lane] = n[2];
-      lanes[3][lane] = n[3];
+      const uint32_t lane_low = low + static_cast<uint32_t>(lane);
+      const uint32_t lane_high = high + (lane_low < low ? 1u : 0u);
+      const Words words = philox4x32(lane_low, lane_high, stream, key);
+      w0[lane] = words.w0;
+      w1[lane] = words.w1;
+      w2[lane] = words.w2;
+      w3[lane] = words.w3;
     }
-    const int64_t count = std::min<int64_t>(kLanes, blocks - base);
-    float* block_out = out + 4 * base;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      for (int k = 0; k < 4; ++k) block_out[4 * lane + k] = lanes[k][lane];
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      box_muller(w0[lane], w1[lane], n0[lane], n1[lane]);
+      box_muller(w2[lane], w3[lane], n2[lane], n3[lane]);
     }
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      normals[4 * lane] = n0[lane];
+      normals[4 * lane + 1] = n1[lane];
+      normals[4 * lane + 2] = n2[lane];
+      normals[4 * lane + 3] = n3[lane];
+    }
+    std::memcpy(out + 4 * base, normals, 16 * std::min<int64_t>(kLanes, blocks - base));
   }
 }
 

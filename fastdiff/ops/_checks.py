@@ -1,4 +1,8 @@
-"""Argument checks shared by the ops: one clear message, raised before any kernel runs."""
+"""Argument checks shared by the ops: one clear message, raised before any kernel runs.
+
+The compiled kernels' bindings check the same things, tersely, so an eager call of theirs pays for
+these checks only when it was refused (`fastdiff.ops._library.call`).
+"""
 
 from __future__ import annotations
 
@@ -15,50 +19,60 @@ DEBUG = os.environ.get("FASTDIFF_DEBUG", "0") == "1"
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
-def fail_dtype(op: str, name: str, given: torch.dtype, expected: str) -> None:
-    raise TypeError(f"{op}: {name} has dtype {given}, expected {expected}")
+def _dtype_error(op: str, name: str, given: torch.dtype, expected: str) -> TypeError:
+    return TypeError(f"{op}: {name} has dtype {given}, expected {expected}")
 
 
-def check_timesteps(op: str, t: Tensor, batch: int, device: torch.device, num: int) -> None:
-    """t must be int64 (batch,) on `device` with 0 <= t < num.
+def check_float(
+    op: str, name: str, dtype: torch.dtype, expected: str = "a floating-point dtype"
+) -> None:
+    if dtype not in FLOATS:
+        raise _dtype_error(op, name, dtype, expected)
 
-    The range is checked where that needs no synchronization (CPU), or under FASTDIFF_DEBUG=1.
-    """
-    if t.dtype != torch.int64:
-        fail_dtype(op, "t", t.dtype, "torch.int64")
-    if t.dim() != 1 or t.shape[0] != batch:
+
+def _check_device(op: str, name: str, given: torch.device, device: torch.device) -> None:
+    if given != device:
+        raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
+
+
+def check_per_sample(
+    op: str, name: str, x: Tensor, dtype: torch.dtype, batch: int, device: torch.device
+) -> None:
+    """`x` must be a (batch,) tensor of `dtype` on `device`."""
+    if x.dtype != dtype:
+        raise _dtype_error(op, name, x.dtype, str(dtype))
+    if x.dim() != 1 or x.shape[0] != batch:
         raise ValueError(
-            f"{op}: t has shape {tuple(t.shape)}, expected ({batch},), one timestep per sample"
+            f"{op}: {name} has shape {tuple(x.shape)}, expected ({batch},), one value per sample"
         )
-    if t.device != device:
-        raise ValueError(f"{op}: t is on {t.device}, expected {device}, where x0 is")
-    # The native CPU kernel checks the range itself, without the cost of these reductions.
-    if DEBUG and not torch.compiler.is_compiling():
-        check_timestep_range(op, t, num)
+    _check_device(op, name, x.device, device)
 
 
-def check_timestep_range(op: str, t: Tensor, num: int) -> None:
-    if t.numel() and bool(((t < 0) | (t >= num)).any()):
-        raise IndexError(
-            f"{op}: t has values from {int(t.min())} to {int(t.max())}, "
-            f"expected 0 <= t < {num}, the length of the tables"
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """`x` must be floating point with the shape and device of `like`."""
+    check_float(op, name, x.dtype)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)} as {like_name}"
         )
+    _check_device(op, name, x.device, like.device)
 
 
 def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
-    """All tables must be floating-point (T,) of one length on `device`. Returns T."""
-    length = -1
+    """All tables must be float32 or float64 (T,) of one length on `device`. Returns T."""
+    length = None
     for name, table in tables.items():
+        if table.dtype not in (torch.float32, torch.float64):
+            raise _dtype_error(
+                op, name, table.dtype, "torch.float32 (half-precision tables lose whole timesteps)"
+            )
         if table.dim() != 1:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(table.shape)}, expected (T,), one value per "
                 "timestep"
             )
-        if not table.is_floating_point():
-            fail_dtype(op, name, table.dtype, "torch.float32")
-        if table.device != device:
-            raise ValueError(f"{op}: {name} is on {table.device}, expected {device}, where x0 is")
-        if length not in (-1, table.shape[0]):
+        _check_device(op, name, table.device, device)
+        if length not in (None, table.shape[0]):
             raise ValueError(
                 f"{op}: {name} has {table.shape[0]} entries, expected {length} as in the other "
                 "tables"
@@ -67,26 +81,27 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
     return length
 
 
-def check_seed(
-    op: str, seed: int | Tensor, batch: int, device: torch.device
-) -> tuple[Tensor | None, int | None]:
-    """Split `seed` into (keys, None) or (None, signed 64-bit integer)."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            fail_dtype(op, "seed", seed.dtype, "torch.int64 keys (B,), or a Python int")
-        if seed.dim() != 1 or seed.shape[0] != batch:
-            raise ValueError(
-                f"{op}: seed has shape {tuple(seed.shape)}, expected ({batch},), one key per sample"
-            )
-        if seed.device != device:
-            raise ValueError(f"{op}: seed is on {seed.device}, expected {device}, where x0 is")
+def check_timestep_range(op: str, t: Tensor, num: int) -> None:
+    """0 <= t < num, where that costs no synchronization (CPU) or FASTDIFF_DEBUG=1 asks for it."""
+    if torch.compiler.is_compiling() or not (t.device.type == "cpu" or DEBUG):
+        return
+    if t.numel() and bool(((t < 0) | (t >= num)).any()):
+        raise IndexError(
+            f"{op}: t has values from {int(t.min())} to {int(t.max())}, "
+            f"expected 0 <= t < {num}, the length of the tables"
+        )
+
+
+def split_seed(op: str, seed: int | Tensor | None) -> tuple[Tensor | None, int | None]:
+    """`seed` as (keys, None) or (None, signed 64-bit integer)."""
+    if seed is None or isinstance(seed, Tensor):
         return seed, None
-    return None, check_int64(op, "seed", seed)
+    return None, as_int64(op, "seed", seed)
 
 
-def check_int64(op: str, name: str, value: int) -> int:
+def as_int64(op: str, name: str, value: int) -> int:
     """Any Python int, reduced to the signed 64-bit integer with the same low 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {value!r}, expected an int")
     if _INT64_MIN <= value <= _INT64_MAX:
         return value

@@ -14,24 +14,49 @@ from collections.abc import Callable
 import torch
 
 from fastdiff import _native
+from fastdiff.ops import _checks
 
 # Kept alive for the process: dropping a Library undoes its registrations.
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 
 
-class below_autograd:
-    """Calls inside go straight to the device kernels: for inputs that need no gradient.
+def call(
+    overload: Callable,
+    arguments: tuple,
+    *,
+    differentiable: tuple[torch.Tensor | None, ...],
+    check: Callable,
+    compiled: bool,
+) -> torch.Tensor:
+    """Call an op from its public function, at the least cost.
 
-    The Python kernel at the Autograd key costs some microseconds even when it has nothing to do.
+    Parameters
+    ----------
+    differentiable
+        The tensor arguments that may need a gradient. If none does, the call skips the Python
+        kernel at the Autograd key, which costs microseconds even when it has nothing to do.
+    check
+        `check(*arguments, check_range=...)` raises the clear error. The bindings of compiled
+        kernels refuse the same arguments themselves, so for them it runs only after a refusal.
+    compiled
+        Whether a compiled library runs the call.
     """
-
-    __slots__ = ("_guard",)
-
-    def __enter__(self) -> None:
-        self._guard = torch._C._AutoDispatchBelowAutograd()
-
-    def __exit__(self, *_: object) -> None:
-        del self._guard
+    if torch.compiler.is_compiling():
+        check(*arguments, check_range=False)
+        return overload(*arguments)
+    if not compiled or _checks.DEBUG:
+        check(*arguments, check_range=True)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in differentiable
+    )
+    guard = None if needs_grad else torch._C._AutoDispatchBelowAutograd()
+    try:
+        return overload(*arguments)
+    except RuntimeError:
+        check(*arguments, check_range=True)
+        raise
+    finally:
+        del guard
 
 
 def define(

@@ -67,8 +67,7 @@ def philox_normal(
     shape = tuple(shape)
     if not shape:
         raise ValueError(f"{op}: shape is (), expected (B, ...)")
-    if dtype not in _checks.FLOATS:
-        _checks.fail_dtype(op, "dtype", dtype, "a floating-point dtype")
+    _checks.check_float(op, "dtype", dtype)
     dims = _CHANNELS_LAST_DIMS.get(memory_format)
     if dims is None and memory_format != torch.contiguous_format:
         raise ValueError(
@@ -78,8 +77,10 @@ def philox_normal(
     if dims is not None and len(shape) != dims:
         raise ValueError(f"{op}: {memory_format} needs {dims} dimensions, shape is {shape}")
     out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
-    keys, integer = _checks.check_seed(op, seed, shape[0], out.device)
-    stream = _checks.check_int64(op, "stream", stream)
+    keys, integer = _checks.split_seed(op, seed)
+    if keys is not None:
+        _checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
+    stream = _checks.as_int64(op, "stream", stream)
     unsupported = "float64 runs on the reference backend only" if dtype == torch.float64 else None
     backend = select_backend(op, out.device.type, unsupported)
     if backend == "reference":

@@ -72,61 +72,11 @@ def q_sample(
     >>> t = torch.randint(1000, (4,))
     >>> x_t = fastdiff.ops.q_sample(x0, t, *tables, seed=0)
     """
-    op = "q_sample"
-    if dtype is None:
-        dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-    if dtype not in _checks.FLOATS:
-        if not x0.is_floating_point() and x0.dtype != torch.uint8:
-            _checks.fail_dtype(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
-        _checks.fail_dtype(op, "dtype", dtype, "a floating-point dtype")
-    if x0.dim() == 0:
-        raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
-    batch, device = x0.shape[0], x0.device
-    num = _checks.check_tables(
-        op,
-        device,
-        sqrt_alpha_bar=sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar=sqrt_one_minus_alpha_bar,
-    )
-    _checks.check_timesteps(op, t, batch, device, num)
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
-        raise ValueError(f"{op}: pass either noise or seed; {given} was given")
-    keys = integer = None
-    if noise is not None:
-        if noise.shape != x0.shape:
-            raise ValueError(
-                f"{op}: noise has shape {tuple(noise.shape)}, expected {tuple(x0.shape)} as x0"
-            )
-        if not noise.is_floating_point():
-            _checks.fail_dtype(op, "noise", noise.dtype, "a floating-point dtype")
-        if noise.device != device:
-            raise ValueError(f"{op}: noise is on {noise.device}, expected {device}, where x0 is")
-    else:
-        keys, integer = _checks.check_seed(op, seed, batch, device)
-    stream = _checks.check_int64(op, "stream", stream)
-    if flip is not None:
-        _check_flip(op, flip, x0)
-
-    backend = select_backend(
-        op, device.type, _unsupported(x0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, dtype, seed)
-    )
-    if backend == "reference":
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.check_timestep_range(op, t, num)
-        return reference.q_sample(
-            x0,
-            t,
-            sqrt_alpha_bar,
-            sqrt_one_minus_alpha_bar,
-            noise,
-            seed=seed,
-            stream=stream,
-            flip=flip,
-            dtype=dtype,
-        )
-    packet = torch.ops.fastdiff.q_sample
-    overload = packet.triton if backend == "triton" else packet.default
+        raise ValueError(f"q_sample: pass either noise or seed; {given} was given")
+    keys, integer = _checks.split_seed("q_sample", seed)
+    stream = _checks.as_int64("q_sample", "stream", stream)
     arguments = (
         x0,
         t,
@@ -139,47 +89,95 @@ def q_sample(
         flip,
         dtype,
     )
-    needs_grad = torch.is_grad_enabled() and (
-        x0.requires_grad or (noise is not None and noise.requires_grad)
-    )
-    if torch.compiler.is_compiling():
-        return overload(*arguments)
-    try:
-        if needs_grad:
-            return overload(*arguments)
-        with _library.below_autograd():
-            return overload(*arguments)
-    except RuntimeError:
-        # The CPU kernel found a timestep out of range; C++ cannot raise IndexError through the
-        # stable ABI.
-        if device.type == "cpu":
-            _checks.check_timestep_range(op, t, num)
-        raise
-
-
-def _check_flip(op: str, flip: Tensor, x0: Tensor) -> None:
-    if flip.dtype != torch.bool:
-        _checks.fail_dtype(op, "flip", flip.dtype, "torch.bool")
-    if flip.dim() != 1 or flip.shape[0] != x0.shape[0]:
-        raise ValueError(
-            f"{op}: flip has shape {tuple(flip.shape)}, expected ({x0.shape[0]},), one per sample"
+    backend = select_backend("q_sample", x0.device.type, _unsupported(*arguments))
+    if backend == "reference":
+        _check(*arguments, check_range=True)
+        return reference.q_sample(
+            x0,
+            t,
+            sqrt_alpha_bar,
+            sqrt_one_minus_alpha_bar,
+            noise,
+            seed=seed,
+            stream=stream,
+            flip=flip,
+            dtype=dtype,
         )
-    if flip.device != x0.device:
-        raise ValueError(f"{op}: flip is on {flip.device}, expected {x0.device}, where x0 is")
-    if x0.dim() < 2:
-        raise ValueError(f"{op}: flip needs x0 with a width, got shape {tuple(x0.shape)}")
+    packet = torch.ops.fastdiff.q_sample
+    return _library.call(
+        packet.triton if backend == "triton" else packet.default,
+        arguments,
+        differentiable=(x0, noise),
+        check=_check,
+        compiled=backend != "triton",
+    )
+
+
+def _check(
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    flip: Tensor | None,
+    dtype: torch.dtype | None,
+    *,
+    check_range: bool,
+) -> None:
+    """Everything that can be wrong with the arguments, with the clear message."""
+    op = "q_sample"
+    if x0.dtype != torch.uint8:
+        _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
+    if dtype is not None:
+        _checks.check_float(op, "dtype", dtype)
+    if x0.dim() == 0:
+        raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
+    batch, device = x0.shape[0], x0.device
+    num = _checks.check_tables(
+        op,
+        device,
+        sqrt_alpha_bar=sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar=sqrt_one_minus_alpha_bar,
+    )
+    if noise is not None:
+        _checks.check_like(op, "noise", noise, "x0", x0)
+    if keys is not None:
+        _checks.check_per_sample(op, "seed", keys, torch.int64, batch, device)
+    if flip is not None:
+        _checks.check_per_sample(op, "flip", flip, torch.bool, batch, device)
+        if x0.dim() < 2:
+            raise ValueError(f"{op}: flip needs x0 with a width, got shape {tuple(x0.shape)}")
+    _checks.check_per_sample(op, "t", t, torch.int64, batch, device)
+    if check_range:
+        _checks.check_timestep_range(op, t, num)
 
 
 def _unsupported(
-    x0: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, seed: int | Tensor | None
+    x0: Tensor,
+    t: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    flip: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> str | None:
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
-    if a.dtype != torch.float32 or b.dtype != torch.float32:
-        return "only the reference takes tables that are not float32"
-    if (a.requires_grad or b.requires_grad) and torch.is_grad_enabled():
-        return "only the reference differentiates the tables"
-    if torch.float64 in (dtype, x0.dtype) and (seed is not None or x0.device.type != "cpu"):
-        return "float64 kernels exist on the CPU only, and for given noise only"
+    for table in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar):
+        if table.dtype == torch.float64:
+            return "only the reference takes float64 tables"
+        if table.requires_grad and torch.is_grad_enabled():
+            return "only the reference differentiates the tables"
+    if x0.dtype == torch.float64 or dtype == torch.float64:
+        if x0.device.type != "cpu" or noise is None:
+            return "float64 kernels exist on the CPU only, and for given noise only"
+        if x0.dtype == torch.uint8:
+            return "only the reference takes uint8 to float64"
     return None
 
 
@@ -267,7 +265,7 @@ class _QSample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):
-        with _library.below_autograd():
+        with torch._C._AutoDispatchBelowAutograd():
             out = op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
         ctx.op = op
         ctx.x0_dtype = x0.dtype

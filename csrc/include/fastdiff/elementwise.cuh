@@ -65,10 +65,9 @@ __device__ __forceinline__ Chunk block_chunk(const SampleLayout& layout, const C
 
 // The normal of one logical element; its three neighbours are thrown away.
 __device__ __forceinline__ float normal_element(uint64_t key, uint64_t stream, int64_t element) {
-  float n[4];
-  normal_block(key, stream, static_cast<uint64_t>(element) / 4, n);
+  const Normals n = normal_block(key, stream, static_cast<uint64_t>(element) / 4);
   const int k = static_cast<int>(element & 3);
-  const float low = k & 1 ? n[1] : n[0], high = k & 1 ? n[3] : n[2];
+  const float low = k & 1 ? n.n1 : n.n0, high = k & 1 ? n.n3 : n.n2;
   return k & 2 ? high : low;
 }
 
@@ -86,8 +85,8 @@ __device__ __forceinline__ void stage_normals(const SampleLayout& layout, const 
     const int64_t block = start / 4 + (i - c * blocks);
     const int p = static_cast<int>(4 * block - start);
     if (p >= pixels) continue;
-    float n[4];
-    normal_block(key, stream, static_cast<uint64_t>(block), n);
+    const Normals normals = normal_block(key, stream, static_cast<uint64_t>(block));
+    const float n[4] = {normals.n0, normals.n1, normals.n2, normals.n3};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (p + k >= 0 && p + k < pixels) staged[(p + k) * channels + c] = n[k];
@@ -113,7 +112,8 @@ __device__ __forceinline__ void chunk_normals(const SampleLayout& layout, const 
   } else if (layout.inner == 1) {
 #pragma unroll
     for (int v = 0; v < V; v += 4) {
-      normal_block(key, stream, static_cast<uint64_t>(first + v) / 4, out + v);
+      const Normals n = normal_block(key, stream, static_cast<uint64_t>(first + v) / 4);
+      out[v] = n.n0, out[v + 1] = n.n1, out[v + 2] = n.n2, out[v + 3] = n.n3;
     }
   } else {
 #pragma unroll 1

@@ -34,15 +34,21 @@ struct NoiseSource {
 };
 
 struct Words {
-  uint32_t w[4];
+  uint32_t w0, w1, w2, w3;
+};
+
+struct Normals {
+  float n0, n1, n2, n3;
 };
 
 FASTDIFF_HD uint32_t mul_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 
-FASTDIFF_HD Words philox4x32(uint64_t block, uint64_t stream, uint64_t key) {
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
+// Ten rounds with counter (block_low, block_high, stream) and key.
+FASTDIFF_HD Words philox4x32(uint32_t block_low, uint32_t block_high, uint64_t stream,
+                             uint64_t key) {
+  uint32_t c0 = block_low, c1 = block_high;
   uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
 #if defined(__CUDACC__)
@@ -60,7 +66,7 @@ FASTDIFF_HD Words philox4x32(uint64_t block, uint64_t stream, uint64_t key) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+  return {c0, c1, c2, c3};
 }
 
 FASTDIFF_HD float bits_to_float(uint32_t bits) {
@@ -118,7 +124,7 @@ FASTDIFF_HD float log_positive(float x) {
 
 // Sine and cosine of 2 pi w / 2^32 where the fraction is rounded to float first. The reduction to an
 // eighth of a turn is exact; the polynomials are within 1.1 ulp.
-FASTDIFF_HD void sincos_turns(uint32_t w, float* sin_out, float* cos_out) {
+FASTDIFF_HD void sincos_turns(uint32_t w, float& sin_out, float& cos_out) {
   const float quarters = to_float(w) * 9.31322574615478515625e-10f;  // 2^-30: in [0, 4]
   const int32_t quadrant = static_cast<int32_t>(quarters + 0.5f);
   const float f = quarters - static_cast<float>(quadrant);
@@ -137,25 +143,28 @@ FASTDIFF_HD void sincos_turns(uint32_t w, float* sin_out, float* cos_out) {
   const bool swap = quadrant & 1;
   const uint32_t sin_sign = static_cast<uint32_t>(quadrant & 2) << 30;
   const uint32_t cos_sign = static_cast<uint32_t>((quadrant + 1) & 2) << 30;
-  *sin_out = bits_to_float(float_to_bits(swap ? c : s) ^ sin_sign);
-  *cos_out = bits_to_float(float_to_bits(swap ? s : c) ^ cos_sign);
+  sin_out = bits_to_float(float_to_bits(swap ? c : s) ^ sin_sign);
+  cos_out = bits_to_float(float_to_bits(swap ? s : c) ^ cos_sign);
 }
 
 // Two words to two standard normals (Box-Muller).
-FASTDIFF_HD void box_muller(uint32_t w0, uint32_t w1, float* n0, float* n1) {
+FASTDIFF_HD void box_muller(uint32_t w0, uint32_t w1, float& n0, float& n1) {
   const float u1 = to_float(w0) * 2.3283064365386962890625e-10f + 2.3283064365386962890625e-10f;
   float sine, cosine;
-  sincos_turns(w1, &sine, &cosine);
+  sincos_turns(w1, sine, cosine);
   const float radius = sqrtf(-2.0f * log_positive(u1));
-  *n0 = radius * cosine;
-  *n1 = radius * sine;
+  n0 = radius * cosine;
+  n1 = radius * sine;
 }
 
 // The four normals of elements 4 block .. 4 block + 3.
-FASTDIFF_HD void normal_block(uint64_t key, uint64_t stream, uint64_t block, float n[4]) {
-  const Words words = philox4x32(block, stream, key);
-  box_muller(words.w[0], words.w[1], &n[0], &n[1]);
-  box_muller(words.w[2], words.w[3], &n[2], &n[3]);
+FASTDIFF_HD Normals normal_block(uint64_t key, uint64_t stream, uint64_t block) {
+  const Words words = philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                                 stream, key);
+  Normals n;
+  box_muller(words.w0, words.w1, n.n0, n.n1);
+  box_muller(words.w2, words.w3, n.n2, n.n3);
+  return n;
 }
 
 }  // namespace fastdiff
