@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import losses, ops
 from fastdiff._device_cache import DeviceCache
-from fastdiff.ops import _checks, _layout
+from fastdiff.ops import _layout
 from fastdiff.parameterizations import convert
 from fastdiff.reference.posterior_mean import posterior_mean
 from fastdiff.reference.q_sample import per_sample
@@ -310,9 +310,21 @@ class GaussianDiffusion:
         return parts
 
     def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
-        _checks.check_timesteps(caller, t, x_t.shape[0], x_t.device, self.num_timesteps)
-        if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.check_timestep_range(caller, t, self.num_timesteps)
+        """t must be int64 (B,) where x_t is; its range is checked where that does not wait."""
+        if t.dtype != torch.int64:
+            raise TypeError(f"{caller}: t has dtype {t.dtype}, expected torch.int64")
+        if tuple(t.shape) != (len(x_t),) or t.device != x_t.device:
+            raise ValueError(
+                f"{caller}: t has shape {tuple(t.shape)} on {t.device}, expected ({len(x_t)},) on "
+                f"{x_t.device}, one timestep per sample"
+            )
+        if t.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool(((t < 0) | (t >= self.num_timesteps)).any()):
+            raise IndexError(
+                f"{caller}: t has values from {int(t.min())} to {int(t.max())}, expected "
+                f"0 <= t < {self.num_timesteps}"
+            )
 
     def __repr__(self) -> str:
         return (

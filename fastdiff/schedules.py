@@ -59,7 +59,8 @@ class NoiseSchedule:
 
     Examples
     --------
-    >>> schedule = NoiseSchedule.linear(1000)
+    >>> import fastdiff
+    >>> schedule = fastdiff.NoiseSchedule.linear(1000)
     >>> round(float(schedule.alpha_bars[-1]), 7)
     4.04e-05
     """

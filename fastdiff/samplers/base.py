@@ -124,7 +124,7 @@ class Sampler(ABC):
         guidance
             For example `ClassifierFree(4.0, {"y": null_labels})`.
         progress
-            Show a bar, if tqdm is installed.
+            Show a bar on a terminal, if tqdm is installed.
         callback
             Called as `callback(step, t, x_t, pred_x0)` after every step.
         device, dtype
@@ -250,5 +250,5 @@ def _progress(rows: Sequence[int], show: bool) -> Iterable[int]:
     if show and importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
 
-        return tqdm(rows, desc="sampling", leave=False)
+        return tqdm(rows, desc="sampling", leave=False, disable=None)
     return rows

@@ -89,7 +89,9 @@ def spaced_indices(
 
     Examples
     --------
-    >>> spaced_indices(NoiseSchedule.linear(1000), 4, "trailing").tolist()
+    >>> import fastdiff
+    >>> schedule = fastdiff.NoiseSchedule.linear(1000)
+    >>> fastdiff.samplers.spaced_indices(schedule, 4, "trailing").tolist()
     [249, 499, 749, 999]
     """
     num_timesteps = schedule.num_timesteps
