@@ -134,12 +134,12 @@ def test_ddpm_chain_has_the_data_moments_as_T_grows(variance):
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 def test_ddpm_samples_have_the_chain_moments(variance):
-    schedule = NoiseSchedule.linear(250, rescale=True)
+    schedule = NoiseSchedule.linear(100, rescale=True)
     mean = torch.tensor([[[0.5, -0.2, 0.1]]], dtype=torch.float64)
     data_variance = torch.tensor([[[0.05, 0.3, 0.8]]], dtype=torch.float64)
     model = GaussianDenoiser(mean, data_variance, schedule)
     sampler = DDPM(GaussianDiffusion(schedule, variance=variance), clip_denoised=False)
-    num = 8192
+    num = 4096
     samples = sampler.sample(model, (num, 1, 1, 3), seed=5, progress=False).double().flatten(1)
     sigma2 = schedule.betas if variance == "fixed_large" else schedule.posterior_variance
     m, v = (x.flatten() for x in _chain_moments(schedule, mean, data_variance, sigma2))
@@ -154,7 +154,7 @@ def test_ddpm_samples_have_a_full_covariance(gaussian, schedule):
     mean, covariance = gaussian
     model = GaussianDenoiser(mean, covariance, schedule)
     sampler = DDPM(GaussianDiffusion(schedule), 250, "trailing", clip_denoised=False)
-    num = 4096
+    num = 2048
     samples = sampler.sample(model, (num, *DATA), seed=5, progress=False).double().flatten(1)
     variances = covariance.diagonal()
     bound = 5 * (variances / num).sqrt() + 0.01
