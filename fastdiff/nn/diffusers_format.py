@@ -17,14 +17,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastdiff.nn.config import UNetConfig
-
-if TYPE_CHECKING:
-    from fastdiff.nn.unet import UNet
+from fastdiff.nn.unet import UNet
 
 # The oldest version whose UNet2DModel has every setting used here.
 DIFFUSERS_VERSION = "0.30.0"
@@ -345,9 +343,25 @@ def from_module(module: torch.nn.Module) -> UNet:
     return _build(dict(module.config), state)
 
 
-def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor]) -> UNet:
-    from fastdiff.nn.unet import UNet
+def to_module(unet: UNet) -> torch.nn.Module:
+    """A ``diffusers.UNet2DModel`` with the architecture and a copy of the weights of `unet`.
 
+    Raises
+    ------
+    UnsupportedByDiffusersError
+        UNet2DModel cannot express the network (see `unet2d_config`).
+    ModuleNotFoundError
+        diffusers is not installed (it comes with ``pip install fastdiff[diffusers]``).
+    """
+    from diffusers import UNet2DModel
+
+    module = UNet2DModel(**unet2d_config(unet.config))
+    module.load_state_dict(unet.state_dict())
+    first = next(unet.parameters())
+    return module.to(device=first.device, dtype=first.dtype).train(unet.training)
+
+
+def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor]) -> UNet:
     # The meta device: initial values would only be thrown away.
     with torch.device("meta"):
         unet = UNet(config_from_unet2d(settings))
@@ -357,7 +371,7 @@ def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor]) -> UNet:
         for name, tensor in state.items()
     }
     unet.load_state_dict(renamed, assign=True)
-    return unet.requires_grad_().eval()
+    return unet.eval()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

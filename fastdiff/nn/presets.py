@@ -45,7 +45,7 @@ PRESETS: dict[str, UNetConfig] = {
     "digits": UNetConfig(
         sample_size=8,
         in_channels=1,
-        channels=64,
+        channels=32,
         channel_mult=(1, 2),
         num_res_blocks=1,
         attention_resolutions=(4,),

@@ -101,6 +101,40 @@ class UNet(nn.Module):
         """Build the network that `config`, a UNetConfig or its `to_dict()`, describes."""
         return cls(config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config))
 
+    @classmethod
+    def from_diffusers(cls, source: str | os.PathLike[str] | nn.Module) -> UNet:
+        """Load a ``UNet2DModel``: a local folder (of it or of its pipeline), or the module itself.
+
+        The weights are copied; the network is in eval mode. diffusers need not be installed to
+        load a folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            The folder has no config.json or no safetensors weights.
+        fastdiff.nn.diffusers_format.UnsupportedByDiffusersError
+            The UNet2DModel has a feature that this U-Net lacks.
+        """
+        from fastdiff.nn import diffusers_format
+
+        if isinstance(source, nn.Module):
+            return diffusers_format.from_module(source)
+        return diffusers_format.load_pretrained(source)
+
+    def to_diffusers(self) -> nn.Module:
+        """A ``diffusers.UNet2DModel`` with a copy of the weights that computes the same.
+
+        Raises
+        ------
+        fastdiff.nn.diffusers_format.UnsupportedByDiffusersError
+            UNet2DModel cannot express the network.
+        ModuleNotFoundError
+            diffusers is not installed.
+        """
+        from fastdiff.nn import diffusers_format
+
+        return diffusers_format.to_module(self)
+
     def reset_parameters(self) -> None:
         """Initialise all parameters anew (see the class notes)."""
         for module in self.modules():
