@@ -1,0 +1,170 @@
+"""`python -m fastdiff.sample`, through its real front door."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import _cli, ops, sample
+from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.samplers import DDIM, DDPM
+from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
+from fastdiff.training.logging import image_grid, to_uint8
+
+CONFIG = TrainConfig(
+    preset="tiny",
+    steps=3,
+    batch_size=8,
+    timesteps=20,
+    num_samples=4,
+    sample_steps=2,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An unconditional and a class-conditional run, hardly trained."""
+    patch = pytest.MonkeyPatch()
+    tiny = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+    )
+    patch.setitem(PRESETS, "tiny", tiny)
+    folder = tmp_path_factory.mktemp("runs")
+    for name, class_cond in (("plain", False), ("classes", True)):
+        run = RunFolder(folder / name)
+        config = dataclasses.replace(CONFIG, class_cond=class_cond, lr=1e-2, warmup=0)
+        run.create(config)
+        Trainer(config, load_dataset("digits"), run, torch.device("cpu")).train()
+    patch.undo()  # from here on a run must describe itself
+    return folder
+
+
+@pytest.fixture
+def run_sample(monkeypatch, capfd, tmp_path, runs):
+    """Call the command in this process; gives (exit code, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").symlink_to(runs / "plain")
+    (tmp_path / "classes").symlink_to(runs / "classes")
+
+    def call(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdiff.sample", *argv, "--device", "cpu"])
+        with pytest.raises(SystemExit) as stopped:
+            _cli.run(sample.PROGRAM, sample.main, sample.NEEDS)
+        return stopped.value.code, capfd.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("flags", "make"),
+    [
+        (["--steps", "5"], lambda d: DDIM(d, steps=5)),
+        (
+            ["--steps", "5", "--eta", "0.5", "--spacing", "trailing"],
+            lambda d: DDIM(d, steps=5, eta=0.5, spacing="trailing"),
+        ),
+        (["--spacing", "3,2"], lambda d: DDIM(d, spacing="3,2")),
+        (["--sampler", "ddpm", "--steps", "20"], lambda d: DDPM(d, steps=20)),
+    ],
+)
+def test_npz_holds_what_the_sampler_draws_whatever_the_batch_size(run_sample, runs, flags, make):
+    run = load_run(runs / "plain")
+    drawn = make(run.diffusion).sample(run.unet, (7, 1, 8, 8), seed=11, progress=False)
+    expected = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+    assert len(np.unique(expected)) > 10
+    for batch_size in ("3", "7"):
+        out = f"{batch_size}.npz"
+        argv = ["plain", *flags, "--num", "7", "--seed", "11", "--batch-size", batch_size]
+        assert run_sample(*argv, "--out", out)[0] == 0
+        images = np.load(out)["arr_0"]
+        assert images.dtype == np.uint8
+        # Another batch size may take other matrix kernels: last bits, at most one level.
+        difference = np.abs(images.astype(int) - expected)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+def test_png_is_the_grid_of_the_same_images(run_sample, tmp_path):
+    argv = ("plain", "--num", "10", "--steps", "4")
+    assert run_sample(*argv, "--out", "new/grid.png")[0] == 0
+    run_sample(*argv, "--out", "images.npz")
+    images = torch.from_numpy(np.load("images.npz")["arr_0"]).permute(0, 3, 1, 2)
+    grid = np.asarray(image_grid(images))
+    assert np.array_equal(np.asarray(Image.open("new/grid.png")), grid)
+
+
+def test_the_default_file_is_in_the_run_folder_and_names_its_settings(run_sample, runs):
+    code, error = run_sample("plain", "--num", "2", "--steps", "4", "--seed", "5")
+    assert code == 0
+    path = runs / "plain/samples/ddim-4-seed-5.png"
+    assert path.name in error
+    assert path.exists()
+
+
+def test_classes_in_turn_or_one_for_all(run_sample, runs):
+    assert run_sample("classes", "--num", "12", "--steps", "4", "--out", "turn.npz")[0] == 0
+    turn = np.load("turn.npz")
+    assert turn["arr_1"].tolist() == [*range(10), 0, 1]
+    argv = ("classes", "--num", "12", "--steps", "4", "--class-label", "1")
+    assert run_sample(*argv, "--out", "one.npz")[0] == 0
+    one = np.load("one.npz")
+    assert one["arr_1"].tolist() == [1] * 12
+    # Image 1 has the same noise and class in both; image 2 another class.
+    difference = np.abs(turn["arr_0"].astype(int) - one["arr_0"]).reshape(12, -1).max(1)
+    assert difference[1] <= 1
+    assert difference[2] > 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["nowhere"], ["RUN: nowhere holds no run"]),
+        (["plain", "--out", "taken.png"], ["--out taken.png exists", "--force"]),
+        (["plain", "--out", "a.txt"], ["--out a.txt", ".npz"]),
+        (["plain", "--num", "0"], ["--num 0"]),
+        (["plain", "--batch-size", "0"], ["--batch-size 0"]),
+        (["plain", "--steps", "21"], ["--steps", "21", "1..20"]),
+        (["plain", "--spacing", "even"], ["--spacing", "'even'", "leading", "trailing"]),
+        (["plain", "--eta", "2", "--steps", "5"], ["--eta", "0 (deterministic) to 1"]),
+        (["plain", "--sampler", "ddpm", "--eta", "1"], ["--eta 1.0 belongs to --sampler ddim"]),
+        (["plain", "--class-label", "3"], ["--class-label", "without --class-cond"]),
+        (["classes", "--class-label", "10"], ["--class-label 10", "0..9"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(run_sample, tmp_path, argv, fragments):
+    (tmp_path / "taken.png").write_text("precious")
+    if "--steps" not in argv:
+        argv = [*argv, "--steps", "4"]
+    code, error = run_sample(*argv)
+    assert code == 2
+    assert error.startswith("python -m fastdiff.sample: error: ")
+    assert error.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in error
+    assert (tmp_path / "taken.png").read_text() == "precious"
+
+
+def test_force_overwrites(run_sample, tmp_path):
+    (tmp_path / "taken.png").write_text("worthless")
+    argv = ("plain", "--num", "2", "--steps", "4", "--out", "taken.png", "--force")
+    assert run_sample(*argv)[0] == 0
+    assert Image.open("taken.png").format == "PNG"
+
+
+def test_noise_of_an_image_does_not_depend_on_how_many_are_drawn(runs):
+    run = load_run(runs / "plain")
+    sampler = DDIM(run.diffusion, steps=4)
+    few, many = (sample.generate(run, sampler, num, seed=2).int() for num in (3, 9))
+    assert (few - many[:3]).abs().max() <= 1
+    assert not torch.equal(many[0], many[1])
+    assert len(set(ops.sample_keys(2, 9).tolist())) == 9

@@ -1,0 +1,203 @@
+"""`python -m fastdiff.train`, through its real front door."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff import _cli, train
+from fastdiff.nn import PRESETS, UNetConfig
+
+TINY = UNetConfig(
+    sample_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    num_groups=4,
+)
+FLAGS = ["--preset", "tiny", "--steps", "6", "--batch-size", "8", "--timesteps", "20"]
+FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run_train(monkeypatch, capfd, tmp_path):
+    """Call the command in this process; gives (exit code, stderr)."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdiff.train", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            _cli.run(train.PROGRAM, train.main, train.NEEDS)
+        return stopped.value.code, capfd.readouterr().err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_one_line(result: tuple[int, str], *fragments: str) -> None:
+    code, error = result
+    assert code == 2
+    assert error.startswith("python -m fastdiff.train: error: ")
+    assert error.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in error
+
+
+def test_a_run_resumes_and_is_never_overwritten(run_train, tmp_path):
+    assert run_train(*FLAGS)[0] == 0
+    folder = tmp_path / "runs/digits"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["preset"], config["steps"], config["data"]) == ("tiny", 6, "digits")
+    before = contents(folder)
+
+    # The same command again, and another architecture or schedule with --resume, change nothing.
+    assert_one_line(run_train(*FLAGS), "--out runs/digits exists", "--resume")
+    other = ("--preset", "digits", "--schedule", "linear")
+    assert_one_line(
+        run_train("--resume", *other),
+        "--preset digits (the run has tiny)",
+        "--schedule linear (the run has cosine)",
+    )
+    assert contents(folder) == before
+
+    # Settings come from the run itself; more steps are allowed.
+    code, error = run_train("--resume", "--steps", "8")
+    assert code == 0
+    assert "continuing runs/digits at step 6" in error
+    assert (folder / "checkpoints/step-00000008").is_dir()
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_resume_skips_a_damaged_checkpoint_and_says_so(run_train, tmp_path):
+    run_train(*FLAGS, "--checkpoint-every", "4")
+    newest = tmp_path / "runs/digits/checkpoints/step-00000006"
+    (newest / "ema.safetensors").write_bytes(b"")
+    code, error = run_train("--resume")
+    assert code == 0
+    assert "skipping the damaged checkpoint step-00000006" in error
+    assert "continuing runs/digits at step 4" in error
+    (newest / "ema.safetensors").write_bytes(b"")
+    (newest.with_name("step-00000004") / "state.pt").unlink()
+    code, error = run_train("--resume")
+    assert code == 2
+    assert "every checkpoint" in error.splitlines()[-1]
+
+
+def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from fastdiff.training import load_run
+
+    run_train(*FLAGS, "--schedule", "linear")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "runs/digits/model")
+    run = load_run(tmp_path / "runs/digits")
+    x_t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 17])
+    with torch.no_grad():
+        expected, actual = run.unet(x_t, t), pipeline.unet(x_t, t).sample
+    # The same float32 operations in another order, a few dozen layers deep: 100 roundings of
+    # 1.2e-7 on values of order 1.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    alpha_bars = run.diffusion.schedule.alpha_bars.float()
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, alpha_bars, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--data", "digit"], ["--data digit", "digits, fashion-mnist, cifar10"]),
+        (["--preset", "big"], ["--preset", "'big'", "ddpm_cifar10"]),
+        (["--schedule", "sine"], ["--schedule", "'sine'", "linear", "cosine"]),
+        (["--prediction", "noise"], ["prediction 'noise'", "eps"]),
+        (["--steps", "0"], ["--steps 0"]),
+        (["--device", "abacus"], ["--device abacus"]),
+        (["--resume"], ["--resume", "holds no run"]),
+        (["--data", "empty"], ["--data empty", "no images"]),
+        (["--data", "two", "--class-cond"], ["--class-cond", "classes"]),
+        (["--config", "absent.yaml"], ["--config absent.yaml", "No such file"]),
+        (["--config", "bad.yaml"], ["--config bad.yaml", "unknown setting 'stepz'", "steps"]),
+        (["--out", "file/run"], ["--out file/run", "cannot write in file"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, argv, fragments):
+    from PIL import Image
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "bad.yaml").write_text("stepz: 3\n")
+    (tmp_path / "file").write_text("")
+    for name in "ab":
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"two/{name}.png")
+    before = contents(tmp_path)
+    flags = [] if "--preset" in argv or "--resume" in argv else ["--preset", "tiny"]
+    assert_one_line(run_train(*flags, *argv), *fragments)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "many"], ["--amp", "fp8"]])
+def test_flags_that_cannot_be_parsed_are_named(run_train, tmp_path, argv):
+    code, error = run_train(*argv)
+    assert code == 2
+    assert argv[0] in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flags_go_before_the_config_file_and_it_before_the_recipe(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("data: cifar10\nlr: 1e-5\nwarmup: 7\n")
+    config = train.parse(["--config", str(path), "--warmup", "9"])
+    assert (config.data, config.lr, config.warmup) == ("cifar10", 1e-5, 9)
+    assert config.preset == "ddpm_cifar10"
+    assert train.parse([f"--config={path}", "--data=digits"]).preset == "digits"
+
+
+def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(run_train, monkeypatch):
+    original = _cli.importlib.util.find_spec
+    missing = {"tyro", "yaml"}
+    monkeypatch.setattr(
+        _cli.importlib.util, "find_spec", lambda name: None if name in missing else original(name)
+    )
+    assert_one_line(run_train(), "missing tyro, yaml", 'pip install "fastdiff[train]"')
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, signum):
+    command = [sys.executable, "-m", "fastdiff.train", "--batch-size", "2", "--log-every", "1"]
+    command += ["--steps", "100000", "--out", "run", "--device", "cpu"]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in error
+    assert "python -m fastdiff.train --out run --resume" in error
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert f"stopped at step {last} of 100000" in error

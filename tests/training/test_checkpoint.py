@@ -1,0 +1,154 @@
+import hashlib
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.training import Checkpoint, DamagedCheckpoint
+from fastdiff.training.checkpoint import load, load_newest, save, write_atomic
+
+
+def make(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(4, 3, 3, 3, generator=generator)
+    return Checkpoint(
+        step=step,
+        meta={"unet": {"channels": 8}, "image_shape": [1, 8, 8]},
+        model={"weight": weight.to(memory_format=torch.channels_last)},
+        ema={"weight": weight * 2},
+        state={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "list": [1, "a"]},
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip(tmp_path):
+    saved = make(5)
+    loaded = load(save(tmp_path, saved, keep=2))
+    assert loaded.step == 5
+    assert loaded.meta == saved.meta
+    assert torch.equal(loaded.model["weight"], saved.model["weight"])
+    assert torch.equal(loaded.ema["weight"], saved.ema["weight"])
+    assert loaded.state == saved.state
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 100, 3):
+        save(tmp_path, make(step), keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000100"]
+    assert load_newest(tmp_path, pytest.fail).step == 100
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt"])
+def test_damage_is_found_skipped_and_told(tmp_path, name, damage):
+    save(tmp_path, make(1), keep=2)
+    damage(save(tmp_path, make(2), keep=2) / name)
+    told = []
+    assert load_newest(tmp_path, told.append).step == 1
+    assert len(told) == 1
+    assert "step-00000002" in told[0]
+    assert name in told[0]
+    # Going on from step 1 reaches step 2 again: the damaged one makes room.
+    save(tmp_path, make(2), keep=2)
+    assert load_newest(tmp_path, pytest.fail).step == 2
+
+
+def test_only_damaged_checkpoints_are_an_error_and_none_are_none(tmp_path):
+    assert load_newest(tmp_path / "absent", pytest.fail) is None
+    assert load_newest(tmp_path, pytest.fail) is None
+    (save(tmp_path, make(1), keep=1) / "checkpoint.json").write_text("{")
+    with pytest.raises(DamagedCheckpoint, match="every checkpoint"):
+        load_newest(tmp_path, lambda message: None)
+
+
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path):
+    save(tmp_path, make(1), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond 100 bytes: writing fails half-way, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save(tmp_path, make(2), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["step-00000001"]
+    assert load_newest(tmp_path, pytest.fail).step == 1
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync"])
+def test_a_process_killed_while_saving_leaves_a_folder_that_loads(tmp_path, monkeypatch, call):
+    """Stop the save at every single call that changes the disk."""
+
+    class Killed(BaseException):
+        pass
+
+    save(tmp_path, make(1), keep=1)
+    owner = os if call == "fsync" else Path
+    original = getattr(owner, call)
+    for survives in range(20):
+        left = survives
+
+        def until_killed(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, until_killed)
+            try:
+                save(tmp_path, make(2 + survives), keep=1)
+            except Killed:
+                assert load_newest(tmp_path, pytest.fail).step >= 1
+                continue
+        break
+    assert survives > 0  # it was stopped at least once, and then came through
+    assert names(tmp_path) == [f"step-{2 + survives:08d}"]
+
+
+def test_nothing_loaded_runs_code(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = save(tmp_path / "checkpoints", make(1), keep=1)
+    torch.save({"optimizer": Crafted()}, path / "state.pt")
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    digest = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
+    manifest["sha256"]["state.pt"] = digest
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match="cannot be read"):
+        load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_write_atomic_replaces_or_leaves_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, b"never")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["file"]

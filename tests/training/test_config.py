@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import pytest
+
+from fastdiff.training import TrainConfig, UserError
+from fastdiff.training.config import read_config_file
+
+
+def test_defaults_are_those_of_digits_and_every_recipe_is_valid():
+    assert TrainConfig.for_data("digits") == TrainConfig()
+    for data in ("digits", "fashion-mnist", "cifar10", "some/folder"):
+        TrainConfig.for_data(data).validate()
+    cifar10 = TrainConfig.for_data("cifar10")
+    # DDPM's recipe, SPEC §11.
+    assert (cifar10.lr, cifar10.warmup, cifar10.batch_size) == (2e-4, 5000, 128)
+    assert (cifar10.grad_clip, cifar10.ema, cifar10.flip) == (1.0, 0.9999, True)
+    assert cifar10.variance == "fixed_large"
+
+
+def test_run_folder_is_named_after_the_data():
+    assert str(TrainConfig().run_folder) == "runs/digits"
+    assert str(TrainConfig(data="pictures/cats.npz").run_folder) == "runs/cats"
+    assert str(TrainConfig(out="here").run_folder) == "here"
+
+
+def test_json_round_trip_keeps_everything_but_resume():
+    config = TrainConfig(lr=3e-4, data_dir="x", class_cond=True, resume=True)
+    again = TrainConfig().updated(json.loads(config.to_json()), "config.json")
+    assert again == dataclasses.replace(config, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"lr": "1e-3"}, {"lr": 1e-3}),  # YAML 1.1 reads 1e-3 as a string
+        ({"lr": 1}, {"lr": 1.0}),
+        ({"batch-size": 32}, {"batch_size": 32}),
+        ({"steps": 1e3}, {"steps": 1000}),
+        ({"amp": False}, {"amp": "off"}),  # and `off` as false
+        ({"image_size": None}, {"image_size": None}),
+        ({"image_size": 64}, {"image_size": 64}),
+    ],
+)
+def test_values_from_files_are_converted(values, expected):
+    config = TrainConfig().updated(values, "file")
+    for name, value in expected.items():
+        assert getattr(config, name) == value
+        assert type(getattr(config, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, r"file: unknown setting 'learning_rate'; valid: .*\blr\b"),
+        ({"steps": "many"}, "file: steps: expected int, got 'many'"),
+        ({"steps": 1.5}, "file: steps: expected int"),
+        ({"steps": True}, "file: steps: expected int"),
+        ({"class_cond": "yes"}, "file: class_cond: expected bool"),
+        ({"amp": "fp8"}, "file: amp: expected one of off, bf16"),
+        ({"data": 3}, "file: data: expected str"),
+    ],
+)
+def test_wrong_values_from_files_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig().updated(values, "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"lr": -1.0}, "--lr -1.0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"ema": 1.0}, "--ema 1.0"),
+        ({"warmup": -1}, "--warmup -1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"label_dropout": 1.5}, "--label-dropout 1.5"),
+        ({"batch_size": 10, "grad_accum": 3}, "--grad-accum 3"),
+        ({"sample_steps": 2000}, "--sample-steps 2000"),
+        ({"image_size": 0}, "--image-size 0"),
+    ],
+)
+def test_impossible_settings_are_named(change, flag):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**change).validate()
+    assert str(error.value).startswith(flag)
+
+
+def test_only_settings_that_change_the_result_break_resuming():
+    saved = TrainConfig()
+    longer = TrainConfig(steps=9999, device="cpu", out="x", keep=9, resume=True)
+    assert longer.changes_that_break_resuming(saved) == []
+    other = TrainConfig(lr=1e-5, schedule="linear")
+    changes = " ".join(other.changes_that_break_resuming(TrainConfig(schedule="jsd")))
+    assert "--lr 1e-05" in changes
+    assert "--schedule linear (the run has jsd)" in changes
+
+
+def test_config_files_are_read_and_bad_ones_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 1e-4\nclass-cond: true\n")
+    assert read_config_file(path) == {"lr": "1e-4", "class-cond": True}
+    path.write_text('{"lr": 0.5}')
+    assert read_config_file(path) == {"lr": 0.5}
+    path.write_text("")
+    assert read_config_file(path) == {}
+    for content in ("- a\n- b\n", "a: [", "!!python/object/apply:os.getpid []"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"--config .*run\.yaml"):
+            read_config_file(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_config_file(tmp_path / "absent.yaml")

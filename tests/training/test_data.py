@@ -1,0 +1,252 @@
+import gzip
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.training import Batches, UserError, data, load_dataset
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    lengths = b"".join(length.to_bytes(4, "big") for length in array.shape)
+    return bytes((0, 0, 8, array.ndim)) + lengths + array.tobytes()
+
+
+def write_idx(folder, images, labels, suffix=""):
+    pack = gzip.compress if suffix else bytes
+    (folder / f"train-images-idx3-ubyte{suffix}").write_bytes(pack(idx_bytes(images)))
+    (folder / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(idx_bytes(labels)))
+
+
+def test_digits_are_scaled_to_bytes():
+    from sklearn.datasets import load_digits
+
+    dataset = load_dataset("digits")
+    assert dataset.shape == (8, 8, 1)
+    assert dataset.images.dtype == np.uint8
+    # 17 levels 15.9375 apart, each rounded to the nearest byte.
+    difference = dataset.images[..., 0] / (255 / 16) - load_digits().images
+    assert np.abs(difference).max() <= 0.5 / (255 / 16)
+    assert (dataset.images.min(), dataset.images.max()) == (0, 255)
+    assert np.array_equal(dataset.labels, load_digits().target)
+    assert dataset.num_classes == 10
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("place", ["", "fashion-mnist", "FashionMNIST/raw"])
+def test_fashion_mnist_is_read_from_idx_files(tmp_path, rng, suffix, place):
+    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    write_idx(tmp_path / place, images, labels, suffix)
+    dataset = load_dataset("fashion-mnist", str(tmp_path))
+    assert np.array_equal(dataset.images[..., 0], images)
+    assert np.array_equal(dataset.labels, labels)
+    assert dataset.shape == (28, 28, 1)
+
+
+def test_damaged_and_missing_idx_files_are_named(tmp_path, rng):
+    with pytest.raises(UserError, match=r"--data fashion-mnist: .*--data-dir"):
+        load_dataset("fashion-mnist", str(tmp_path))
+    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    path = tmp_path / "train-images-idx3-ubyte"
+    write_idx(tmp_path, images, labels)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged"):
+        load_dataset("fashion-mnist", str(tmp_path))
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="is not an IDX file"):
+        load_dataset("fashion-mnist", str(tmp_path))
+    write_idx(tmp_path, images, labels[:-1])
+    with pytest.raises(UserError, match="7 images but 6 labels"):
+        load_dataset("fashion-mnist", str(tmp_path))
+    path.unlink()
+    path.with_name(path.name + ".gz").write_bytes(b"\x1f\x8bnot gzip")
+    with pytest.raises(UserError, match="cannot read"):
+        load_dataset("fashion-mnist", str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["python", "binary"])
+def test_cifar10_is_read_from_both_formats(tmp_path, rng, layout):
+    planes = rng.integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(10)
+    for i in range(5):
+        part = slice(2 * i, 2 * i + 2)
+        pixels = planes[part].reshape(2, 3072)
+        if layout == "python":
+            # Bytes keys, as Python 2 wrote them.
+            batch = {b"data": pixels, b"labels": labels[part].tolist(), b"batch_label": b"x"}
+            (tmp_path / f"data_batch_{i + 1}").write_bytes(_python2_pickle(batch))
+        else:
+            records = np.column_stack((labels[part].astype(np.uint8), pixels))
+            (tmp_path / f"data_batch_{i + 1}.bin").write_bytes(records.tobytes())
+    dataset = load_dataset("cifar10", str(tmp_path))
+    assert np.array_equal(dataset.images, planes.transpose(0, 2, 3, 1))
+    assert np.array_equal(dataset.labels, labels)
+
+
+def _python2_pickle(batch) -> bytes:
+    """Pickle as CIFAR-10's files are: NumPy's old module name, arrays as raw bytes."""
+    return pickle.dumps(batch, protocol=3).replace(b"numpy._core.multi", b"numpy.core.multi")
+
+
+def test_a_crafted_cifar10_batch_runs_no_code(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}").write_bytes(pickle.dumps({b"data": Crafted()}))
+    with pytest.raises(UserError, match=r"refused to load .*mkdir"):
+        load_dataset("cifar10", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def save_image(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def test_a_folder_of_grey_images_with_classes(tmp_path, rng):
+    images = rng.integers(0, 256, (4, 6, 8), dtype=np.uint8)
+    for k, kind in enumerate(("cat", "dog", "cat", "dog")):
+        save_image(tmp_path / kind / f"{k}.png", images[k])
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.shape == (6, 8, 1)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(dataset.images[..., 0], images[[0, 2, 1, 3]])
+
+
+def test_a_folder_with_colour_is_rgb_and_has_no_classes(tmp_path, rng):
+    grey = rng.integers(0, 256, (5, 5), dtype=np.uint8)
+    colour = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    save_image(tmp_path / "a.png", grey)
+    save_image(tmp_path / "b.png", colour)
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels is None
+    assert np.array_equal(dataset.images[0], np.repeat(grey[..., None], 3, axis=2))
+    assert np.array_equal(dataset.images[1], colour)
+
+
+def test_a_folder_too_large_for_memory_is_decoded_on_demand(tmp_path, rng, monkeypatch):
+    for k in range(5):
+        save_image(tmp_path / f"{k}.png", rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    in_memory = load_dataset(str(tmp_path))
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    on_demand = load_dataset(str(tmp_path))
+    assert isinstance(on_demand, data.FolderDataset)
+    assert on_demand.shape == in_memory.shape
+    indices = np.array([3, 0, 3, 4])
+    assert np.array_equal(on_demand.read(indices), in_memory.read(indices))
+
+
+def test_image_size_crops_the_centre(tmp_path):
+    wide = np.zeros((4, 12), np.uint8)
+    wide[:, 4:8] = 200
+    save_image(tmp_path / "a.png", wide)
+    save_image(tmp_path / "b.png", np.full((8, 8), 200, np.uint8))
+    with pytest.raises(UserError, match=r"a\.png is 12x4, b\.png is 8x8; .*--image-size"):
+        load_dataset(str(tmp_path))
+    dataset = load_dataset(str(tmp_path), image_size=4)
+    assert dataset.shape == (4, 4, 1)
+    assert (dataset.images == 200).all()
+    with pytest.raises(UserError, match="--image-size applies to a folder"):
+        load_dataset("digits", image_size=4)
+
+
+def test_bad_folders_are_named(tmp_path, rng):
+    with pytest.raises(UserError, match="no images found"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"cannot read the image .*gone\.png"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "gone.png").unlink()
+    save_image(tmp_path / "cut.png", rng.integers(0, 256, (64, 64), dtype=np.uint8))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"cannot read the image .*cut\.png"):
+        load_dataset(str(tmp_path))
+    save_image(tmp_path / "cut.png", rng.integers(0, 2**16, (4, 4), dtype=np.uint16))
+    with pytest.raises(UserError, match="more than 8 bits"):
+        load_dataset(str(tmp_path))
+    with pytest.raises(UserError, match=r"give one of digits, fashion-mnist, cifar10"):
+        load_dataset("digit")
+    with pytest.raises(UserError, match="neither a folder"):
+        load_dataset(str(tmp_path / "cut.png"))
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    save_image(tmp_path / "bomb.png", np.zeros((40, 40), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"cannot read the image .*bomb\.png"):
+        load_dataset(str(tmp_path))
+
+
+def test_npz_files(tmp_path, rng):
+    path = tmp_path / "images.npz"
+    images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.array([2, 0, 1]))
+    dataset = load_dataset(str(path))
+    assert np.array_equal(dataset.images, images)
+    assert dataset.labels.tolist() == [2, 0, 1]
+    assert dataset.num_classes == 3
+    np.savez(path, images[..., 0])
+    assert np.array_equal(load_dataset(str(path)).images, images[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((3, 4, 4, 3))}, r"expected images as uint8 .*float64"),
+        ({"images": np.zeros((3, 3, 16, 16), np.uint8)}, r"expected images as uint8 \(N, H, W"),
+        ({"pixels": np.zeros((3, 4, 4), np.uint8)}, "no array named 'images'"),
+        ({"images": np.array([{}, {}])}, "not a readable"),
+        ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.zeros(3)}, "labels as integers"),
+        ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.arange(2)}, "3 images but 2"),
+    ],
+)
+def test_bad_npz_files_are_named(tmp_path, arrays, message):
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(path))
+
+
+def take(num_batches, *args, **kwargs):
+    batches = iter(Batches(*args, **kwargs))
+    taken = [next(batches) for _ in range(num_batches)]
+    batches.close()
+    return np.concatenate([labels.numpy() for _, labels in taken]), taken
+
+
+def numbered(length):
+    images = np.arange(length, dtype=np.uint8)[:, None, None, None]
+    return data.ArrayDataset(images, np.arange(length), tuple(map(str, range(length))))
+
+
+def test_every_epoch_is_another_permutation_and_images_keep_their_labels():
+    order, taken = take(6, numbered(20), 10, seed=1)
+    epochs = order.reshape(3, 20)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(20))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    for images, labels in taken:
+        assert np.array_equal(images[:, 0, 0, 0], labels)
+
+
+def test_the_order_depends_on_the_seed_alone():
+    order, _ = take(15, numbered(20), 4, seed=1)
+    assert np.array_equal(order, take(6, numbered(20), 10, seed=1)[0])  # not on the batch size
+    assert np.array_equal(order[24:], take(9, numbered(20), 4, seed=1, start=24)[0])
+    assert not np.array_equal(order, take(15, numbered(20), 4, seed=2)[0])
+    # A batch may be longer than the dataset.
+    assert np.array_equal(order, take(1, numbered(20), 60, seed=1)[0])

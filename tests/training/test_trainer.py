@@ -1,0 +1,240 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
+from fastdiff.training.checkpoint import load_newest
+from fastdiff.training.data import ArrayDataset
+from fastdiff.training.run import build_unet
+
+SMALL = TrainConfig(
+    preset="tiny",
+    steps=12,
+    batch_size=8,
+    timesteps=50,
+    warmup=3,
+    log_every=4,
+    sample_every=1000,
+    checkpoint_every=1000,
+    num_samples=4,
+    sample_steps=2,
+    device="cpu",
+    class_cond=True,
+    label_dropout=0.3,
+    flip=True,
+)
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    return ArrayDataset(images, np.arange(30) % 3, ("a", "b", "c"))
+
+
+def trainer(path, dataset, config=SMALL, **changes):
+    config = dataclasses.replace(config, **changes)
+    config.validate()
+    folder = RunFolder(path)
+    folder.create(config)
+    return Trainer(config, dataset, folder, torch.device("cpu"))
+
+
+def resumed(path, dataset, config=SMALL, **changes):
+    again = trainer(path, dataset, config, **changes)
+    again.restore(load_newest(again.folder.checkpoints, pytest.fail))
+    return again
+
+
+def everything(trainer):
+    """All state of a run, as a flat dict of tensors."""
+    tensors = {f"model.{name}": value for name, value in trainer.unet.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in trainer.ema.model.state_dict().items()}
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    tensors["random"] = torch.get_rng_state()
+    tensors["counters"] = torch.tensor([trainer.step, trainer.ema.num_updates])
+    return tensors
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_accum": 2}, {"channels_last": True}])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dataset, changes):
+    whole = trainer(tmp_path / "whole", dataset, **changes)
+    assert whole.train()
+    expected = everything(whole)
+
+    part = trainer(tmp_path / "part", dataset, **changes)
+    assert not part.train(should_stop=lambda: part.step == 5)
+    assert part.step == 5
+    torch.manual_seed(123)  # a new process has other random states
+    again = resumed(tmp_path / "part", dataset, **changes)
+    assert again.step == 5
+    assert again.train()
+
+    actual = everything(again)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+    pictures = [
+        path / "samples/step-00000012.png" for path in (tmp_path / "whole", again.folder.path)
+    ]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_the_gradient_does_not_depend_on_how_a_batch_is_split(tmp_path, dataset):
+    """Timesteps, noise, flips and dropped labels belong to images, not to micro-batches."""
+    norms = []
+    for accum in (1, 2, 8):
+        # One step: without dropout, whose masks are drawn per micro-batch.
+        one = trainer(tmp_path / str(accum), dataset, grad_accum=accum, steps=1)
+        for module in one.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        one.train()
+        norms.append(one.metrics.entries[0]["grad_norm"])
+        assert one.metrics.entries[0]["loss"] > 0.1
+    # Sums of 8 images' gradients in another order: a few float32 roundings (eps 1.2e-7).
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_it_learns(tmp_path):
+    """One image, seen again and again: the model must come to know it."""
+    rng = np.random.default_rng(1)
+    image = np.where(rng.random((1, 8, 8, 1)) < 0.5, 0, 255).astype(np.uint8)
+    learner = trainer(
+        tmp_path,
+        ArrayDataset(image),
+        SMALL,
+        class_cond=False,
+        flip=False,
+        steps=300,
+        batch_size=32,
+        lr=1e-2,
+        ema=0.9,
+        log_every=50,
+        sample_steps=25,
+    )
+    learner.train()
+    losses = [entry["loss"] for entry in learner.metrics.entries]
+    assert losses[-1] < 0.5 * losses[0]
+    from fastdiff.samplers import DDIM
+
+    run = load_run(tmp_path)
+    drawn = DDIM(run.diffusion, steps=25).sample(run.unet, (8, 1, 8, 8), seed=3, progress=False)
+    target = torch.from_numpy(image / 127.5 - 1).permute(0, 3, 1, 2)
+    # Pixels are +-1; noise of an untrained model agrees with half of them.
+    agreement = (drawn.sign() == target.sign()).double().mean()
+    assert agreement > 0.9
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine(tmp_path, dataset):
+    one = trainer(tmp_path, dataset, lr=0.5, warmup=10, steps=110)
+    assert [one.learning_rate(step) for step in (0, 4, 9)] == pytest.approx([0.05, 0.25, 0.5])
+    assert one.learning_rate(60) == pytest.approx(0.25)
+    assert one.learning_rate(110) == pytest.approx(0.0)
+    constant = trainer(tmp_path, dataset, lr=0.5, warmup=10, lr_schedule="constant")
+    assert constant.learning_rate(10**6) == 0.5
+
+
+def test_a_run_folder_holds_what_it_should(tmp_path, dataset):
+    trainer(tmp_path, dataset, checkpoint_every=5, sample_every=6, keep=2).train()
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert names == [
+        "checkpoints/step-00000010",
+        "checkpoints/step-00000012",
+        "model/model_index.json",
+        "model/scheduler",
+        "model/unet",
+        "samples/step-00000006.png",
+        "samples/step-00000012.png",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # Every log interval, and before each checkpoint and grid.
+    assert [line["step"] for line in lines] == [4, 5, 6, 8, 10, 12]
+    assert all(math.isfinite(line["loss"]) and line["images_per_second"] > 0 for line in lines)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_loaded_run_has_the_averaged_weights(tmp_path, dataset):
+    done = trainer(tmp_path, dataset)
+    done.train()
+    run = load_run(tmp_path)
+    assert run.step == 12
+    assert run.image_shape == (1, 8, 8)
+    assert not run.unet.training
+    for name, value in done.ema.model.state_dict().items():
+        assert torch.equal(run.unet.state_dict()[name], value)
+    assert any(
+        not torch.equal(value, run.unet.state_dict()[name])
+        for name, value in done.unet.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_names_the_step(tmp_path, dataset, where):
+    run = trainer(tmp_path, dataset, checkpoint_every=5)
+    parameter = run.unet.conv_out.bias
+
+    def poison(gradient):
+        return gradient * (math.nan if run.step == 6 else 1.0)
+
+    def stop():
+        if where == "weight" and run.step == 6:
+            with torch.no_grad():
+                parameter.fill_(math.inf)
+        return False
+
+    if where == "gradient":
+        parameter.register_hook(poison)
+    with pytest.raises(RunError, match=r"step 7: .* is (nan|inf); the checkpoint of step 5"):
+        run.train(should_stop=stop)
+    # Stopped before a checkpoint of the ruined weights could be written.
+    assert load_newest(run.folder.checkpoints, pytest.fail).step == 5
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path, dataset, monkeypatch):
+    from fastdiff.training import checkpoint
+
+    original = checkpoint.write_synced
+
+    def fills_up(path, content):
+        if "step-00000010" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_synced", fills_up)
+    run = trainer(tmp_path, dataset, checkpoint_every=5)
+    with pytest.raises(RunError, match=r"step 10: .*No space left.*step 5 is intact.*--resume"):
+        run.train()
+    monkeypatch.undo()
+    assert [path.name for path in run.folder.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_a_preset_at_another_size_keeps_its_attention_levels():
+    unet = build_unet(SMALL, (16, 16, 3), num_classes=3)
+    assert unet.config.resolutions == (16, 8)
+    assert unet.config.attention_resolutions == (8,)
+    assert (unet.config.in_channels, unet.config.num_class_embeddings) == (3, 4)
+
+
+def test_data_that_does_not_fit_the_model_is_named():
+    with pytest.raises(UserError, match="multiples of 2, got 9x9"):
+        build_unet(SMALL, (9, 9, 1), num_classes=3)
+    with pytest.raises(UserError, match="--class-cond needs images with classes"):
+        build_unet(SMALL, (8, 8, 1), num_classes=0)
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder(tmp_path / "file").check_new()
+    with pytest.raises(UserError, match="cannot write in"):
+        RunFolder(tmp_path / "file" / "below").check_new()
+    with pytest.raises(UserError, match="is not empty; continue that run with --resume"):
+        RunFolder(tmp_path).check_new()
+    RunFolder(tmp_path / "new" / "run").check_new()
