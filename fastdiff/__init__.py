@@ -1,8 +1,25 @@
 """Fused kernels for denoising diffusion models, with a U-Net trainer and samplers."""
 
-from fastdiff import ops
+from fastdiff import analytic, ops, parameterizations, reference, samplers
 from fastdiff._backends import backends, use_backend
+from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.guidance import ClassifierFree
+from fastdiff.nn import UNet
+from fastdiff.schedules import NoiseSchedule
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backends", "ops", "use_backend"]
+__all__ = [
+    "ClassifierFree",
+    "GaussianDiffusion",
+    "NoiseSchedule",
+    "UNet",
+    "__version__",
+    "analytic",
+    "backends",
+    "ops",
+    "parameterizations",
+    "reference",
+    "samplers",
+    "use_backend",
+]

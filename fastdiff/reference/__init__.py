@@ -3,15 +3,25 @@
 Depends on torch alone.
 """
 
+from fastdiff.reference.ddim_step import ddim_step
+from fastdiff.reference.ddpm_step import ddpm_step
+from fastdiff.reference.group_norm_silu import group_norm_silu
 from fastdiff.reference.philox import philox4x32, sample_keys, sample_words
 from fastdiff.reference.philox_normal import box_muller, normals, philox_normal
+from fastdiff.reference.posterior_mean import posterior_mean
 from fastdiff.reference.q_sample import q_sample
+from fastdiff.reference.step_table import StepColumn
 
 __all__ = [
+    "StepColumn",
     "box_muller",
+    "ddim_step",
+    "ddpm_step",
+    "group_norm_silu",
     "normals",
     "philox4x32",
     "philox_normal",
+    "posterior_mean",
     "q_sample",
     "sample_keys",
     "sample_words",
