@@ -192,13 +192,16 @@ def test_state_dict_deepcopy_and_config_round_trip():
 
 
 def test_compiles_without_a_graph_break():
-    unet = build("iddpm_cifar10", num_classes=3)
-    arguments = inputs(unet)
+    # Tracing is what may fail here, and takes seconds per level: the smallest network will do.
+    unet = build("digits", num_classes=3, time_conditioning="scale_shift")
+    unet.to(memory_format=torch.channels_last)
+    x_t, t, y = inputs(unet)
+    x_t = x_t.repeat(1, 1, 2, 2).to(memory_format=torch.channels_last)
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), unet(*arguments), **FLOAT32)
-    last = [a.to(memory_format=torch.channels_last) if a.dim() == 4 else a for a in arguments]
-    y = compiled(*last)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        output = compiled(x_t, t, y)
+        torch.testing.assert_close(output, unet(x_t, t, y), **FLOAT32)
+    assert output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_other_image_sizes_that_are_multiples():
