@@ -33,6 +33,9 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
     except (UserError, RunError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         code = error.exit_code
+    except PermissionError as error:
+        print(f"{program}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = UserError.exit_code
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         code = INTERRUPTED

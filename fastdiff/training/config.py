@@ -197,26 +197,28 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 _OWN_IMAGES = {**_RECIPES["fashion-mnist"], "flip": False}
 
-# What may differ between a run and its continuation: how long, where, how fast and how often
-# it reports. Everything else would silently make it another run.
+# What may differ between a run and its continuation: how long, where, how fast, how often it
+# reports, and what helps a run that diverges. Anything else would make it another run.
 _FREE_ON_RESUME = frozenset(
-    [
-        "steps",
-        "out",
-        "resume",
-        "data_dir",
-        "device",
+    {
         "amp",
         "channels_last",
-        "compile",
-        "grad_accum",
-        "log_every",
-        "sample_every",
         "checkpoint_every",
+        "compile",
+        "data_dir",
+        "device",
+        "grad_accum",
+        "grad_clip",
         "keep",
+        "log_every",
+        "lr",
         "num_samples",
+        "out",
+        "resume",
+        "sample_every",
         "sample_steps",
-    ]
+        "steps",
+    }
 )
 
 

@@ -36,14 +36,15 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # Collected once: walking the module tree costs as much as the update of a small model.
+        self._parameters = list(self.model.parameters()), list(model.parameters())
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards ``model``'s parameters."""
+    def update(self) -> None:
+        """Move the average towards the model's parameters as they are now."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(
-            list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay
-        )
-        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
+        torch._foreach_lerp_(*self._parameters, 1 - decay)
+        for average, current in self._buffers:
             average.copy_(current)
         self.num_updates += 1

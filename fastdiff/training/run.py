@@ -110,6 +110,7 @@ def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_class
     overrides = {
         "sample_size": height,
         "in_channels": channels,
+        "learned_variance": config.variance in ("learned", "learned_range"),
         "attention_resolutions": [
             height >> preset.resolutions.index(r) for r in preset.attention_resolutions
         ],
@@ -126,16 +127,24 @@ def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_class
 
 
 def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
-    """Build the diffusion process that ``config`` asks for."""
+    """Build the diffusion process that ``config`` asks for, checked to be trainable."""
+    from fastdiff import losses
     from fastdiff.gaussian import GaussianDiffusion
     from fastdiff.schedules import NoiseSchedule
 
     with naming("--schedule"):
         schedule = NoiseSchedule.from_name(config.schedule, config.timesteps)
     with naming("--prediction, --variance or --loss"):
-        return GaussianDiffusion(
+        diffusion = GaussianDiffusion(
             schedule, prediction=config.prediction, variance=config.variance, loss=config.loss
         )
+    if diffusion.learns_variance and config.loss not in losses.TRAIN_VARIANCE:
+        trainable = ", ".join(sorted(losses.TRAIN_VARIANCE)) or "no loss here"
+        raise UserError(
+            f"--loss {config.loss} does not train the variances of --variance {config.variance} "
+            f"({trainable} does); choose --variance fixed_large or fixed_small"
+        )
+    return diffusion
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
 from fastdiff.training.ema import EMA
-from fastdiff.training.errors import RunError
+from fastdiff.training.errors import RunError, UserError
 from fastdiff.training.logging import Metrics, image_grid, to_uint8
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet
 
@@ -62,8 +63,9 @@ class Trainer:
             self.unet.to(memory_format=torch.channels_last)
         self.net = torch.compile(self.unet) if config.compile else self.unet
         self.ema = EMA(self.unet, config.ema)
+        self.parameters = list(self.unet.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         # Loss and gradient norm of every step since the last flush, read all at once.
         self._pending = torch.zeros(config.log_every, 2, device=device)
@@ -85,7 +87,6 @@ class Trainer:
         from tqdm import tqdm
 
         config = self.config
-        self.metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.step)
         batches = iter(
             Batches(self.dataset, config.batch_size, config.seed, self.step * config.batch_size)
         )
@@ -93,6 +94,7 @@ class Trainer:
         saved = self.step if self.step else None
         try:
             with bar, contextlib.closing(batches), self._writing():
+                self.metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.step)
                 self._restart_clock()
                 while self.step < config.steps and not should_stop():
                     images, labels = next(batches)
@@ -101,15 +103,17 @@ class Trainer:
 
                     if self.step % config.log_every == 0:
                         bar.set_postfix_str(self._flush())
-                    due = self.step < config.steps
-                    if due and self.step % config.sample_every == 0:
-                        self._flush()
-                        self.save_samples()
-                        self._restart_clock()
-                    if due and self.step % config.checkpoint_every == 0:
+                    if self.step == config.steps:
+                        break
+                    # The checkpoint first: then samples, which may take long, can be cut short.
+                    if self.step % config.checkpoint_every == 0:
                         self._flush()
                         self.save_checkpoint()
                         saved = self.step
+                        self._restart_clock()
+                    if self.step % config.sample_every == 0:
+                        self._flush()
+                        self.save_samples()
                         self._restart_clock()
                 self._flush()
                 if saved != self.step:
@@ -155,10 +159,10 @@ class Trainer:
             part_loss = losses["loss"].sum() / config.batch_size
             part_loss.backward()
             loss += part_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.unet)
+        self.ema.update()
         self._pending[self._num_pending] = torch.stack((loss, norm))
         self._num_pending += 1
         self.step += 1
@@ -198,14 +202,9 @@ class Trainer:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        height, width, channels = self.dataset.shape
         checkpoint = Checkpoint(
             step=self.step,
-            meta={
-                "unet": self.unet.config.to_dict(),
-                "image_shape": [channels, height, width],
-                "classes": list(self.dataset.classes),
-            },
+            meta=self._facts(),
             model=self.unet.state_dict(),
             ema=self.ema.model.state_dict(),
             state={
@@ -217,8 +216,31 @@ class Trainer:
         )
         checkpoints.save(self.folder.checkpoints, checkpoint, self.config.keep)
 
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says about model and data, and must find when it is restored."""
+        height, width, channels = self.dataset.shape
+        return {
+            "unet": self.unet.config.to_dict(),
+            "image_shape": [channels, height, width],
+            "num_images": len(self.dataset),
+            "classes": list(self.dataset.classes),
+        }
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from ``checkpoint``, bit for bit as if the run had never stopped."""
+        """Continue from ``checkpoint``, bit for bit as if the run had never stopped.
+
+        Raises
+        ------
+        UserError
+            The checkpoint is of another model or dataset.
+        """
+        for name, here in self._facts().items():
+            there = checkpoint.meta.get(name)
+            if there != here:
+                raise UserError(
+                    f"--resume: the checkpoint in {self.folder.path} is of another run: its {name} "
+                    f"is {there}, not {here}; train anew with another --out"
+                )
         self.step = checkpoint.step
         self.unet.load_state_dict(checkpoint.model)
         self.ema.model.load_state_dict(checkpoint.ema)
@@ -289,7 +311,9 @@ class Trainer:
         for step, (loss, norm) in enumerate(rows, first):
             for name, value in (("loss", loss), ("norm of the gradient", norm)):
                 if not math.isfinite(value):
-                    raise RunError(f"step {step}: the {name} is {value}")
+                    raise RunError(
+                        f"step {step}: the {name} is {value} (a lower --lr or --grad-clip may help)"
+                    )
         now = time.perf_counter()
         rate = len(rows) * self.config.batch_size / (now - self._clock)
         self._clock = now
@@ -320,6 +344,6 @@ class Trainer:
         if saved is None:
             return "no checkpoint had been written yet"
         return (
-            f"the checkpoint of step {saved} is intact: put the cause right and continue with "
+            f"the checkpoint of step {saved} is intact, continue from it with "
             f"--out {self.folder.path} --resume"
         )

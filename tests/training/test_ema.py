@@ -13,7 +13,7 @@ def test_average_follows_the_formula_with_warm_up():
     for n in range(20):
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        ema.update(model)
+        ema.update()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * model.weight.double()
     # Each of 20 updates rounds twice in float32 (eps 1.2e-7), on values of order 5.
@@ -26,7 +26,7 @@ def test_buffers_are_copied_and_nothing_else_is_shared():
     ema = EMA(model, decay=0.999)
     model.running_mean.fill_(7.0)
     model.num_batches_tracked.fill_(3)
-    ema.update(model)
+    ema.update()
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert ema.model.num_batches_tracked == 3
     assert not ema.model.training

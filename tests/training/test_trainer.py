@@ -9,7 +9,7 @@ import torch
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset
-from fastdiff.training.run import build_unet
+from fastdiff.training.run import build_diffusion, build_unet
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -112,11 +112,11 @@ def test_it_learns(tmp_path):
         SMALL,
         class_cond=False,
         flip=False,
-        steps=300,
+        steps=150,
         batch_size=32,
         lr=1e-2,
         ema=0.9,
-        log_every=50,
+        log_every=25,
         sample_steps=25,
     )
     learner.train()
@@ -191,7 +191,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(tmp_path, dataset, 
 
     if where == "gradient":
         parameter.register_hook(poison)
-    with pytest.raises(RunError, match=r"step 7: .* is (nan|inf); the checkpoint of step 5"):
+    with pytest.raises(RunError, match=r"step 7: .* is (nan|inf) .*--lr.*checkpoint of step 5"):
         run.train(should_stop=stop)
     # Stopped before a checkpoint of the ruined weights could be written.
     assert load_newest(run.folder.checkpoints, pytest.fail).step == 5
@@ -213,6 +213,22 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path, dataset, m
         run.train()
     monkeypatch.undo()
     assert [path.name for path in run.folder.checkpoints.iterdir()] == ["step-00000005"]
+
+
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path, dataset):
+    trainer(tmp_path, dataset, steps=1).train()
+    more = ArrayDataset(np.tile(dataset.images, (2, 1, 1, 1)), np.tile(dataset.labels, 2), "abc")
+    with pytest.raises(UserError, match=r"its num_images is 30, not 60; .*--out"):
+        resumed(tmp_path, more)
+    with pytest.raises(UserError, match=r"its unet is .*'num_classes': 3"):
+        resumed(tmp_path, dataset, class_cond=False)
+
+
+def test_a_learned_variance_needs_a_loss_that_trains_it():
+    with pytest.raises(UserError, match=r"--loss mse .*--variance learned_range .*; choose "):
+        build_diffusion(dataclasses.replace(SMALL, variance="learned_range"))
+    # A preset made for learned variances follows --variance.
+    assert build_unet(SMALL, (8, 8, 1), num_classes=3).config.out_channels == 1
 
 
 def test_a_preset_at_another_size_keeps_its_attention_levels():
