@@ -67,27 +67,29 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
 
 
-def _validated(name: str, source: str) -> str:
+def _problem(name: str, source: str) -> Exception | None:
+    """Why `name` cannot be the forced backend, as the error to raise."""
     if name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+        return ValueError(f"{source}: unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     if (reason := _missing(name)) is not None:
-        raise RuntimeError(f"{source}: backend {name!r} is not available: {reason}")
-    return name
+        return RuntimeError(f"{source}: backend {name!r} is not available: {reason}")
+    return None
 
 
-# A plain global rather than a context variable: torch.compile can guard on it.
-_forced: str | None = None
-_environment_read = False
+def _default_backends() -> dict[str, str]:
+    """By device type; whether there is a device at all is known once there is a tensor on it."""
+    cuda_kernels = _native.load("cuda") is None
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {
+        "cpu": "cpu" if _native.load("cpu") is None else "reference",
+        "cuda": "cuda" if cuda_kernels else "triton" if has_triton else "reference",
+    }
 
 
-def forced_backend() -> str | None:
-    """The backend that `use_backend` or FASTDIFF_BACKEND asks for, or None."""
-    global _forced, _environment_read
-    if not _environment_read:
-        if name := os.environ.get("FASTDIFF_BACKEND"):
-            _forced = _validated(name, "FASTDIFF_BACKEND")
-        _environment_read = True
-    return _forced
+# Plain globals, settled at import: torch.compile traces select_backend and guards on them.
+_defaults = _default_backends()
+_forced: str | None = os.environ.get("FASTDIFF_BACKEND") or None
+_forced_problem = _problem(_forced, "FASTDIFF_BACKEND") if _forced else None
 
 
 @contextlib.contextmanager
@@ -107,25 +109,15 @@ def use_backend(name: str) -> Iterator[None]:
         The backend is not available here. An op inside the block that the backend cannot run
         raises too.
     """
-    global _forced
-    previous = forced_backend()
-    _forced = _validated(name, "use_backend")
+    global _forced, _forced_problem
+    if (problem := _problem(name, "use_backend")) is not None:
+        raise problem
+    previous = _forced, _forced_problem
+    _forced, _forced_problem = name, None
     try:
         yield
     finally:
-        _forced = previous
-
-
-def default_backend(device_type: str) -> str:
-    """The backend that tensors on `device_type` use when none is asked for."""
-    if device_type == "cpu":
-        return "cpu" if _missing("cpu") is None else "reference"
-    if device_type == "cuda":
-        return next((b for b in ("cuda", "triton") if _missing(b) is None), "reference")
-    return "reference"
-
-
-_defaults: dict[str, str] = {}
+        _forced, _forced_problem = previous
 
 
 def select_backend(op: str, device_type: str, unsupported: str | None) -> str:
@@ -138,21 +130,18 @@ def select_backend(op: str, device_type: str, unsupported: str | None) -> str:
 
     Raises
     ------
-    RuntimeError
-        The backend that was asked for cannot run this input.
+    ValueError, RuntimeError
+        The backend that was asked for does not exist, or cannot run this input.
     """
-    forced = _forced if _environment_read else forced_backend()
-    if forced is None:
-        if unsupported is not None:
-            return "reference"
-        if device_type not in _defaults:
-            _defaults[device_type] = default_backend(device_type)
-        return _defaults[device_type]
-    if forced == "reference":
-        return forced
-    home = ("cpu" if triton_interpreted() else "cuda") if forced == "triton" else forced
+    if _forced is None:
+        return "reference" if unsupported is not None else _defaults.get(device_type, "reference")
+    if _forced_problem is not None:
+        raise _forced_problem
+    if _forced == "reference":
+        return _forced
+    home = ("cpu" if triton_interpreted() else "cuda") if _forced == "triton" else _forced
     if unsupported is None and device_type != home:
         unsupported = f"it runs on {home} tensors, these are on {device_type}"
     if unsupported is not None:
-        raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {unsupported}")
-    return forced
+        raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {unsupported}")
+    return _forced

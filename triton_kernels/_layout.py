@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class SampleLayout(NamedTuple):
-    """Memory index i of a sample is (row * width + w) * inner + c; contiguous tensors have inner 1."""
+    """Memory index i of a sample is (row * width + w) * inner + c; inner is 1 if contiguous."""
 
     batch: int
     numel: int

@@ -22,8 +22,7 @@ def noise_key(keys, seed, sample, HAS_KEYS: tl.constexpr):
     """Key of one sample: given, or derived from the seed."""
     if HAS_KEYS:
         return tl.load(keys + sample).to(tl.uint64, bitcast=True)
-    else:
-        return sample_key(seed, sample)
+    return sample_key(seed, sample)
 
 
 @triton.jit
@@ -123,6 +122,5 @@ def chunk_normals(
     if LOGICAL_ORDER:
         block = (first >> 2) + tl.arange(0, BLOCK // 4)
         return normal_blocks(key, stream, block, BLOCK // 4)
-    else:
-        element = (i % inner) * (numel // inner) + i // inner
-        return normal_elements(key, stream, element)
+    element = (i % inner) * (numel // inner) + i // inner
+    return normal_elements(key, stream, element)

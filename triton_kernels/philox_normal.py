@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from . import _launch
 from ._layout import block_elements, sample_layout
 from .philox import chunk_normals, noise_key
 
@@ -43,7 +43,7 @@ def philox_normal(
     layout = sample_layout(out, channels_last)
     block = block_elements(out.dtype)
     chunks = triton.cdiv(layout.numel, block)
-    launch(
+    _launch.launch(
         philox_normal_kernel,
         layout.batch * chunks,
         out.device,

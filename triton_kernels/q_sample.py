@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from . import _launch
 from ._layout import block_elements, sample_layout
 from .philox import chunk_normals, noise_key
 
@@ -17,8 +17,7 @@ def load_pixels(x0, i, mask):
     x = tl.load(x0 + i, mask=mask)
     if x0.dtype.element_ty == tl.uint8:
         return (2 * x.to(tl.int32) - 255).to(tl.float32) * 0.003921568859368563
-    else:
-        return x.to(tl.float32)
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "num_timesteps", "chunks", "width"])
@@ -98,7 +97,7 @@ def q_sample(
     layout = sample_layout(x0, channels_last)
     block = block_elements(out.dtype)
     chunks = triton.cdiv(layout.numel, block)
-    launch(
+    _launch.launch(
         q_sample_fwd_kernel,
         layout.batch * chunks,
         out.device,

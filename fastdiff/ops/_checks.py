@@ -35,6 +35,13 @@ def _check_device(op: str, name: str, given: torch.device, device: torch.device)
         raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
 
 
+def check_one_device(x: Tensor, *others: Tensor | None) -> None:
+    """For fake implementations, which meta tensors reach without passing a kernel's own checks."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"arguments are on {x.device} and {other.device}")
+
+
 def check_per_sample(
     op: str, name: str, x: Tensor, dtype: torch.dtype, batch: int, device: torch.device
 ) -> None:

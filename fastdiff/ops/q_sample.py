@@ -193,6 +193,7 @@ def _fake(
     flip: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    _checks.check_one_device(x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, flip)
     if dtype is None:
         dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
     return torch.empty(

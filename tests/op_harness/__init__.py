@@ -1,0 +1,25 @@
+"""Runs one op through all its implementations, on a machine without a GPU too.
+
+    reference            fastdiff.reference, plain PyTorch
+    cpu                  the C++ library
+    triton-interpreted   the Triton kernel in Triton's interpreter, in a process of its own
+    triton-ptx           the Triton kernel, compiled to PTX, executed by ptx_emulator
+    cuda-ptx             csrc/cuda, launchers and kernels, executed by ptx_emulator
+    cuda, triton         the real thing (`pytest -m gpu`)
+
+`evaluate(op, implementation, arguments)` takes the arguments of the raw operator's schema by name
+and returns the outputs and, on request, the gradients.
+"""
+
+from .evaluate import IMPLEMENTATIONS, Result, available, evaluate, implementation_params
+from .tolerance import assert_close, unit_roundoff
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Result",
+    "assert_close",
+    "available",
+    "evaluate",
+    "implementation_params",
+    "unit_roundoff",
+]

@@ -1,0 +1,168 @@
+"""The implementations of an op behind one function."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff
+
+IMPLEMENTATIONS = (
+    "reference",
+    "cpu",
+    "triton-interpreted",
+    "triton-ptx",
+    "cuda-ptx",
+    "cuda",
+    "triton",
+)
+_ON_GPU = ("cuda", "triton")
+
+
+@dataclass
+class Result:
+    """What one implementation computed; `launches` are the emulator's, with byte counts."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    launches: list[Any] = field(default_factory=list)
+
+
+@functools.cache
+def available(implementation: str) -> str | None:
+    """Why an implementation cannot run here, or None."""
+    if implementation == "cpu":
+        return fastdiff.backends()["cpu"].reason or None
+    if implementation in _ON_GPU:
+        return fastdiff.backends()[implementation].reason or None
+    if implementation.startswith("triton") and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if implementation == "cuda-ptx" and shutil.which("nvcc") is None:
+        return "nvcc is not on the PATH"
+    if implementation.endswith("-ptx") and shutil.which("g++") is None:
+        return "the PTX emulator needs g++"
+    return None
+
+
+def implementation_params(*names: str) -> list[Any]:
+    """pytest parameters: all implementations (or those named), skipped where they cannot run."""
+    params = []
+    for name in names or IMPLEMENTATIONS:
+        marks = [pytest.mark.gpu] if name in _ON_GPU else []
+        if (reason := available(name)) is not None:
+            marks.append(pytest.mark.skip(reason=f"{name}: {reason}"))
+        params.append(pytest.param(name, marks=marks))
+    return params
+
+
+def evaluate(
+    op: str,
+    implementation: str,
+    arguments: dict[str, Any],
+    *,
+    gradients: tuple[str, ...] = (),
+    grad_output: Tensor | None = None,
+    **emulator: Any,
+) -> Result:
+    """Run `op` with the raw operator's `arguments`; differentiate the names in `gradients`.
+
+    Fresh memory holds NaN, so that an element nobody wrote shows. The emulator checks every access
+    and looks for races; `emulator` takes more of its options (count, seed) and `arch`.
+    """
+    if implementation == "triton-interpreted":
+        future = _interpreter_process().submit(
+            _evaluate_here, op, "triton", arguments, gradients, grad_output
+        )
+        return future.result()
+    if implementation == "triton-ptx":
+        from .triton_ptx import emulated_launches
+
+        with emulated_launches(**emulator) as launches:
+            result = _evaluate_here(op, "triton", arguments, gradients, grad_output)
+        result.launches = launches
+        return result
+    if implementation == "cuda-ptx":
+        from .cuda_ptx import emulated_launches
+
+        with emulated_launches(**emulator) as launches:
+            result = _evaluate_here(op, "cuda-ptx", arguments, gradients, grad_output)
+        result.launches = launches
+        return result
+    if implementation in _ON_GPU:
+        moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        grad_output = None if grad_output is None else grad_output.cuda()
+        overload = "triton" if implementation == "triton" else "default"
+        result = _evaluate_here(op, overload, moved, gradients, grad_output)
+        result.outputs = tuple(x.cpu() for x in result.outputs)
+        result.gradients = {k: v.cpu() for k, v in result.gradients.items()}
+        return result
+    overload = "reference" if implementation == "reference" else "default"
+    return _evaluate_here(op, overload, arguments, gradients, grad_output)
+
+
+def _overload(op: str, name: str) -> Any:
+    module = importlib.import_module(f"fastdiff.ops.{op.rstrip('_')}")
+    if name == "reference":
+        return module._reference
+    if name == "cuda-ptx":
+        from . import cuda_ptx
+
+        launcher = getattr(cuda_ptx, op)
+        autograd = getattr(module, "_autograd", None)
+        return functools.partial(autograd, launcher) if autograd else launcher
+    return getattr(getattr(torch.ops.fastdiff, op), name)
+
+
+def _evaluate_here(
+    op: str,
+    overload: str,
+    arguments: dict[str, Any],
+    gradients: tuple[str, ...],
+    grad_output: Tensor | None,
+) -> Result:
+    arguments = dict(arguments)
+    for name in gradients:
+        arguments[name] = arguments[name].detach().requires_grad_()
+    with _nan_filled_memory():
+        returned = _overload(op, overload)(*arguments.values())
+        if returned is None:  # an op that fills its first argument
+            returned = next(iter(arguments.values()))
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        grads: tuple[Tensor, ...] = ()
+        if gradients:
+            inputs = [arguments[name] for name in gradients]
+            grads = torch.autograd.grad(outputs[0], inputs, grad_output)
+    return Result(tuple(x.detach() for x in outputs), dict(zip(gradients, grads, strict=True)))
+
+
+class _nan_filled_memory:
+    """torch.empty gives NaN (torch's own switch for finding reads of uninitialized memory)."""
+
+    def __enter__(self) -> None:
+        self._previous = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self._previous)
+
+
+def _interpret() -> None:
+    # Triton reads it when a kernel is decorated, so it has to be set before any import of triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def _interpreter_process() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_interpret)

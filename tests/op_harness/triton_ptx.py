@@ -1,0 +1,105 @@
+"""Triton's launchers on the CPU: `_launch.launch` compiles to PTX and asks the emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import ptx_emulator
+import torch
+from fastdiff.triton_kernels import _launch
+from torch import Tensor
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def compile_kernel(
+    kernel: Any, capability: int, num_warps: int, arguments: dict[str, Any], constants: set[str]
+) -> Any:
+    """Compile as Triton's own launcher would for these arguments (its specialization rules)."""
+    signature, attributes = [], []
+    skipped = kernel.do_not_specialize or ()
+    constexprs = []
+    for index, (name, value) in enumerate(arguments.items()):
+        specialize = name not in skipped and index not in skipped
+        is_tensor = isinstance(value, Tensor)
+        is_one = not is_tensor and value == 1 and specialize
+        if name in constants or value is None or is_one:
+            signature.append((name, "constexpr"))
+            constexprs.append(((index,), value))
+            continue
+        if is_tensor:
+            signature.append((name, f"*{_TYPES[value.dtype]}"))
+            divisible = value.data_ptr() % 16 == 0
+        else:
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            divisible = specialize and value % 16 == 0
+        if divisible:
+            attributes.append(((index,), (("tt.divisibility", 16),)))
+    return _compile(
+        kernel, capability, num_warps, tuple(signature), tuple(constexprs), tuple(attributes)
+    )
+
+
+@functools.cache
+def _compile(
+    kernel: Any,
+    capability: int,
+    num_warps: int,
+    signature: tuple,
+    constexprs: tuple,
+    attributes: tuple,
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(signature),
+        constexprs=dict(constexprs),
+        attrs={key: [list(entry) for entry in value] for key, value in attributes},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+
+@contextlib.contextmanager
+def emulated_launches(
+    arch: str = "sm_90", racecheck: bool = True, **options: Any
+) -> Iterator[list[Any]]:
+    """Inside, Triton launches run in the emulator. Yields the list of their results."""
+    results: list[Any] = []
+    capability = int(arch.removeprefix("sm_"))
+
+    def launch(
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        *args: Any,
+        num_warps: int = 4,
+        **meta: Any,
+    ) -> None:
+        bound = inspect.signature(kernel.fn).bind(*args, **meta).arguments
+        compiled = compile_kernel(kernel, capability, num_warps, bound, set(meta))
+        runtime = [bound[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
+        results.append(
+            ptx_emulator.run_triton(compiled, runtime, programs, racecheck=racecheck, **options)
+        )
+
+    previous, _launch.launch = _launch.launch, launch
+    try:
+        yield results
+    finally:
+        _launch.launch = previous
