@@ -42,6 +42,9 @@ PRESETS: dict[str, UNetConfig] = {
         attention_resolutions=(7,),
         dropout=0.1,
     ),
+    # 8x8 handwritten digits, for training in minutes on a laptop's CPU: 16 million multiplications
+    # per image, 57 with 64 channels. After 1,000 steps of batch 128 scale_shift reached a loss of
+    # 0.0747, additive 0.0777, in the same time.
     "digits": UNetConfig(
         sample_size=8,
         in_channels=1,
@@ -49,6 +52,7 @@ PRESETS: dict[str, UNetConfig] = {
         channel_mult=(1, 2),
         num_res_blocks=1,
         attention_resolutions=(4,),
+        time_conditioning="scale_shift",
         num_groups=8,
     ),
 }
