@@ -77,38 +77,36 @@ static void search_events(BlockOrder& order) {
   order.searched = order.acquired.size();
 }
 
-static bool precedes(const GlobalAccess& earlier, u64 block) {
-  if (earlier.block == block) return true;
-  BlockOrder& order = global_races->blocks[block];
+static bool precedes(const GlobalAccess& earlier, const Block* block) {
+  BlockOrder& order = *block->order;
   if (order.searched != order.acquired.size()) search_events(order);
   const auto found = order.ordered_before.find(earlier.block);
   return found != order.ordered_before.end() && earlier.epoch < found->second;
 }
 
-static void begin_epoch(u64 block) {
-  BlockOrder& order = global_races->blocks[block];
-  if (!order.has_new_access) return;
-  order.has_new_access = false;
-  order.epoch++;
+static void begin_epoch(const Block* block) {
+  if (!block->order->has_new_access) return;
+  block->order->has_new_access = false;
+  block->order->epoch++;
 }
 
-static void acquire(u64 block, u64 address) {
+static void acquire(const Block* block, u64 address) {
   const auto found = global_races->latest.find(address);
   const SyncEvent* event = found == global_races->latest.end() ? nullptr : found->second;
-  while (event && event->block == block) event = event->previous;
-  BlockOrder& order = global_races->blocks[block];
+  while (event && event->block == block->number) event = event->previous;
+  BlockOrder& order = *block->order;
   if (event && order.has_acquired.insert(event).second) order.acquired.push_back(event);
 }
 
-static void release(u64 block, u64 address) {
-  const BlockOrder& order = global_races->blocks[block];
+static void release(const Block* block, u64 address) {
+  const BlockOrder& order = *block->order;
   const u32 acquired = (u32)order.acquired.size();
   if (!order.epoch && !acquired) return;  // nothing to tell
   const SyncEvent*& latest = global_races->latest[address];
-  if (latest && latest->block == block && latest->epoch == order.epoch &&
+  if (latest && latest->block == block->number && latest->epoch == order.epoch &&
       latest->acquired == acquired)
     return;
-  global_races->events.push_back({latest, block, order.epoch, acquired});
+  global_races->events.push_back({latest, block->number, order.epoch, acquired});
   latest = &global_races->events.back();
 }
 
@@ -138,7 +136,7 @@ static void report_global_race(HazardKind kind, const MemoryRange* range, u64 ad
 
 // Index of the description of this access; threads of a block share one per instruction.
 static u32 describe_access(const Thread* thread, const Site* site, bool strong) {
-  BlockOrder& order = global_races->blocks[thread->block->number];
+  BlockOrder& order = *thread->block->order;
   order.has_new_access = true;
   u32& last = global_races->last_access[site->number];
   const GlobalAccess& known = global_races->accesses[last];
@@ -153,7 +151,7 @@ static bool races_with(u32 earlier_index, const Thread* thread, bool strong) {
   if (!earlier_index) return false;
   const GlobalAccess& earlier = global_races->accesses[earlier_index];
   return earlier.block != thread->block->number && !(strong && earlier.strong) &&
-         !precedes(earlier, thread->block->number);
+         !precedes(earlier, thread->block);
 }
 
 // Such a record stands for later strong accesses of the block too: it races with more.
@@ -173,7 +171,7 @@ static void remember_global_reader(GlobalByte& byte, u32 access) {
 
 static void note_global_access(const Thread* thread, MemoryRange* range, u64 address, u32 bytes,
                                u32 kind, const Site* site) {
-  const u64 block = thread->block->number;
+  const Block* block = thread->block;
   const u32 access = kind & kAccessMask;
   const bool strong = kind & (kStrong | kVolatile);
   if (strong && access != STORE) acquire(block, address);
@@ -195,7 +193,7 @@ static void note_global_access(const Thread* thread, MemoryRange* range, u64 add
         report_global_race(WRITE_AFTER_READ, range, address + i, reader, thread, site->where);
       if (!strong) reader = 0;  // whoever races with that reader also races with this write
     }
-    if (!strong || !is_weak_access_of(byte.writer, block)) byte.writer = index;
+    if (!strong || !is_weak_access_of(byte.writer, block->number)) byte.writer = index;
   }
   if (kind & kRelease) begin_epoch(block);
   if (strong && access != LOAD) release(block, address);
@@ -210,6 +208,10 @@ static void begin_global_races() {
     MemoryRange& range = launch.ranges[i];
     range.accesses = (GlobalByte*)calloc(range.end - range.begin, sizeof(GlobalByte));
   }
+}
+
+static void begin_global_order(Block* block) {
+  block->order = &global_races->blocks[block->number];
 }
 
 static void end_global_races() {

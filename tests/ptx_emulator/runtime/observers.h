@@ -41,15 +41,15 @@ void note_collective(Warp* warp, u32 lanes, bool orders_memory) {
 }
 
 void note_fence(Thread* thread) {
-  if (launch.racecheck) begin_epoch(thread->block->number);
+  if (launch.racecheck) begin_epoch(thread->block);
 }
 
 void note_cluster_arrival(Thread* thread, bool releases) {
   if (!launch.racecheck) return;
   race_arrive_at_cluster(thread, releases);
   if (!releases) return;
-  begin_epoch(thread->block->number);
-  release(thread->block->number, cluster_barrier_address(thread->cluster_arrivals));
+  begin_epoch(thread->block);
+  release(thread->block, cluster_barrier_address(thread->cluster_arrivals));
 }
 
 void note_open_cluster_barrier() {
@@ -61,7 +61,7 @@ void note_open_cluster_barrier() {
 void note_cluster_wait(Thread* thread, bool acquires) {
   if (!launch.racecheck || !acquires) return;
   learn_phase(thread->slot, thread->cluster_waits);
-  acquire(thread->block->number, cluster_barrier_address(thread->cluster_waits));
+  acquire(thread->block, cluster_barrier_address(thread->cluster_waits));
 }
 
 void note_begin_launch() {
@@ -72,7 +72,9 @@ void note_begin_launch() {
 }
 
 void note_begin_cluster() {
-  if (launch.racecheck) race_begin_cluster();
+  if (!launch.racecheck) return;
+  race_begin_cluster();
+  for (int rank = 0; rank < launch.cluster_size; rank++) begin_global_order(&launch.blocks[rank]);
 }
 
 void note_end_cluster() {
