@@ -50,9 +50,9 @@ class TrainConfig:
     loss: str = "mse"
     """Training loss."""
 
-    steps: int = 1500
+    steps: int = 1200
     """Optimizer steps of the whole run."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images per optimizer step, over all micro-batches."""
     grad_accum: int = 1
     """Split each batch into this many micro-batches to save memory; the result is the same up to
@@ -67,7 +67,7 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    ema: float = 0.995
+    ema: float = 0.99
     """Decay of the averaged weights that samples are drawn from (warmed up from 0.1)."""
     seed: int = 0
     """Seed of everything random: weights, order of the data, timesteps, noise."""
@@ -87,9 +87,9 @@ class TrainConfig:
     """Continue the run in the run folder from its newest good checkpoint."""
     log_every: int = 25
     """Steps between entries of metrics.jsonl (the only points where the device is waited for)."""
-    sample_every: int = 500
+    sample_every: int = 300
     """Steps between sample grids."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 300
     """Steps between checkpoints."""
     keep: int = 2
     """Number of checkpoints kept."""
@@ -176,6 +176,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "linear",
         "flip": True,
         "steps": 800_000,
+        "batch_size": 128,
         "lr": 2e-4,
         "warmup": 5000,
         "lr_schedule": "constant",
@@ -188,6 +189,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "preset": "mnist",
         "flip": True,
         "steps": 10_000,
+        "batch_size": 128,
         "lr": 5e-4,
         "warmup": 500,
         "ema": 0.999,
