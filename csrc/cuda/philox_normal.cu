@@ -9,8 +9,8 @@ extern "C" cudaError_t fastdiff_philox_normal(const fastdiff::PhiloxNormalArgs* 
   return cuda::dispatch_float(args->dtype, [&](auto out) {
     using Out = typename decltype(out)::type;
     constexpr int V = 16 / sizeof(Out);
-    const bool vectors =
-        args->layout.numel % V == 0 && cuda::vector_aligned(args->out, args->dtype, V);
+    const bool vectors = args->layout.numel % V == 0 && vectors_of_noise(args->layout) &&
+                         cuda::vector_aligned(args->out, args->dtype, V);
     const ChunkPlan plan = plan_chunks(args->layout, vectors ? V : 1, true);
     const auto kernel = vectors ? philox_normal_kernel<Out, V> : philox_normal_kernel<Out, 1>;
     kernel<<<plan.blocks(args->layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(*args,

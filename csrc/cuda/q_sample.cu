@@ -9,10 +9,11 @@ namespace {
 template <typename Out, typename X0, typename Noise>
 cudaError_t launch(const QSampleArgs& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(Out);
+  const bool generated = args.mode == NoiseMode::kGenerated;
   const bool vectors = args.layout.numel % V == 0 && vector_aligned(args.out, args.out_type, V) &&
                        vector_aligned(args.x0, args.x0_type, V) &&
-                       vector_aligned(args.noise, args.noise_type, V);
-  const bool generated = args.mode == NoiseMode::kGenerated;
+                       vector_aligned(args.noise, args.noise_type, V) &&
+                       (!generated || vectors_of_noise(args.layout));
   const ChunkPlan plan = plan_chunks(args.layout, vectors ? V : 1, generated);
   const auto kernel = vectors ? q_sample_fwd_kernel<Out, X0, Noise, V>
                               : q_sample_fwd_kernel<Out, X0, Noise, 1>;

@@ -216,7 +216,8 @@ def test_compiles_once_for_every_batch_seed_and_stream() -> None:
     def f(x0: Tensor, t: Tensor, seed: int, stream: int) -> Tensor:
         return ops.q_sample(x0 * 1, t, a, b, seed=seed, stream=stream) + 1
 
-    for batch, seed, stream in ((3, 5, 2), (4, 6, 3), (7, 10**12, 2**40)):
+    # Sizes that differ from the other dimensions: torch.compile specializes on equal ones.
+    for batch, seed, stream in ((5, 11, 2), (4, 12, 3), (7, 10**12, 2**40)):
         x0, t = torch.randn(batch, 3, 6, 6), torch.arange(batch)
         eager = ops.q_sample(x0, t, a, b, seed=seed, stream=stream) + 1
         assert torch.equal(f(x0, t, seed, stream), eager)

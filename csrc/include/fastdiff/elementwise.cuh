@@ -28,11 +28,13 @@ struct ChunkPlan {
 };
 
 // In a channels_last tensor the four normals of a Philox block lie `inner` elements apart. Staging
-// makes each block once; above 256 channels 16 pixels no longer fit in 16 KB and every element makes
-// its own block instead.
+// makes each block once; above 256 channels 16 pixels no longer fit in 16 KB, and the scalar kernel
+// lets every element make its own block.
+inline bool vectors_of_noise(const SampleLayout& layout) { return layout.inner <= 256; }
+
 inline ChunkPlan plan_chunks(const SampleLayout& layout, int vector, bool generated) {
   ChunkPlan plan{};
-  plan.stage_noise = generated && layout.inner > 1 && layout.inner <= 256 && vector > 1;
+  plan.stage_noise = generated && layout.inner > 1 && vector > 1;
   plan.elements = kElementwiseThreads * vector;
   if (plan.stage_noise) {
     const int64_t pixels = plan.elements / layout.inner / 16 * 16;
@@ -109,16 +111,11 @@ __device__ __forceinline__ void chunk_normals(const SampleLayout& layout, const 
       const float4 n = source[v];
       out[4 * v] = n.x, out[4 * v + 1] = n.y, out[4 * v + 2] = n.z, out[4 * v + 3] = n.w;
     }
-  } else if (layout.inner == 1) {
+  } else {
 #pragma unroll
     for (int v = 0; v < V; v += 4) {
       const Normals n = normal_block(key, stream, static_cast<uint64_t>(first + v) / 4);
       out[v] = n.n0, out[v + 1] = n.n1, out[v + 2] = n.n2, out[v + 3] = n.n3;
-    }
-  } else {
-#pragma unroll 1
-    for (int v = 0; v < V; ++v) {
-      out[v] = normal_element(key, stream, layout.logical_index(first + v));
     }
   }
 }
