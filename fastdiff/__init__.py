@@ -1,7 +1,7 @@
 """Fused kernels for denoising diffusion models, with a U-Net trainer and samplers."""
 
 from fastdiff import analytic, ops, parameterizations, reference, samplers
-from fastdiff._backends import backends, use_backend
+from fastdiff._backends import backends, default_backend, use_backend
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
 from fastdiff.nn import UNet
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "analytic",
     "backends",
+    "default_backend",
     "ops",
     "parameterizations",
     "reference",

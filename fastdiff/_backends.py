@@ -92,6 +92,11 @@ _forced: str | None = os.environ.get("FASTDIFF_BACKEND") or None
 _forced_problem = _problem(_forced, "FASTDIFF_BACKEND") if _forced else None
 
 
+def default_backend(device_type: str) -> str:
+    """The backend that ops on "cpu", "cuda", ... tensors use when none is asked for."""
+    return _defaults.get(device_type, "reference")
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every fastdiff op inside the `with` block on one backend (process-wide, not per thread).
@@ -134,7 +139,7 @@ def select_backend(op: str, device_type: str, unsupported: str | None) -> str:
         The backend that was asked for does not exist, or cannot run this input.
     """
     if _forced is None:
-        return "reference" if unsupported is not None else _defaults.get(device_type, "reference")
+        return "reference" if unsupported is not None else default_backend(device_type)
     if _forced_problem is not None:
         raise _forced_problem
     if _forced == "reference":

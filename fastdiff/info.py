@@ -1,0 +1,94 @@
+"""``python -m fastdiff.info``: versions, build facts, devices and backends; paste it into issues."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff import _native
+
+_PACKAGES = ("numpy", "triton", "diffusers")
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the command prints, as nested dictionaries of JSON types."""
+    build = _native.build_info()
+    facts: dict[str, Any] = {"native build": "none: pure Python"}
+    if build is not None:
+        facts = {
+            "compiler": build.compiler,
+            "built with torch": f"{build.torch_version} (runs with {build.torch_target_version} on)",
+            "CPU instruction set in use": build.simd_level(),
+            "CUDA toolkit": build.cuda_version or "none",
+            "CUDA architectures": build.cuda_arch_list or "none",
+        }
+    return {
+        "versions": {
+            "fastdiff": fastdiff.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "build": facts,
+        "devices": {
+            "platform": f"{platform.system()} {platform.machine()}",
+            "CPU threads": torch.get_num_threads(),
+            "CUDA": _cuda_devices(),
+        },
+        "backends": {
+            name: "available" if status else f"not available: {status.reason}"
+            for name, status in fastdiff.backends().items()
+        },
+        "default backend": {
+            device: fastdiff.default_backend(device) for device in ("cpu", "cuda")
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_devices() -> str:
+    if torch.version.cuda is None:
+        return "none: this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"none visible (torch is built for CUDA {torch.version.cuda})"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"{properties.name} (sm_{properties.major}{properties.minor})")
+    return ", ".join(names)
+
+
+def _table(facts: dict[str, dict[str, Any]]) -> str:
+    width = max(len(key) for section in facts.values() for key in section)
+    lines = []
+    for title, section in facts.items():
+        lines.append(title)
+        lines += [f"  {key:<{width}}  {value}" for key, value in section.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdiff.info",
+        description="Print versions, build facts, devices, and which backends can be used here.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    facts = collect()
+    print(json.dumps(facts, indent=2) if parser.parse_args().json else _table(facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
