@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -20,43 +21,45 @@ from fastdiff.ops import _checks
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 
 
-def call(
-    overload: Callable,
-    arguments: tuple,
-    *,
-    differentiable: tuple[torch.Tensor | None, ...],
-    check: Callable,
-    compiled: bool,
-) -> torch.Tensor:
-    """Call an op from its public function, at the least cost.
+class Op(NamedTuple):
+    """The overloads of one op, and the argument check of its public function."""
 
-    Parameters
-    ----------
-    differentiable
-        The tensor arguments that may need a gradient. If none does, the call skips the Python
-        kernel at the Autograd key, which costs microseconds even when it has nothing to do.
-    check
-        `check(*arguments, check_range=...)` raises the clear error. The bindings of compiled
-        kernels refuse the same arguments themselves, so for them it runs only after a refusal.
-    compiled
-        Whether a compiled library runs the call.
-    """
-    if torch.compiler.is_compiling():
-        check(*arguments, check_range=False)
-        return overload(*arguments)
-    if not compiled or _checks.DEBUG:
-        check(*arguments, check_range=True)
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in differentiable
-    )
-    guard = None if needs_grad else torch._C._AutoDispatchBelowAutograd()
-    try:
-        return overload(*arguments)
-    except RuntimeError:
-        check(*arguments, check_range=True)
-        raise
-    finally:
-        del guard
+    default: Callable
+    triton: Callable
+    check: Callable | None
+
+    def call(
+        self, backend: str, arguments: tuple, differentiable: tuple[torch.Tensor | None, ...]
+    ) -> torch.Tensor:
+        """Run a public function's call on a backend with kernels, at the least cost.
+
+        Parameters
+        ----------
+        differentiable
+            The tensor arguments that may need a gradient. If none does, the call skips the Python
+            kernel at the Autograd key, which costs microseconds even when it has nothing to do.
+        """
+        overload = self.triton if backend == "triton" else self.default
+        if torch.compiler.is_compiling():
+            self.check(*arguments, check_range=False)
+            return overload(*arguments)
+        # The bindings of compiled kernels refuse what the check refuses, so for them it runs only
+        # after a refusal, for its message.
+        if backend == "triton" or _checks.DEBUG:
+            self.check(*arguments, check_range=True)
+        guard = torch._C._AutoDispatchBelowAutograd()
+        if torch.is_grad_enabled():
+            for x in differentiable:
+                if x is not None and x.requires_grad:
+                    guard = None
+                    break
+        try:
+            return overload(*arguments)
+        except RuntimeError:
+            self.check(*arguments, check_range=True)
+            raise
+        finally:
+            del guard
 
 
 def define(
@@ -67,7 +70,8 @@ def define(
     autograd: Callable | None,
     reference: Callable,
     triton: Callable,
-) -> None:
+    check: Callable | None = None,
+) -> Op:
     """Define `fastdiff::name` and `fastdiff::name.triton`.
 
     Parameters
@@ -81,6 +85,8 @@ def define(
         never needs a gradient.
     reference, triton
         Implementations with the schema's arguments, used where no compiled kernel is.
+    check
+        `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
     overloads = {
         "": _default_kernels(reference, triton),
@@ -92,10 +98,12 @@ def define(
         for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
-        if autograd is not None:
-            packet = getattr(torch.ops.fastdiff, name)
-            op = getattr(packet, overload[1:] or "default")
-            _library.impl(qualified, _bind(autograd, op), "Autograd")
+    packet = getattr(torch.ops.fastdiff, name)
+    op = Op(packet.default, packet.triton, check)
+    if autograd is not None:
+        _library.impl(name, _bind(autograd, op.default), "Autograd")
+        _library.impl(f"{name}.triton", _bind(autograd, op.triton), "Autograd")
+    return op
 
 
 def _bind(autograd: Callable, op: Callable) -> Callable:

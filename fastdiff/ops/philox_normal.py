@@ -92,8 +92,7 @@ def philox_normal(
             device=out.device,
             memory_format=memory_format,
         )
-    packet = torch.ops.fastdiff.philox_normal_
-    (packet.triton if backend == "triton" else packet.default)(out, keys, integer, stream)
+    (_op.triton if backend == "triton" else _op.default)(out, keys, integer, stream)
     return out
 
 
@@ -117,7 +116,7 @@ def _triton(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> 
     )
 
 
-_library.define(
+_op = _library.define(
     "philox_normal_",
     "(Tensor(a!) out, Tensor? keys, SymInt? seed, SymInt stream) -> ()",
     fake=_fake,

@@ -103,14 +103,7 @@ def q_sample(
             flip=flip,
             dtype=dtype,
         )
-    packet = torch.ops.fastdiff.q_sample
-    return _library.call(
-        packet.triton if backend == "triton" else packet.default,
-        arguments,
-        differentiable=(x0, noise),
-        check=_check,
-        compiled=backend != "triton",
-    )
+    return _op.call(backend, arguments, (x0, noise))
 
 
 def _check(
@@ -289,7 +282,7 @@ def _autograd(op, *args):
     return _QSample.apply(op, *args)
 
 
-_library.define(
+_op = _library.define(
     "q_sample",
     "(Tensor x0, Tensor t, Tensor sqrt_alpha_bar, Tensor sqrt_one_minus_alpha_bar, Tensor? noise, "
     "Tensor? keys, SymInt? seed, SymInt stream, Tensor? flip, ScalarType? dtype) -> Tensor",
@@ -297,4 +290,5 @@ _library.define(
     autograd=_autograd,
     reference=_reference,
     triton=_triton,
+    check=_check,
 )
