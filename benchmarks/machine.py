@@ -1,0 +1,75 @@
+"""What the numbers were measured on, and with which allocator."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff import _native
+
+# By default glibc maps large tensors freshly and unmaps them when they are freed, and gives the top
+# of the heap back as well. Every new page then faults and is zeroed by the kernel when it is first
+# written, which costs more than computing what goes into it, and which contender pays is up to the
+# state of the heap. A training loop keeps its memory, so all contenders here do: nothing is mapped,
+# nothing is given back, and the heap grows by 1 GiB at a time.
+STEADY_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 30),
+}
+
+
+def ensure_steady_allocator() -> None:
+    """Start this command again with `STEADY_ALLOCATOR`, unless it runs with it already.
+
+    glibc reads these variables once, before main: setting them in a running process does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    if all(os.environ.get(name) == value for name, value in STEADY_ALLOCATOR.items()):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, sys.orig_argv, os.environ | STEADY_ALLOCATOR)
+
+
+def cpu_model() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Everything needed to judge a number, and nothing that names a user, a host or a path."""
+    build = _native.build_info()
+    known: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": build.simd_level() if build else None,
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "fastdiff": fastdiff.__version__,
+        "python": platform.python_version(),
+        "compiler": build.compiler if build else None,
+        "steady_allocator": all(os.environ.get(k) == v for k, v in STEADY_ALLOCATOR.items()),
+        "load": round(os.getloadavg()[0], 2),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+        }
+    return known

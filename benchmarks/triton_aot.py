@@ -1,0 +1,133 @@
+"""Triton kernels compiled ahead of time, for GPUs that need not be present.
+
+The project's own launchers run on tensors without data (the meta device) up to the launch; what
+they would launch is compiled with the specialization that Triton's own binder chooses. So the
+kernels inspected are those that users get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPE = (16, 4, 64, 64)  # numel per sample divides by 16, as in every published U-Net
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that a launcher asked for."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, Triton launches are noted instead of run."""
+    from fastdiff.triton_kernels import _launch
+
+    launches: list[Launch] = []
+
+    def record(
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        *arguments: Any,
+        num_warps: int = 4,
+        **meta: Any,
+    ) -> None:
+        launches.append(Launch(kernel, arguments, meta | {"num_warps": num_warps}))
+
+    original, _launch.launch = _launch.launch, record
+    try:
+        yield launches
+    finally:
+        _launch.launch = original
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """The compiled kernel (`.asm["cubin"]`, `.metadata`) of a launch, for an `arch` like sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _empty(dtype: torch.dtype, channels_last: bool = False, shape: tuple = SHAPE) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+
+
+def _q_sample(
+    out: torch.dtype,
+    x0: torch.dtype | None = None,
+    noise: torch.dtype | None = None,
+    seed: int | None = None,
+    channels_last: bool = False,
+    flip: bool = False,
+) -> None:
+    from fastdiff.triton_kernels.q_sample import q_sample
+
+    table = _empty(torch.float32, shape=(1000,))
+    q_sample(
+        _empty(out, channels_last),
+        _empty(x0 or out, channels_last),
+        _empty(torch.int64, shape=SHAPE[:1]),
+        table,
+        table,
+        None if noise is None else _empty(noise, channels_last),
+        None,
+        seed,
+        0,
+        _empty(torch.bool, shape=SHAPE[:1]) if flip else None,
+        channels_last,
+    )
+
+
+def _philox_normal(out: torch.dtype, channels_last: bool = False) -> None:
+    from fastdiff.triton_kernels.philox_normal import philox_normal
+
+    philox_normal(_empty(out, channels_last), None, 0, 0, channels_last)
+
+
+def representative_calls() -> dict[str, Callable[[], None]]:
+    """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
+    calls: dict[str, Callable[[], None]] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for layout, channels_last in (("nchw", False), ("channels_last", True)):
+            given = functools.partial(_q_sample, dtype, noise=dtype, channels_last=channels_last)
+            seed = functools.partial(_q_sample, dtype, seed=0, channels_last=channels_last)
+            normal = functools.partial(_philox_normal, dtype, channels_last=channels_last)
+            calls[f"q_sample {name} {layout} given"] = given
+            calls[f"q_sample {name} {layout} seed"] = seed
+            calls[f"philox_normal {name} {layout}"] = normal
+        pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
+        calls[f"q_sample {name} nchw uint8 seed"] = pixels
+        calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)
+    return calls
+
+
+def launch_of(call: Callable[[], None]) -> Launch:
+    """The one launch of a launcher call."""
+    with recorded_launches() as launches:
+        call()
+    (launch,) = launches
+    return launch
