@@ -1,0 +1,227 @@
+"""Every GPU kernel as compiled for sm_80, sm_90 and sm_100: no spills, and 16-byte accesses.
+
+The CUDA kernels are those of the built library, or compiled here where it lacks an architecture;
+the Triton kernels are compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+import sys
+
+import pytest
+from ptx_emulator.nvcc import compile_cached, find_nvcc
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
+
+from benchmarks import cubin, inspect_kernels  # noqa: E402
+from benchmarks.cubin import Kernel  # noqa: E402
+
+ARCHS = inspect_kernels.ARCHS
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
+
+needs_cuobjdump = pytest.mark.skipif(
+    cubin.find_cuobjdump() is None, reason="cuobjdump is in neither a CUDA toolkit nor triton"
+)
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def compile_cuda(source: pathlib.Path, arch: str, *flags: str) -> pathlib.Path:
+    includes = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda")]
+    options = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-cubin", f"-arch={arch}"]
+    return compile_cached(source, [*options, *flags, *includes], ".cubin")
+
+
+def cuda_kernels(arch: str) -> list[Kernel]:
+    library = inspect_kernels.cuda_library()
+    if library is not None and arch in cubin.architectures(library):
+        return cubin.inspect(library, arch)
+    if find_nvcc() is None:
+        pytest.skip(f"no CUDA kernels for {arch}: not in a built library, and there is no nvcc")
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    return [k for source in sources for k in cubin.inspect(compile_cuda(source, arch), arch)]
+
+
+def template(kernel: Kernel) -> tuple[str, list[str]]:
+    """Stem and template arguments."""
+    match = re.fullmatch(r"(\w+)<(.*)>", kernel.name)
+    assert match, f"{kernel.name} is not a template over its types and vector width"
+    return match[1], match[2].split(",")
+
+
+def operands(kernel: Kernel) -> list[str]:
+    """Types of the tensors that a kernel reads as vectors. Every new kernel states its own."""
+    stem, arguments = template(kernel)
+    known = {
+        "q_sample_fwd_kernel": lambda out, x0, noise, v: [x0, noise],
+        "philox_normal_kernel": lambda out, v: [],
+    }
+    assert stem in known, f"state here what {stem} reads as vectors"
+    return known[stem](*arguments)
+
+
+def assert_stays_in_registers(kernel: Kernel) -> None:
+    assert kernel.spills == 0, f"{kernel.name}: {kernel.spills} accesses to local memory"
+    assert kernel.stack == kernel.local == 0, f"{kernel.name}: stack or local memory"
+    for kind in ("generic load", "generic store"):
+        assert kernel.count(kind) == 0, f"{kernel.name}: a {kind} hides which memory it uses"
+
+
+def assert_wide_stores(kernel: Kernel) -> None:
+    stores = inspect_kernels.widths(kernel, "global store")
+    assert kernel.count("global store") > 0, f"{kernel.name} stores nothing"
+    assert kernel.count("global store") == kernel.count("global store", 16), (
+        f"{kernel.name}: global stores {stores}"
+    )
+
+
+def assert_wide_loads(kernel: Kernel, sizes: list[int], narrow: int) -> None:
+    """Vectors of `sizes` bytes come in packets of 16 (or whole), and little else is narrower."""
+    loads = inspect_kernels.widths(kernel, "global load")
+    wide = sum(size // 16 for size in sizes)
+    small = [size for size in sizes if size < 16]
+    assert kernel.count("global load", 16) >= wide, f"{kernel.name}: global loads {loads}"
+    for size in small:
+        assert kernel.count("global load", size) >= 1, f"{kernel.name}: global loads {loads}"
+    rest = kernel.count("global load") - kernel.count("global load", 16)
+    assert rest <= narrow + len(small), f"{kernel.name}: global loads {loads}"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cuda_kernels(arch):
+    kernels = cuda_kernels(arch)
+    assert {"q_sample_fwd_kernel", "philox_normal_kernel"} <= {template(k)[0] for k in kernels}
+    for kernel in kernels:
+        assert_stays_in_registers(kernel)
+        assert kernel.threads, f"{kernel.name} has no __launch_bounds__"
+
+    vectorized = [k for k in kernels if int(template(k)[1][-1]) > 1]
+    assert vectorized
+    for kernel in vectorized:
+        assert_wide_stores(kernel)
+        vector = int(template(kernel)[1][-1])
+        sizes = [vector * BYTES[operand] for operand in operands(kernel)]
+        # Once per block: t, two coefficients, flip, key. A mirrored sample is gathered by element.
+        assert_wide_loads(kernel, sizes, narrow=5 + vector)
+
+
+# Per name: bytes of the vectors that a thread reads, and its other loads.
+TRITON = {
+    "q_sample fp32 nchw given": ([16, 16], 3),
+    "q_sample bf16 nchw seed": ([16], 3),
+    "q_sample bf16 channels_last given": ([16, 16], 3),
+    "q_sample bf16 channels_last seed": ([16], 3),
+    "q_sample fp32 nchw uint8 seed": ([4], 3),
+    "q_sample bf16 nchw uint8 seed flip": ([8], 4 + 8),
+    "philox_normal bf16 nchw": ([], 0),
+}
+
+
+@needs_cuobjdump
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_kernels(name, arch):
+    kernel = inspect_kernels.triton_kernel(name, arch)
+    sizes, narrow = TRITON[name]
+    assert_stays_in_registers(kernel)
+    assert_wide_stores(kernel)
+    assert_wide_loads(kernel, sizes, narrow)
+
+
+DEFECTS = """
+// 48 live values, volatile so that none is read later or again, in the 32 registers of the test.
+template <typename T, int V>
+__global__ void spills(const volatile T* in, volatile T* out) {
+  T x[48];
+#pragma unroll
+  for (int i = 0; i < 48; ++i) x[i] = in[i];
+#pragma unroll
+  for (int i = 0; i < 48; ++i) out[i] = x[47 - i];
+}
+// An array written at an index known at run time only.
+template <typename T, int V>
+__global__ void indexes(const T* in, T* out, int n) {
+  T x[16] = {};
+  for (int i = 0; i < n; ++i) x[static_cast<int>(in[i]) & 15] += in[i];
+  for (int i = 0; i < 16; ++i) out[i] = x[i];
+}
+// Eight bytes at a time where sixteen were wanted.
+template <typename T, int V>
+__global__ void halves(const T* in, T* out) {
+  reinterpret_cast<float2*>(out)[threadIdx.x] = reinterpret_cast<const float2*>(in)[threadIdx.x];
+}
+template __global__ void spills<float, 4>(const volatile float*, volatile float*);
+template __global__ void indexes<float, 4>(const float*, float*, int);
+template __global__ void halves<float, 4>(const float*, float*);
+"""
+
+
+@needs_cuobjdump
+@needs_nvcc
+def test_planted_defects_are_found(tmp_path):
+    source = tmp_path / "defects.cu"
+    source.write_text(DEFECTS)
+    path = compile_cuda(source, "sm_90", "-maxrregcount=32")
+    kernels = {template(k)[0]: k for k in cubin.inspect(path, "sm_90")}
+    for name in ("spills", "indexes"):
+        with pytest.raises(AssertionError, match=rf"{name}.*local memory"):
+            assert_stays_in_registers(kernels[name])
+    assert_stays_in_registers(kernels["halves"])
+    with pytest.raises(AssertionError, match="global stores 1x8"):
+        assert_wide_stores(kernels["halves"])
+    with pytest.raises(AssertionError, match="global loads 1x8"):
+        assert_wide_loads(kernels["halves"], [16], narrow=5)
+    with pytest.raises(AssertionError, match="state here"):
+        operands(kernels["halves"])
+
+
+SASS = """
+\t\tFunction : kernel
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;              /* 0x00000a00ff017b82 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;   /* 0x1 */
+        /*0020*/               @P1 LDG.E.U8 R4, desc[UR4][R2.64] ;     /* 0x1 */
+        /*0030*/             @!UP2 STG.E.64 desc[UR4][R2.64], R4 ;     /* 0x1 */
+        /*0040*/                   LDL.LU R3, [R1+0x4] ;               /* 0x1 */
+        /*0050*/                   STL.128 [R1], R4 ;                  /* 0x1 */
+        /*12340*/                  LDS R5, [R6+UR64] ;                 /* 0x1 */
+\t\tFunction : other
+        /*0000*/                   STG.E.U16 desc[UR4][R2.64], R4 ;    /* 0x1 */
+"""
+
+
+def test_parse_sass():
+    functions = cubin.parse_sass(SASS)
+    assert functions["kernel"] == {
+        ("global load", 16): 1,
+        ("global load", 1): 1,
+        ("global store", 8): 1,
+        ("local load", 4): 1,
+        ("local store", 16): 1,
+        ("shared load", 4): 1,
+    }
+    assert functions["other"] == {("global store", 2): 1}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "shared", "expected"),
+    [
+        ("sm_90", 32, 128, 0, 1.0),  # 65536 / (32 * 32) = 64 warps: all
+        ("sm_90", 56, 128, 0, 36 / 64),  # 36 warps fit the registers: 9 blocks of 4
+        ("sm_90", 57, 256, 0, 32 / 64),  # 57 rounds up to 64: 32 warps, 4 blocks of 8
+        ("sm_80", 16, 32, 0, 32 / 64),  # at most 32 blocks
+        ("sm_86", 16, 32, 0, 16 / 48),  # at most 16
+        ("sm_80", 16, 128, 40 << 10, 4 * 4 / 64),  # 164 KiB hold four times 41
+    ],
+)
+def test_occupancy(arch, registers, threads, shared, expected):
+    kernel = Kernel("k", arch, registers, 0, 0, shared, threads)
+    assert kernel.occupancy() == expected
