@@ -28,6 +28,7 @@ from sklearn.svm import SVC
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
 from fastdiff.training import load_run
+from fastdiff.training.run import use_threads
 
 MIN_CONFIDENCE = 0.80
 MAX_DISTANCE_RATIO = 2.0
@@ -44,6 +45,7 @@ def main() -> int:
 
     seen, held_out, classifier = real_digits()
     run = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    use_threads(run.config)
     sampler = DDIM(run.diffusion, steps=args.steps)
     levels = generate(run, sampler, args.num, args.seed).reshape(args.num, 64).numpy()
     generated = levels * (16 / 255)  # the pixels of scikit-learn's digits are 0..16

@@ -18,7 +18,7 @@ from fastdiff import _cli, ops
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.errors import RunError, UserError, naming
 from fastdiff.training.logging import image_grid, to_uint8
-from fastdiff.training.run import TrainedRun, choose_device, load_run
+from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
 
 if TYPE_CHECKING:
     from fastdiff.samplers import Sampler
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     _validate(config)
     out = _output(config)
     run = load_run(config.run, choose_device(config.device), warn=_cli.say)
+    use_threads(run.config)
     sampler = _sampler(config, run)
     labels = _labels(config, run)
     images = generate(run, sampler, config.num, config.seed, labels, config.batch_size)

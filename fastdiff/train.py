@@ -21,7 +21,7 @@ NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
 def main(argv: list[str]) -> int:
     """Train as ``argv`` says; return the exit code."""
     from fastdiff.training.data import load_dataset
-    from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint
+    from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
     from fastdiff.training.trainer import Trainer
 
     # Everything that can be wrong is found before the first file is written.
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     if not config.resume:
         folder.check_new()
     device = choose_device(config.device)
+    use_threads(config)
     dataset = load_dataset(config.data, config.data_dir, config.image_size)
     trainer = Trainer(config, dataset, folder, device)
     if config.resume:

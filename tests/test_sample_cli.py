@@ -62,7 +62,9 @@ def run_sample(monkeypatch, capfd, tmp_path, runs):
             _cli.run(sample.PROGRAM, sample.main, sample.NEEDS)
         return stopped.value.code, capfd.readouterr().err
 
-    return call
+    threads = torch.get_num_threads()
+    yield call
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def run_train(monkeypatch, capfd, tmp_path):
             _cli.run(train.PROGRAM, train.main, train.NEEDS)
         return stopped.value.code, capfd.readouterr().err
 
-    return call
+    threads = torch.get_num_threads()
+    yield call
+    torch.set_num_threads(threads)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,9 +75,11 @@ def test_a_run_resumes_and_is_never_overwritten(run_train, tmp_path):
     )
     assert contents(folder) == before
 
-    # Settings come from the run itself; more steps are allowed.
-    code, error = run_train("--resume", "--steps", "8")
+    # Settings come from the run itself; more steps and another way to compute are allowed.
+    assert torch.get_num_threads() == 1
+    code, error = run_train("--resume", "--steps", "8", "--threads", "2")
     assert code == 0
+    assert torch.get_num_threads() == 2
     assert "continuing runs/digits at step 6" in error
     assert (folder / "checkpoints/step-00000008").is_dir()
     steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -163,6 +163,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def use_threads(config: TrainConfig) -> None:
+    """Give torch the number of CPU threads that the run asks for."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """A run as samplers and evaluation need it.

@@ -89,7 +89,7 @@ def test_impossible_settings_are_named(change, flag):
 
 def test_only_settings_that_change_the_result_break_resuming():
     saved = TrainConfig()
-    longer = TrainConfig(steps=9999, device="cpu", out="x", lr=1e-5, resume=True)
+    longer = TrainConfig(steps=9999, device="cpu", threads=2, out="x", lr=1e-5, resume=True)
     assert longer.changes_that_break_resuming(saved) == []
     other = TrainConfig(batch_size=7, schedule="linear")
     changes = " ".join(other.changes_that_break_resuming(TrainConfig(schedule="jsd")))
