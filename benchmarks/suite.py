@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Timing, measure
+from benchmarks.timing import SAMPLE_SECONDS, Timing, measure
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,18 @@ class Record:
         }
 
 
-def run(workload: Workload, device: torch.device, rounds: int, max_seconds: float) -> Record:
+def run(
+    workload: Workload,
+    device: torch.device,
+    rounds: int,
+    max_seconds: float = float("inf"),
+    sample_seconds: float = SAMPLE_SECONDS,
+) -> Record:
     """Check every contender, then time those that are right."""
     wrong: dict[str, str] = {}
     for name, contender in workload.contenders.items():
         if (error := contender.error(contender.run())) is not None:
             wrong[name] = error
     functions = {n: c.run for n, c in workload.contenders.items() if n not in wrong}
-    timings = measure(functions, device, rounds, max_seconds) if functions else {}
+    timings = measure(functions, device, rounds, max_seconds, sample_seconds) if functions else {}
     return Record(workload.labels, workload.bytes, timings, wrong, workload.own_bytes)

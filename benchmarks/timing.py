@@ -17,8 +17,9 @@ import torch
 
 Function = Callable[[], object]
 
-# A sample shorter than this is mostly the clock's own cost (about 0.1 us) and timer interrupts.
-_MIN_SAMPLE_SECONDS = 2e-4
+# Short functions are called until a sample takes this long: long enough that neither the clock's own
+# cost (about 0.1 us) nor the caches left cold by the previous contender count.
+SAMPLE_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def measure(
     device: torch.device,
     rounds: int,
     max_seconds: float = float("inf"),
+    sample_seconds: float = SAMPLE_SECONDS,
 ) -> dict[str, Timing]:
     """Time every function in `rounds` interleaved rounds.
 
@@ -107,13 +109,15 @@ def measure(
         Samples per function.
     max_seconds
         Stop early once this much time is spent, after three rounds at least.
+    sample_seconds
+        Length of a sample of a short function, on the CPU.
     """
     clock = CpuClock() if device.type == "cpu" else CudaClock(device)
     calls = {}
     for name, function in functions.items():
         clock.sample(function, 1)()
         once = clock.sample(function, 1)()
-        calls[name] = max(1, round(_MIN_SAMPLE_SECONDS / once)) if device.type == "cpu" else 1
+        calls[name] = max(1, round(sample_seconds / once)) if device.type == "cpu" else 1
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
