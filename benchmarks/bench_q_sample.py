@@ -337,7 +337,7 @@ def measure_overheads(device: torch.device, rounds: int) -> list[Record]:
     for mode in MODES:
         labels = {"shape": "tiny", "dtype": "fp32", "layout": "nchw", "mode": mode}
         tiny = workload(labels, device, compiled=False, tiny=True)
-        # Long samples: a call of a few microseconds pays twice with the caches of another contender.
+        # Long samples: the first calls of a few microseconds run with cold caches.
         record = run(tiny, device, rounds, sample_seconds=2e-3)
         records.append(record)
         times = (record.timings.get(name) for name in names)

@@ -17,8 +17,8 @@ import torch
 
 Function = Callable[[], object]
 
-# Short functions are called until a sample takes this long: long enough that neither the clock's own
-# cost (about 0.1 us) nor the caches left cold by the previous contender count.
+# Short functions are called until a sample takes this long: long enough that neither the clock's
+# own cost (about 0.1 us) nor the caches left cold by the previous contender count.
 SAMPLE_SECONDS = 2e-4
 
 
