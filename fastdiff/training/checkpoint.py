@@ -60,7 +60,9 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write ``checkpoint`` into ``folder`` and delete all but the newest ``keep``.
+    """Write ``checkpoint`` into ``folder``, then delete all but it and the ``keep - 1`` before it.
+
+    Checkpoints of later steps go too: those that the run went back from.
 
     Raises
     ------
@@ -101,7 +103,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for _, old in _listed(folder)[keep:]:
+    # Later steps are what the run left behind when it went back here: damaged, or of a future it
+    # no longer has. They must not count as the newest.
+    listed = _listed(folder)
+    abandoned = [path for step, path in listed if step > checkpoint.step]
+    reached = [path for step, path in listed if step <= checkpoint.step]
+    for old in abandoned + reached[max(1, keep) :]:
         old.rename(folder / (_TEMPORARY + old.name))
     _remove_leftovers(folder)
     return final

@@ -38,10 +38,21 @@ def test_round_trip(tmp_path):
 
 
 def test_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 100, 3):
+    for step in (1, 2, 3, 100):
         save(tmp_path, make(step), keep=2)
     assert names(tmp_path) == ["step-00000003", "step-00000100"]
     assert load_newest(tmp_path, pytest.fail).step == 100
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, [400]), (1, [400]), (2, [300, 400])])
+def test_what_is_kept_of_a_run_that_went_back_is_good(tmp_path, keep, kept):
+    """Step 600 is damaged, the run goes on from 300: 600 is no longer the newest."""
+    save(tmp_path, make(300), keep=2)
+    truncate(save(tmp_path, make(600), keep=2) / "model.safetensors")
+    assert load_newest(tmp_path, lambda message: None).step == 300
+    save(tmp_path, make(400), keep=keep)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+    assert load_newest(tmp_path, pytest.fail).step == 400
 
 
 def truncate(path):
