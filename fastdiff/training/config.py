@@ -142,14 +142,22 @@ class TrainConfig:
         values = {k: v for k, v in dataclasses.asdict(self).items() if k != "resume"}
         return json.dumps(values, indent=2) + "\n"
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that a continuation must share, or it would be another run."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in _FREE_ON_RESUME}
+
     def updated(self, values: dict[str, Any], source: str) -> TrainConfig:
         """Return a copy with ``values`` (field or flag names) put in.
 
         Raises
         ------
         UserError
-            For a key that is no setting and a value of the wrong type, naming ``source``.
+            For a key that is no setting, a value of the wrong type, and what is no dict at all,
+            naming ``source``.
         """
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: expected settings by name, got a {type(values).__name__}")
         kinds = typing.get_type_hints(TrainConfig)
         changes = {}
         for key, value in values.items():
@@ -163,12 +171,11 @@ class TrainConfig:
 
     def changes_that_break_resuming(self, saved: TrainConfig) -> list[str]:
         """Describe the settings that differ from ``saved`` and would make it another run."""
+        before = saved.identity()
         return [
-            f"{_flag(field.name)} {getattr(self, field.name)} (the run has "
-            f"{getattr(saved, field.name)})"
-            for field in dataclasses.fields(self)
-            if field.name not in _FREE_ON_RESUME
-            and getattr(self, field.name) != getattr(saved, field.name)
+            f"{_flag(name)} {value} (the run has {before[name]})"
+            for name, value in self.identity().items()
+            if value != before[name]
         ]
 
 

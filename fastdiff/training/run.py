@@ -87,7 +87,7 @@ class RunFolder:
             ) from error
         except ValueError as error:
             raise UserError(f"{argument}: {self.config} is not valid JSON: {error}") from error
-        return TrainConfig().updated(values, str(self.config))
+        return TrainConfig().updated(values, f"{argument}: {self.config}")
 
 
 def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:
@@ -176,7 +176,7 @@ class TrainedRun:
     Attributes
     ----------
     config : TrainConfig
-        The run's settings.
+        The run's settings, as far as they matter those of the checkpoint.
     step : int
         Optimizer steps behind the weights.
     unet : UNet
@@ -201,6 +201,9 @@ def load_run(
 ) -> TrainedRun:
     """Load the newest good checkpoint of a run; the folder is all that is needed.
 
+    Model and diffusion process are those that the checkpoint describes; config.json adds how the
+    run was computed.
+
     Raises
     ------
     UserError
@@ -213,10 +216,19 @@ def load_run(
     newest = newest_checkpoint(run, warn)
     if newest is None:
         raise UserError(f"RUN: {folder} has no checkpoint yet")
-    with naming(f"RUN: {folder} cannot be rebuilt"):
+    what = f"RUN: checkpoint step-{newest.step:08d} in {folder}"
+    missing = {"settings", "unet", "image_shape"} - newest.meta.keys()
+    if missing:
+        raise UserError(f"{what} does not say its {', '.join(sorted(missing))}")
+    config = config.updated(newest.meta["settings"], what)
+    with naming(what):
         unet = UNet.from_config(newest.meta["unet"])
         image_shape = tuple(newest.meta["image_shape"])
-    unet.load_state_dict(newest.ema)
+    try:
+        unet.load_state_dict(newest.ema)
+    except RuntimeError as error:
+        # torch lists every tensor; that they do not fit says enough.
+        raise UserError(f"{what}: its weights do not fit the U-Net that it describes") from error
     unet.eval().requires_grad_(False).to(device)
     return TrainedRun(config, newest.step, unet, build_diffusion(config), image_shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import sys
@@ -217,9 +218,10 @@ class Trainer:
         checkpoints.save(self.folder.checkpoints, checkpoint, self.config.keep)
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint says about model and data, and must find when it is restored."""
+        """What a checkpoint says about the run, and must find when it is restored."""
         height, width, channels = self.dataset.shape
         return {
+            "settings": self.config.identity(),
             "unet": self.unet.config.to_dict(),
             "image_shape": [channels, height, width],
             "num_images": len(self.dataset),
@@ -232,15 +234,16 @@ class Trainer:
         Raises
         ------
         UserError
-            The checkpoint is of another model or dataset.
+            The checkpoint is of other settings, another model or other data.
         """
-        for name, here in self._facts().items():
-            there = checkpoint.meta.get(name)
-            if there != here:
-                raise UserError(
-                    f"--resume: the checkpoint in {self.folder.path} is of another run: its {name} "
-                    f"is {there}, not {here}; train anew with another --out"
-                )
+        # As JSON would give them back, tuples as lists.
+        here = json.loads(json.dumps(self._facts()))
+        there = {name: checkpoint.meta.get(name) for name in here}
+        if there != here:
+            raise UserError(
+                f"--resume: the checkpoint in {self.folder.path} is of another run: "
+                f"{'; '.join(_differences(there, here))}; train anew with another --out"
+            )
         self.step = checkpoint.step
         self.unet.load_state_dict(checkpoint.model)
         self.ema.model.load_state_dict(checkpoint.ema)
@@ -347,3 +350,17 @@ class Trainer:
             f"the checkpoint of step {saved} is intact, continue from it with "
             f"--out {self.folder.path} --resume"
         )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Describe the fields in which two nested dicts differ, and nothing else of them."""
+    lines = []
+    for name in here | there:
+        theirs, ours = there.get(name), here.get(name)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            lines += [f"{name}.{line}" for line in _differences(theirs, ours)]
+        elif isinstance(theirs, dict) or isinstance(ours, dict):
+            lines.append(f"it has no {name}" if theirs is None else f"its {name} differs")
+        elif theirs != ours:
+            lines.append(f"{name} is {theirs}, not {ours}")
+    return lines

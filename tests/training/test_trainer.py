@@ -218,10 +218,70 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path, dataset, m
 def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path, dataset):
     trainer(tmp_path, dataset, steps=1).train()
     more = ArrayDataset(np.tile(dataset.images, (2, 1, 1, 1)), np.tile(dataset.labels, 2), "abc")
-    with pytest.raises(UserError, match=r"its num_images is 30, not 60; .*--out"):
+    with pytest.raises(UserError, match=r"another run: num_images is 30, not 60; .*--out"):
         resumed(tmp_path, more)
-    with pytest.raises(UserError, match=r"its unet is .*'num_classes': 3"):
+    with pytest.raises(UserError, match=r"settings\.class_cond is True, not False") as raised:
         resumed(tmp_path, dataset, class_cond=False)
+    assert "unet.num_classes is 3, not None" in str(raised.value)
+    assert "channel_mult" not in str(raised.value)  # the same in both
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"schedule": "linear", "prediction": "v"}, {"timesteps": 40}, {"seed": 1}, {"lr": 1e-5}],
+)
+def test_a_checkpoint_of_other_settings_is_refused_unless_they_are_free(tmp_path, dataset, changes):
+    """Even where config.json agrees: the checkpoints may have come from another folder."""
+    trainer(tmp_path, dataset, steps=1).train()
+    if changes == {"lr": 1e-5}:
+        assert resumed(tmp_path, dataset, **changes).step == 1
+        return
+    with pytest.raises(UserError, match="is of another run") as raised:
+        resumed(tmp_path, dataset, **changes)
+    differing = str(raised.value).removesuffix("; train anew with another --out").split("; ")
+    assert len(differing) == len(changes)
+    for line, (name, value) in zip(differing, changes.items(), strict=True):
+        assert line.endswith(f"settings.{name} is {getattr(SMALL, name)}, not {value}")
+
+
+def test_a_loaded_run_follows_its_checkpoint_not_config_json(tmp_path, dataset):
+    trainer(tmp_path, dataset, steps=1).train()
+    other = dataclasses.replace(SMALL, schedule="linear", prediction="v", threads=3)
+    (tmp_path / "config.json").write_text(other.to_json())
+    run = load_run(tmp_path)
+    assert (run.diffusion.prediction, run.config.prediction) == ("eps", "eps")
+    assert torch.equal(run.diffusion.schedule.betas, build_diffusion(SMALL).schedule.betas)
+    assert run.config.threads == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta.pop("unet"), "step-00000001 .* does not say its unet"),
+        (lambda meta: meta.pop("settings"), "does not say its settings"),
+        (lambda meta: meta["unet"].update(channels=16), "do not fit the U-Net"),
+        (lambda meta: meta["unet"].update(channels=9), "RUN: checkpoint .*channels must be even"),
+        (lambda meta: meta["unet"].update(chanels=8), "RUN: checkpoint .*chanels"),
+        (lambda meta: meta["settings"].update(loss=3), "loss: expected str, got 3"),
+        (lambda meta: meta.update(unet=[]), "RUN: checkpoint"),
+        (lambda meta: meta.update(settings=[]), "expected settings by name, got a list"),
+    ],
+)
+def test_a_checkpoint_that_does_not_describe_a_run_is_named(tmp_path, dataset, change, message):
+    trainer(tmp_path, dataset, steps=1).train()
+    path = tmp_path / "checkpoints/step-00000001/checkpoint.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=message):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "\xff"])
+def test_a_config_json_that_holds_no_settings_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"RUN: .*config\.json"):
+        load_run(tmp_path)
 
 
 def test_a_learned_variance_needs_a_loss_that_trains_it():
