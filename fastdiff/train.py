@@ -7,6 +7,7 @@ Writes a run folder with config.json, metrics.jsonl, loss.png, samples/, checkpo
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from fastdiff import _cli
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     from fastdiff.training.trainer import Trainer
 
     # Everything that can be wrong is found before the first file is written.
+    _refuse_several_processes()
     config = parse(argv)
     folder = RunFolder(config.run_folder)
     if not config.resume:
@@ -107,6 +109,16 @@ def parse(argv: list[str]) -> TrainConfig:
             )
     config.validate()
     return config
+
+
+def _refuse_several_processes() -> None:
+    # Each would train the same run into the same folder.
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise UserError(
+            f"WORLD_SIZE is {world_size}: training in several processes (torchrun) is not "
+            f"supported yet; start one with: {PROGRAM}"
+        )
 
 
 def _without(argv: list[str], flag: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff import _cli, train
+from fastdiff import _backends, _cli, train
 from fastdiff.nn import PRESETS, UNetConfig
 
 TINY = UNetConfig(
@@ -149,6 +149,20 @@ def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, argv, fragment
     flags = [] if "--preset" in argv or "--resume" in argv else ["--preset", "tiny"]
     assert_one_line(run_train(*flags, *argv), *fragments)
     assert contents(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes_are_refused(run_train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_line(run_train(*FLAGS), "WORLD_SIZE is 2", "not supported yet")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_backend_that_is_not_there_is_one_line(run_train, tmp_path, monkeypatch):
+    problem = _backends._problem("nope", "FASTDIFF_BACKEND")
+    monkeypatch.setattr(_backends, "_forced", "nope")
+    monkeypatch.setattr(_backends, "_forced_problem", problem)
+    assert_one_line(run_train(*FLAGS), "FASTDIFF_BACKEND: unknown backend 'nope'", "reference")
     assert not (tmp_path / "runs").exists()
 
 

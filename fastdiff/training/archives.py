@@ -6,7 +6,7 @@ import gzip
 import io
 import math
 import pickle
-import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,11 @@ CIFAR10_CLASSES = (
 )
 
 
+# Every class up to the highest label gets a name and an embedding; no dataset of images comes near
+# this, a damaged or unrelated array of integers does.
+MAX_CLASSES = 1 << 16
+
+
 def read_idx_pair(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Read MNIST's training files, plain or .gz: images (N, H, W, 1), labels; None if absent."""
     images = _plain_or_gz(folder / "train-images-idx3-ubyte")
@@ -36,6 +41,7 @@ def read_idx_pair(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     pixels, classes = read_idx(images, 3), read_idx(labels, 1)
     _same_length(pixels, classes, images)
+    _check_ten_classes(classes, labels)
     return pixels[..., None], classes.astype(np.int64)
 
 
@@ -49,7 +55,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UserError(f"--data-dir: cannot read {path}: {error}") from error
     header = 4 + 4 * ndim
     if content[:4] != bytes((0, 0, 8, ndim)):
@@ -68,8 +74,7 @@ def read_cifar10(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
             parts = [read(path) for path in paths]
             pixels = np.concatenate([pixels for pixels, _ in parts])
             labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
-            if labels.size and not 0 <= labels.min() <= labels.max() < len(CIFAR10_CLASSES):
-                raise UserError(f"--data-dir: labels outside 0..9 in {folder}")
+            _check_ten_classes(labels, folder)
             # Stored plane by plane (CHW).
             images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             return np.ascontiguousarray(images), labels
@@ -80,12 +85,13 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]
     """Read images and, if there, labels of an .npz file (never unpickling).
 
     Images are the array named "images" or "arr_0", uint8 (N, H, W) or (N, H, W, C); labels,
-    "labels" or "arr_1", are integers (N,) from 0.
+    "labels" or "arr_1", are integers (N,) from 0 to at most `MAX_CLASSES` - 1.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # What zipfile, zlib and NumPy raise on bytes they did not expect is not a documented set.
         raise UserError(f"--data {path}: not a readable .npz file: {error}") from error
     images = arrays.get("images", arrays.get("arr_0"))
     labels = arrays.get("labels", arrays.get("arr_1"))
@@ -100,9 +106,14 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]
         )
     if labels is None:
         return images, None, ()
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise UserError(f"--data {path}: expected labels as integers (N,) from 0")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(f"--data {path}: expected labels as integers (N,)")
     _same_length(images, labels, path)
+    if not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise UserError(
+            f"--data {path}: expected labels from 0 to at most {MAX_CLASSES - 1}, got "
+            f"{labels.min()}..{labels.max()}"
+        )
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return images, labels.astype(np.int64), classes
 
@@ -151,6 +162,11 @@ def _plain_or_gz(path: Path) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def _check_ten_classes(labels: np.ndarray, path: Path) -> None:
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 9:
+        raise UserError(f"--data-dir: labels outside 0..9 in {path}")
 
 
 def _same_length(images: np.ndarray, labels: np.ndarray, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastdiff._backends import select_backend
 from fastdiff.training.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -24,6 +25,9 @@ from fastdiff.training.errors import UserError, naming
 if TYPE_CHECKING:
     from fastdiff.gaussian import GaussianDiffusion
     from fastdiff.nn import UNet
+
+# With or without an index. Others, such as meta, cannot train or sample.
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,19 @@ class RunFolder:
             raise UserError(f"--out {self.path}: cannot write in {parent}; give another folder")
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder and write config.json."""
+        """Make the folder and write config.json.
+
+        A new run claims the folder by making checkpoints/, which only one process succeeds in.
+        """
         try:
-            for folder in (self.path, self.samples, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.samples.mkdir(parents=True, exist_ok=True)
+            try:
+                self.checkpoints.mkdir(exist_ok=config.resume)
+            except FileExistsError as error:
+                raise UserError(
+                    f"--out {self.path}: another process has started a run there; give another "
+                    "folder with --out"
+                ) from error
             write_atomic(self.config, config.to_json().encode())
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
@@ -148,18 +161,31 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn ``--device`` into a device that exists; "auto" is a GPU when there is one."""
+    """Turn ``--device`` into a device that exists; "auto" is a GPU when there is one.
+
+    Raises
+    ------
+    UserError
+        There is no such device, or the backend in FASTDIFF_BACKEND cannot run there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    elif name.split(":")[0] not in _DEVICES:
+        raise UserError(f"--device {name}: give auto or one of {', '.join(_DEVICES)}")
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            # torch's messages run over many lines; the first says what is wrong.
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--device {name}: {reason}; `--device auto` takes what is there"
+            ) from error
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # torch's messages run over many lines; the first says what is wrong.
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name}: {reason}; `--device auto` takes what is there"
-        ) from error
+        select_backend(f"--device {device}", device.type, unsupported=None)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
     return device
 
 

@@ -68,10 +68,38 @@ def test_damaged_and_missing_idx_files_are_named(tmp_path, rng):
     write_idx(tmp_path, images, labels[:-1])
     with pytest.raises(UserError, match="7 images but 6 labels"):
         load_dataset("fashion-mnist", str(tmp_path))
-    path.unlink()
-    path.with_name(path.name + ".gz").write_bytes(b"\x1f\x8bnot gzip")
-    with pytest.raises(UserError, match="cannot read"):
+    write_idx(tmp_path, images, labels + 4)
+    with pytest.raises(UserError, match=r"labels outside 0\.\.9 in .*train-labels-idx1-ubyte"):
         load_dataset("fashion-mnist", str(tmp_path))
+    path.unlink()
+    packed = path.with_name(path.name + ".gz")
+    for damaged in (b"\x1f\x8bnot gzip", _zeroed(gzip.compress(idx_bytes(images)))):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*ubyte\.gz"):
+            load_dataset("fashion-mnist", str(tmp_path))
+
+
+def _zeroed(content: bytes) -> bytes:
+    """Zeros in the middle, as a download that was cut and resumed wrongly leaves them."""
+    third = len(content) // 3
+    return content[:third] + bytes(third) + content[2 * third :]
+
+
+def test_a_damaged_npz_is_a_user_error_wherever_the_damage_is(tmp_path, rng):
+    path = tmp_path / "images.npz"
+    np.savez_compressed(path, images=rng.integers(0, 256, (9, 8, 8), dtype=np.uint8))
+    content = path.read_bytes()
+    refused = 0
+    # Every byte of the headers of zip and .npy, and every third of the rest.
+    for position in [*range(200), *range(200, len(content), 3)]:
+        path.write_bytes(
+            content[:position] + bytes((content[position] ^ 0xFF,)) + content[position + 1 :]
+        )
+        try:
+            load_dataset(str(path))
+        except UserError:
+            refused += 1
+    assert refused > 200  # the rest is dates and flags that nobody reads
 
 
 @pytest.mark.parametrize("layout", ["python", "binary"])
@@ -212,6 +240,11 @@ def test_npz_files(tmp_path, rng):
         ({"images": np.array([{}, {}])}, "not a readable"),
         ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.zeros(3)}, "labels as integers"),
         ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.arange(2)}, "3 images but 2"),
+        ({"images": np.zeros((1, 4, 4), np.uint8), "labels": np.array([-1])}, r"from 0 .*-1\.\.-1"),
+        (
+            {"images": np.zeros((1, 4, 4), np.uint8), "labels": np.array([2**62])},
+            r"labels from 0 to at most 65535, got 4611686018427387904\.\.",
+        ),
     ],
 )
 def test_bad_npz_files_are_named(tmp_path, arrays, message):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff import _backends
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset
-from fastdiff.training.run import build_diffusion, build_unet
+from fastdiff.training.run import build_diffusion, build_unet, choose_device
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -45,7 +46,7 @@ def trainer(path, dataset, config=SMALL, **changes):
 
 
 def resumed(path, dataset, config=SMALL, **changes):
-    again = trainer(path, dataset, config, **changes)
+    again = trainer(path, dataset, config, resume=True, **changes)
     again.restore(load_newest(again.folder.checkpoints, pytest.fail))
     return again
 
@@ -314,3 +315,33 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(UserError, match="is not empty; continue that run with --resume"):
         RunFolder(tmp_path).check_new()
     RunFolder(tmp_path / "new" / "run").check_new()
+
+
+def test_only_one_process_starts_a_run_in_a_folder(tmp_path):
+    """Two that both found the folder empty: the second must not write into the first's run."""
+    folder = RunFolder(tmp_path / "run")
+    folder.check_new()
+    folder.check_new()
+    folder.create(SMALL)
+    other = dataclasses.replace(SMALL, seed=1)
+    with pytest.raises(UserError, match=r"--out .*another process has started a run there"):
+        folder.create(other)
+    assert json.loads(folder.config.read_text())["seed"] == 0
+    folder.create(dataclasses.replace(SMALL, resume=True, steps=20))
+    assert json.loads(folder.config.read_text())["steps"] == 20
+
+
+@pytest.mark.parametrize("name", ["meta", "vulkan:0", "", "abacus"])
+def test_devices_that_cannot_train_are_refused(name):
+    with pytest.raises(UserError, match=rf"--device {name}: give auto or one of cpu, cuda, "):
+        choose_device(name)
+    assert choose_device("cpu:0") == torch.device("cpu:0")
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(_backends, "_forced", "cuda")
+    monkeypatch.setattr(_backends, "_forced_problem", None)
+    with pytest.raises(UserError, match=r"--device cpu: backend 'cuda' .* on cuda tensors"):
+        choose_device("cpu")
+    monkeypatch.setattr(_backends, "_forced", "reference")
+    assert choose_device("cpu") == torch.device("cpu")
