@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,23 +12,33 @@ Value = TypeVar("Value")
 
 
 class DeviceCache:
-    """Remembers what was built for a device: one upload per process, no host sync per call."""
+    """Remembers what was built for a device: one upload per process, no host sync per call.
 
-    def __init__(self) -> None:
-        self._values: dict[tuple[Hashable, torch.device], object] = {}
+    Every value is an attribute, because torch.compile reads (and guards) attributes one by one as
+    they are used; of a dictionary it would keep the state before a value was built.
+    """
 
-    def get(
-        self,
-        key: Hashable,
-        device: torch.device | str,
-        build: Callable[[torch.device], Value],
-    ) -> Value:
-        """`build(device)`, called at most once per (key, device)."""
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+
+    def get(self, build: Callable[..., Value], device: torch.device | str, *key: str) -> Value:
+        """`build(owner, device, *key)`, called at most once per build, device and key.
+
+        `build` is a function of a module. torch.compile traces the reading, not the building.
+        """
+        return getattr(self, self._fill(build, device, *key))
+
+    # Run while tracing, so that compiling works before any eager call.
+    @torch.compiler.assume_constant_result
+    def _fill(self, build: Callable[..., Any], device: torch.device | str, *key: str) -> str:
+        """The attribute that holds the value, built if need be."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        if (key, device) not in self._values:
-            # A table first needed inside inference mode must still serve training later.
-            with torch.inference_mode(False):
-                self._values[key, device] = build(device)
-        return self._values[key, device]
+        name = "/".join((build.__name__, str(device), *key))
+        if not hasattr(self, name):
+            # What is first needed inside inference mode, FakeTensorMode or a torch.func transform
+            # must serve plain eager calls later. They all belong to a thread; another has none.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                setattr(self, name, thread.submit(build, self._owner, device, *key).result())
+        return name

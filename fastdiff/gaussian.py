@@ -97,8 +97,8 @@ class GaussianDiffusion:
         self.variance = variance
         self.loss = loss
         self.weighting = losses.validated_weighting(weighting, schedule.num_timesteps)
+        self._cache = DeviceCache(self)
         self._identity_times = torch.equal(schedule.timesteps, torch.arange(schedule.num_timesteps))
-        self._cache = DeviceCache()
 
     @property
     def num_timesteps(self) -> int:
@@ -303,9 +303,7 @@ class GaussianDiffusion:
         batch = losses.LossInputs(self, x0, x_t, t, noise, flip, output, extra)
         parts = losses.LOSSES[self.loss](batch)
         if self.weighting is not None:
-            weights = self._cache.get(
-                "weighting", t.device, lambda device: self.weighting.to(device, torch.float32)
-            )
+            weights = self._cache.get(_float32_weighting, t.device)
             parts["loss"] = weights[t] * parts["loss"]
         return parts
 
@@ -320,7 +318,8 @@ class GaussianDiffusion:
             )
         if t.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        if bool(((t < 0) | (t >= self.num_timesteps)).any()):
+        bad = (t < 0) | (t >= self.num_timesteps)
+        if type(bad) is Tensor and bool(bad.any()):  # a FakeTensor has no values
             raise IndexError(
                 f"{caller}: t has values from {int(t.min())} to {int(t.max())}, expected "
                 f"0 <= t < {self.num_timesteps}"
@@ -331,6 +330,10 @@ class GaussianDiffusion:
             f"GaussianDiffusion({self.schedule!r}, prediction={self.prediction!r}, "
             f"variance={self.variance!r}, loss={self.loss!r})"
         )
+
+
+def _float32_weighting(diffusion: GaussianDiffusion, device: torch.device) -> Tensor:
+    return diffusion.weighting.to(device, torch.float32)
 
 
 def _draw_keys(x0: Tensor) -> Tensor:

@@ -133,12 +133,15 @@ def convert(
     if source == target and source in QUANTITIES:
         return value
 
-    def build(device: torch.device) -> tuple[Tensor, Tensor]:
-        a, b = conversion(schedule, source, target)
-        return a.to(device, torch.float32), b.to(device, torch.float32)
-
-    coef_x_t, coef = schedule.on_device((source, target), x_t.device, build)
+    coef_x_t, coef = schedule.on_device(_float32_conversion, x_t.device, source, target)
     compute = torch.float64 if torch.float64 in (value.dtype, x_t.dtype) else torch.float32
     x = x_t.to(compute)
     out = per_sample(coef_x_t, t, x) * x + per_sample(coef, t, x) * value.to(compute)
     return out.to(value.dtype)
+
+
+def _float32_conversion(
+    schedule: NoiseSchedule, device: torch.device, source: str, target: str
+) -> tuple[Tensor, Tensor]:
+    a, b = conversion(schedule, source, target)
+    return a.to(device, torch.float32), b.to(device, torch.float32)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import step_tables
-from fastdiff._device_cache import DeviceCache
+from fastdiff._device_cache import DeviceCache, Value
 from fastdiff._schedule_checks import Indices, as_indices, validated_betas, validated_length
 
 
@@ -40,7 +39,7 @@ class NoiseSchedule:
 
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2, SPEC §3).
 
-    All properties are float64 tensors (T,) on the CPU, index i = t - 1; `tables(device)` gives the
+    All tables are float64 tensors (T,) on the CPU, index i = t - 1; `tables(device)` gives the
     float32 copies that kernels read. 1 - abar is never computed by subtraction.
 
     Parameters
@@ -81,7 +80,48 @@ class NoiseSchedule:
                     f"timesteps has {len(self.timesteps)} entries, expected {len(self.betas)}, "
                     "one per beta"
                 )
-        self._cache = DeviceCache()
+        self._derive(torch.log1p(-self.betas))
+        self._cache = DeviceCache(self)
+
+    def _derive(self, log_alphas: Tensor) -> None:
+        """Every float64 table, (T,) on the CPU.
+
+        At once: a table first computed under `FakeTensorMode` would stay fake, and one first
+        computed under `torch.no_grad` would stay cut off from learned betas.
+        """
+        self.log_alphas = log_alphas
+        """log alpha_t; -inf where beta is 1."""
+        self.alphas = log_alphas.exp()
+        """alpha_t = 1 - beta_t."""
+        self.log_alpha_bars = log_alphas.cumsum(0)
+        """log abar_t."""
+        self.alpha_bars = self.log_alpha_bars.exp()
+        """abar_t = prod_{s <= t} alpha_s."""
+        self.alpha_bars_prev = torch.cat([self.betas.new_ones(1), self.alpha_bars[:-1]])
+        """abar_{t-1}; 1 before the first step."""
+        self.one_minus_alpha_bars = -torch.expm1(self.log_alpha_bars)
+        """1 - abar_t."""
+        self.one_minus_alpha_bars_prev = torch.cat(
+            [self.betas.new_zeros(1), self.one_minus_alpha_bars[:-1]]
+        )
+        """1 - abar_{t-1}; 0 before the first step."""
+        self.sqrt_alpha_bars = (0.5 * self.log_alpha_bars).exp()
+        """sqrt(abar_t), the signal's scale in x_t."""
+        self.sqrt_one_minus_alpha_bars = self.one_minus_alpha_bars.sqrt()
+        """sqrt(1 - abar_t), the noise's scale in x_t."""
+        ratio = self.one_minus_alpha_bars_prev / self.one_minus_alpha_bars
+        self.posterior_variance = ratio * self.betas
+        """beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t (DDPM eq. 7); 0 at t = 1."""
+        first = self.posterior_variance[1:2] if len(self.betas) > 1 else self.betas
+        self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
+        """log beta~_t, with the value of t = 2 at t = 1 (of log beta_1 if T = 1) (SPEC §4)."""
+        sqrt_alpha_bars_prev = torch.cat([self.betas.new_ones(1), self.sqrt_alpha_bars[:-1]])
+        self.posterior_mean_coef_x0 = sqrt_alpha_bars_prev * self.betas / self.one_minus_alpha_bars
+        """sqrt(abar_{t-1}) beta_t / (1 - abar_t) (DDPM eq. 7)."""
+        self.posterior_mean_coef_x_t = self.alphas.sqrt() * ratio
+        """sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) (DDPM eq. 7)."""
+        self.snr = self.alpha_bars / self.one_minus_alpha_bars
+        """Signal-to-noise ratio abar_t / (1 - abar_t)."""
 
     # ---------------------------------------------------------------- constructors
 
@@ -162,7 +202,7 @@ class NoiseSchedule:
             raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
         return getattr(cls, SCHEDULES[name])(num_timesteps, **options)
 
-    # ---------------------------------------------------------------- tables, float64
+    # ---------------------------------------------------------------- summaries
 
     @property
     def num_timesteps(self) -> int:
@@ -171,79 +211,6 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return self.num_timesteps
-
-    @cached_property
-    def alphas(self) -> Tensor:
-        """alpha_t = 1 - beta_t."""
-        return self.log_alphas.exp()
-
-    @cached_property
-    def log_alphas(self) -> Tensor:
-        """log alpha_t; -inf where beta is 1."""
-        return torch.log1p(-self.betas)
-
-    @cached_property
-    def log_alpha_bars(self) -> Tensor:
-        """log abar_t."""
-        return self.log_alphas.cumsum(0)
-
-    @cached_property
-    def alpha_bars(self) -> Tensor:
-        """abar_t = prod_{s <= t} alpha_s."""
-        return self.log_alpha_bars.exp()
-
-    @cached_property
-    def alpha_bars_prev(self) -> Tensor:
-        """abar_{t-1}; 1 before the first step."""
-        return torch.cat([self.alpha_bars.new_ones(1), self.alpha_bars[:-1]])
-
-    @cached_property
-    def one_minus_alpha_bars(self) -> Tensor:
-        """1 - abar_t."""
-        return -torch.expm1(self.log_alpha_bars)
-
-    @cached_property
-    def one_minus_alpha_bars_prev(self) -> Tensor:
-        """1 - abar_{t-1}; 0 before the first step."""
-        return torch.cat([self.betas.new_zeros(1), self.one_minus_alpha_bars[:-1]])
-
-    @cached_property
-    def sqrt_alpha_bars(self) -> Tensor:
-        """sqrt(abar_t), the signal's scale in x_t."""
-        return (0.5 * self.log_alpha_bars).exp()
-
-    @cached_property
-    def sqrt_one_minus_alpha_bars(self) -> Tensor:
-        """sqrt(1 - abar_t), the noise's scale in x_t."""
-        return self.one_minus_alpha_bars.sqrt()
-
-    @cached_property
-    def posterior_variance(self) -> Tensor:
-        """beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t (DDPM eq. 7); 0 at t = 1."""
-        return self.one_minus_alpha_bars_prev / self.one_minus_alpha_bars * self.betas
-
-    @cached_property
-    def posterior_log_variance_clipped(self) -> Tensor:
-        """log beta~_t, with the value of t = 2 at t = 1 (of log beta_1 if T = 1) (SPEC §4)."""
-        if self.num_timesteps == 1:
-            return self.betas.log()
-        return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
-
-    @cached_property
-    def posterior_mean_coef_x0(self) -> Tensor:
-        """sqrt(abar_{t-1}) beta_t / (1 - abar_t) (DDPM eq. 7)."""
-        log_prev = torch.cat([self.betas.new_zeros(1), self.log_alpha_bars[:-1]])
-        return (0.5 * log_prev).exp() * self.betas / self.one_minus_alpha_bars
-
-    @cached_property
-    def posterior_mean_coef_x_t(self) -> Tensor:
-        """sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t) (DDPM eq. 7)."""
-        return self.alphas.sqrt() * self.one_minus_alpha_bars_prev / self.one_minus_alpha_bars
-
-    @cached_property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t)."""
-        return self.alpha_bars / self.one_minus_alpha_bars
 
     @property
     def terminal_snr(self) -> float:
@@ -315,42 +282,25 @@ class NoiseSchedule:
         spans = log_alphas.new_zeros(len(indices)).index_add(0, span, log_alphas)
         spaced = NoiseSchedule(-torch.expm1(spans), timesteps=self.timesteps[indices])
         # A long span can leave an alpha' that 1 - beta' would round away.
-        spaced.log_alphas = spans
+        spaced._derive(spans)
         return spaced
 
     # ---------------------------------------------------------------- float32 tables on a device
 
     def tables(self, device: torch.device | str = "cpu") -> ScheduleTables:
         """The float32 tables on `device`, built once per device."""
-
-        def build(device: torch.device) -> ScheduleTables:
-            def table(values: Tensor) -> Tensor:
-                return values.to(device, torch.float32)
-
-            return ScheduleTables(
-                sqrt_alpha_bar=table(self.sqrt_alpha_bars),
-                sqrt_one_minus_alpha_bar=table(self.sqrt_one_minus_alpha_bars),
-                beta=table(self.betas),
-                log_beta=table(self.betas.log()),
-                posterior_variance=table(self.posterior_variance),
-                posterior_log_variance_clipped=table(self.posterior_log_variance_clipped),
-                posterior_coef_x0=table(self.posterior_mean_coef_x0),
-                posterior_coef_x_t=table(self.posterior_mean_coef_x_t),
-                timesteps=self.timesteps.to(device),
-            )
-
-        return self.on_device("tables", device, build)
+        return self.on_device(_float32_tables, device)
 
     def on_device(
-        self, key: Hashable, device: torch.device | str, build: Callable[[torch.device], Any]
-    ) -> Any:
-        """`build(device)`, remembered per (key, device): no upload and no host sync per call.
+        self, build: Callable[..., Value], device: torch.device | str, *key: str
+    ) -> Value:
+        """`build(schedule, device, *key)`, remembered: no upload and no host sync per call.
 
         Tables of learned betas are built anew, because a graph can be walked only once.
         """
         if self.betas.requires_grad:
-            return build(torch.device(device))
-        return self._cache.get(key, device, build)
+            return build(self, torch.device(device), *key)
+        return self._cache.get(build, device, *key)
 
     def ddpm_table(
         self,
@@ -402,6 +352,23 @@ SCHEDULES = {
     "cosine": "cosine",
 }
 """Names that `NoiseSchedule.from_name` knows, and the constructor each one calls."""
+
+
+def _float32_tables(schedule: NoiseSchedule, device: torch.device) -> ScheduleTables:
+    def table(values: Tensor) -> Tensor:
+        return values.to(device, torch.float32)
+
+    return ScheduleTables(
+        sqrt_alpha_bar=table(schedule.sqrt_alpha_bars),
+        sqrt_one_minus_alpha_bar=table(schedule.sqrt_one_minus_alpha_bars),
+        beta=table(schedule.betas),
+        log_beta=table(schedule.betas.log()),
+        posterior_variance=table(schedule.posterior_variance),
+        posterior_log_variance_clipped=table(schedule.posterior_log_variance_clipped),
+        posterior_coef_x0=table(schedule.posterior_mean_coef_x0),
+        posterior_coef_x_t=table(schedule.posterior_mean_coef_x_t),
+        timesteps=schedule.timesteps.to(device),
+    )
 
 
 def _linspace(start: float, end: float, num: int) -> Tensor:

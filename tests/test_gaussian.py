@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops
 from fastdiff.analytic import GaussianDenoiser
@@ -294,6 +295,42 @@ def test_loss_of_a_half_precision_model_is_float32(schedule, batch):
         lambda x, t: x.to(torch.bfloat16), x0, t, noise
     )
     assert losses["loss"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------ tracing
+
+CALLS = {
+    "q_sample": lambda d, x, t: d.q_sample(x, t, x),
+    "training_losses": lambda d, x, t: d.training_losses(lambda x, t: x.sin(), x, t, x)["loss"],
+    "p_mean_variance": lambda d, x, t: d.p_mean_variance(lambda x, t: x.sin(), x, t).mean,
+}
+
+
+def _small(beta_end):
+    # Respaced and weighted, so that every table is needed.
+    schedule = NoiseSchedule.linear(20, beta_end=beta_end).respace(range(0, 20, 2))
+    return GaussianDiffusion(schedule, weighting=torch.linspace(1, 2, 10))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_compiles_whole_before_any_eager_call(call):
+    torch._dynamo.reset()
+    x, t = torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2), torch.tensor([1, 9])
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    # Two of them: what one has built must not be baked in for the other.
+    for diffusion in (_small(0.02), _small(0.5)):
+        torch.testing.assert_close(compiled(diffusion, x, t), call(diffusion, x, t))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_first_call_on_fake_tensors_leaves_none_behind(call):
+    x, t = torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2), torch.tensor([1, 9])
+    diffusion = _small(0.02)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(call(diffusion, x, t), FakeTensor)
+    actual = call(diffusion, x, t)
+    assert type(actual) is torch.Tensor
+    assert torch.equal(actual, call(_small(0.02), x, t))
 
 
 # ------------------------------------------------------------------ bad input

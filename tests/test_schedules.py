@@ -183,6 +183,16 @@ def test_tables_first_used_in_inference_mode_serve_autograd_later():
     assert torch.equal(x.grad, schedule.sqrt_alpha_bars.float())
 
 
+def test_host_tables_first_used_without_grad_stay_differentiable():
+    betas = torch.full((4,), 0.1, dtype=torch.float64, requires_grad=True)
+    schedule = NoiseSchedule(betas)
+    schedule.ddpm_table()  # computed under no_grad
+    assert schedule.sqrt_alpha_bars.requires_grad
+    first, second = schedule.tables("cpu"), schedule.tables("cpu")
+    assert first.beta.requires_grad
+    assert first is not second
+
+
 def test_learned_betas_are_differentiable():
     betas = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, requires_grad=True)
 
