@@ -179,6 +179,11 @@ class GaussianDiffusion:
         clip_denoised
             Clip the predicted x0 to [-1, 1].
 
+        Returns
+        -------
+        ReverseStep
+            `mean` in x_t's dtype; `pred_x0` and `pred_eps` in the wider of x_t's and the model's.
+
         Raises
         ------
         ValueError
@@ -188,6 +193,8 @@ class GaussianDiffusion:
         output, extra = self.split_output(
             model(x_t, self.model_times(t), **(model_kwargs or {})), x_t
         )
+        # x_t may be wider than a half-precision model; what is computed from both stays as wide.
+        output = output.to(torch.promote_types(output.dtype, x_t.dtype))
         schedule = self.schedule
         pred_x0 = convert(schedule, self.prediction, "x0", output, x_t, t)
         if clip_denoised:
@@ -196,7 +203,7 @@ class GaussianDiffusion:
         else:
             pred_eps = convert(schedule, self.prediction, "eps", output, x_t, t)
         if self.prediction == "mean" and not clip_denoised:
-            mean = output
+            mean = output.to(x_t.dtype)
         else:
             mean = self.q_posterior(pred_x0, x_t, t)[0]
         variance, log_variance = self._variance(extra, x_t, t)

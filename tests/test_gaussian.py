@@ -164,6 +164,23 @@ def test_all_predictions_describe_one_reverse_step(schedule, batch, prediction, 
     torch.testing.assert_close(step.pred_eps, (x_t - a * expected_x0) / s, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_half_precision_model_does_not_round_the_reverse_step(schedule, batch, prediction, clip):
+    _, t, x_t = batch
+    diffusion = GaussianDiffusion(schedule, prediction=prediction)
+
+    def model(x, t):
+        return x.sin().bfloat16()
+
+    step = diffusion.p_mean_variance(model, x_t, t, clip_denoised=clip)
+    # The same output, widened before anything is computed from it: not a bit may differ.
+    wide = diffusion.p_mean_variance(lambda x, t: model(x, t).float(), x_t, t, clip_denoised=clip)
+    for name in ("mean", "pred_x0", "pred_eps"):
+        assert getattr(step, name).dtype == torch.float32
+        assert torch.equal(getattr(step, name), getattr(wide, name))
+
+
 def test_fixed_variances(schedule, batch):
     _, t, x_t = batch
     for name, expected in (
