@@ -12,7 +12,7 @@ Indices = Sequence[int] | np.ndarray | Tensor
 
 
 def as_indices(indices: Indices, *, limit: int | None = None, name: str = "indices") -> Tensor:
-    """`indices` as an int64 CPU tensor, if they are strictly increasing in 0..limit-1.
+    """`indices` as an int64 CPU tensor of its own, if they are strictly increasing in 0..limit-1.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def as_indices(indices: Indices, *, limit: int | None = None, name: str = "indic
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (S,) with S >= 1")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
-    tensor = tensor.to(torch.int64)
+    tensor = tensor.to(torch.int64, copy=True)
     drops = (tensor[1:] <= tensor[:-1]).nonzero()
     if drops.numel():
         i = int(drops[0])
@@ -53,7 +53,7 @@ def validated_length(num_timesteps: int) -> int:
 
 
 def validated_betas(betas: Tensor | np.ndarray | Sequence[float]) -> Tensor:
-    """`betas` as float64 (T,) on the CPU, still differentiable, if all are in (0, 1]."""
+    """A float64 copy (T,) of `betas` on the CPU, still differentiable, if all are in (0, 1]."""
     try:
         # Not torch.as_tensor, whose float32 default would round Python floats.
         tensor = betas if isinstance(betas, Tensor) else torch.from_numpy(np.asarray(betas, float))
@@ -61,7 +61,7 @@ def validated_betas(betas: Tensor | np.ndarray | Sequence[float]) -> Tensor:
         raise TypeError(f"betas must be real numbers (T,), got {betas!r}") from error
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"betas has dtype {tensor.dtype}, expected floating point")
-    tensor = tensor.to("cpu", torch.float64)
+    tensor = tensor.to("cpu", torch.float64, copy=True)
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"betas has shape {tuple(tensor.shape)}, expected (T,) with T >= 1")
     bad = ~((tensor > 0) & (tensor <= 1))  # true for NaN too

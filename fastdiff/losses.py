@@ -73,7 +73,7 @@ TRAIN_VARIANCE: frozenset[str] = frozenset()
 
 
 def validated_weighting(weighting: Tensor | None, num_timesteps: int) -> Tensor | None:
-    """`weighting` if it is None or (T,) finite weights that are not negative.
+    """None, or a copy of `weighting` if it is (T,) finite weights that are not negative.
 
     Raises
     ------
@@ -93,4 +93,4 @@ def validated_weighting(weighting: Tensor | None, num_timesteps: int) -> Tensor 
         )
     if not bool((weighting.isfinite() & (weighting >= 0)).all()):
         raise ValueError("weighting must be finite and not negative")
-    return weighting
+    return weighting.clone()
