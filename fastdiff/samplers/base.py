@@ -95,7 +95,7 @@ class Sampler(ABC):
         self,
         model: Model,
         shape: Sequence[int] | None = None,
-        seed: int | Tensor = 0,
+        seed: int | Tensor | None = 0,
         x_T: Tensor | None = None,
         guidance: Guidance | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -114,11 +114,13 @@ class Sampler(ABC):
         Parameters
         ----------
         model
-            Any callable `model(x_t, t, **model_kwargs)`.
+            Any callable `model(x_t, t, **model_kwargs)`. A module with parameters is given x_t in
+            their dtype.
         shape
             (B, C, ...); may be left out if x_T is given.
         seed
-            An int, or int64 keys (B,). x_T is stream 0 of the noise, step k = 1..S is stream k.
+            An int, or int64 keys (B,); None draws an int from torch's CPU generator. x_T is stream
+            0 of the noise, step k = 1..S is stream k.
         x_T
             Starting state instead of fresh noise.
         guidance
@@ -128,13 +130,16 @@ class Sampler(ABC):
         callback
             Called as `callback(step, t, x_t, pred_x0)` after every step.
         device, dtype
-            Default: those of x_T, else the model's parameters' device and float32.
+            Of the state. Default: those of x_T, else the model's device and float32; this also for
+            a half-precision model, because a bfloat16 state is as coarse as an image's 256 levels.
 
         Returns
         -------
         Tensor
             (B, C, ...), in [-1, 1] for a model of images.
         """
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
         x = self._start(model, shape, seed, x_T, device, dtype)
         run = self._run(model, x, self._table(), self.indices, seed, guidance, model_kwargs)
         rows = range(self.steps - 1, -1, -1)
@@ -202,8 +207,10 @@ class Sampler(ABC):
         kwargs = dict(model_kwargs or {})
         times = self.diffusion.schedule.timesteps[indices].to(device)
         times = times[:, None].repeat(1, batch)
+        model_dtype = _dtype_of(model)
 
         def evaluate(x: Tensor, row: int) -> tuple[Tensor, Tensor | None, float]:
+            x = x.to(model_dtype or x.dtype)
             if guidance is None:
                 output, uncond, scale = model(x, times[row], **kwargs), None, 1.0
             else:
@@ -229,6 +236,15 @@ def _device_of(model: Model) -> torch.device:
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
     return torch.device("cpu")
+
+
+def _dtype_of(model: Model) -> torch.dtype | None:
+    """What a module computes in: its first floating-point parameter's dtype. None: anything."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return None
 
 
 @contextlib.contextmanager

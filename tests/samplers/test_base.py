@@ -186,6 +186,34 @@ def test_dtype_and_device_follow_x_T_or_the_arguments(diffusion):
     assert sampler.sample(model, x_T=x_T, progress=False).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_half_precision_model_is_sampled_with_a_float32_state(diffusion, name):
+    class Half(nn.Conv2d):  # refuses any dtype but its own
+        def forward(self, x_t, t):
+            return super().forward(x_t)
+
+    torch.manual_seed(0)
+    net = Half(2, 2, 1, dtype=torch.bfloat16)
+    sampler = SAMPLERS[name](diffusion)
+    samples = sampler.sample(net, SHAPE, seed=3, progress=False)
+    assert samples.dtype == torch.float32
+    # By hand: only the model's input and output are rounded, not the state.
+    expected = sampler.sample(
+        lambda x, t: net(x.bfloat16(), t).float(), SHAPE, seed=3, progress=False
+    )
+    assert torch.equal(samples, expected)
+
+
+def test_sampling_without_a_seed_follows_torch_manual_seed(diffusion):
+    sampler = DDPM(diffusion, 3)
+    samples = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        samples.append(sampler.sample(model, SHAPE, seed=None, progress=False))
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", SAMPLERS)
