@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastdiff.reference.layout import memory_format_of
+
 ACTIVATIONS = ("silu", "identity")
 
 
@@ -44,7 +46,8 @@ def group_norm_silu(
     Returns
     -------
     (B, C, \*spatial), the dtype of `x`
-        channels_last (or channels_last_3d) when `x` is, contiguous otherwise.
+        In the memory format `fastdiff.reference.layout.memory_format_of(x)`: channels_last (or
+        channels_last_3d) when the channels of `x` are innermost, contiguous otherwise.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def group_norm_silu(
     """
     _check(x, num_groups, weight, bias, channel_bias, scale, shift, activation)
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    memory_format = _memory_format(x)
+    memory_format = memory_format_of(x)
 
     def cast(parameter: torch.Tensor | None) -> torch.Tensor | None:
         return None if parameter is None else parameter.to(compute_dtype)
@@ -73,7 +76,8 @@ def group_norm_silu(
     def per_channel(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
 
-    h = x.to(compute_dtype)
+    # Other strides are copied first: torch.group_norm would choose its kernel by a rule of its own.
+    h = x.to(compute_dtype).contiguous(memory_format=memory_format)
     if channel_bias is not None:
         h = h + per_channel(channel_bias)
     if memory_format != torch.contiguous_format and h.device.type == "cpu":
@@ -97,15 +101,6 @@ def _group_mean(h: torch.Tensor, num_groups: int) -> torch.Tensor:
     group_size = h.shape[1] // num_groups
     means = h.flatten(2).mean(2).unflatten(1, (num_groups, group_size)).mean(2, keepdim=True)
     return means.expand(-1, -1, group_size).flatten(1)
-
-
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
 
 
 def _check(x, num_groups, weight, bias, channel_bias, scale, shift, activation) -> None:

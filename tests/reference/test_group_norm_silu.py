@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdiff.reference.group_norm_silu import group_norm_silu
+from fastdiff.reference.layout import memory_format_of
 
 FORMATS = {
     3: [torch.contiguous_format],
@@ -114,6 +115,19 @@ def test_mean_far_above_the_deviation(memory_format):
     x = 100 + 0.01 * torch.randn(4, 8, 16, 16, generator=generator)
     x = x.contiguous(memory_format=memory_format)
     y = group_norm_silu(x, 2, None, None, activation="identity")
+    expected = group_norm_silu(x.double(), 2, None, None, activation="identity")
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * 2**-17 / 0.01)
+
+
+@pytest.mark.parametrize("channels", [slice(8), slice(None, None, 2)], ids=["first", "even"])
+def test_channels_sliced_from_channels_last(channels):
+    # Strides of no memory format, which torch.group_norm by itself takes for channels_last: the
+    # tolerance is that of the test above.
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + 0.01 * torch.randn(4, 16, 16, 16, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)[:, channels]
+    y = group_norm_silu(x, 2, None, None, activation="identity")
+    assert y.is_contiguous(memory_format=memory_format_of(x))
     expected = group_norm_silu(x.double(), 2, None, None, activation="identity")
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * 2**-17 / 0.01)
 

@@ -1,0 +1,21 @@
+"""Memory formats: an op's output has the format of its main input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The memory format an op works in for `x`: contiguous or channels_last (4-D and 5-D).
+
+    A tensor whose strides are neither counts as channels_last when its channels are innermost
+    (a slice of a channels_last tensor), else as contiguous; the op then works on a copy.
+    """
+    if x.is_contiguous() or (channels_last := _CHANNELS_LAST.get(x.dim())) is None:
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=channels_last) or (x.stride(1) == 1 and x.shape[1] > 1):
+        return channels_last
+    return torch.contiguous_format
