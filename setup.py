@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 
 from setuptools import Extension, setup
@@ -78,11 +79,13 @@ def find_cuda_home() -> pathlib.Path | None:
 def cuda_archs(nvcc: pathlib.Path) -> list[str]:
     """Entries such as "8.0" or "9.0+PTX"."""
     if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return re.split(r"[;,\s]+", chosen.strip())
+        return [arch for arch in re.split(r"[;,\s]+", chosen) if arch]
     listed = subprocess.run(
         [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout
     known = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed.split()]
+    if not known:
+        raise SystemExit("fastdiff: this nvcc knows none of " + ", ".join(DEFAULT_ARCHS))
     return [*known[:-1], f"{known[-1]}+PTX"]
 
 
@@ -92,7 +95,7 @@ def gencode(archs: list[str]) -> list[str]:
         number = arch.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d{2,3}[af]?", number):
             raise SystemExit(
-                f"fastdiff: TORCH_CUDA_ARCH_LIST has {arch!r}; expected entries such as 8.0, 9.0+PTX"
+                f"fastdiff: TORCH_CUDA_ARCH_LIST has {arch!r}; expected such as 8.0 or 9.0+PTX"
             )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -102,6 +105,8 @@ def gencode(archs: list[str]) -> list[str]:
 
 def max_jobs() -> int:
     if jobs := os.environ.get("MAX_JOBS"):
+        if not jobs.isdigit():
+            raise SystemExit(f"fastdiff: MAX_JOBS is {jobs!r}; expected a number")
         return max(1, int(jobs))
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, memory // (3 << 30)))
@@ -123,11 +128,14 @@ class Plan:
             )
         self.cxx = None if self.wanted == "none" else find_cxx()
         self.cuda_home = None
+        if sys.platform != "linux" and self.cxx is not None:
+            say("native kernels are built on Linux only: pure Python here")
+            self.cxx = None
         if self.wanted == "none":
             say("FASTDIFF_BUILD=none: pure Python, every op runs on the PyTorch reference")
-        elif self.cxx is None:
+        elif self.cxx is None and sys.platform == "linux":
             say("no C++ compiler found: pure Python, every op runs on the PyTorch reference")
-        elif self.wanted != "cpu":
+        elif self.cxx is not None and self.wanted != "cpu":
             self.cuda_home = find_cuda_home()
             if self.cuda_home is None:
                 say("no nvcc found (CUDA_HOME, PATH): building without the CUDA kernels")
@@ -146,13 +154,22 @@ class Plan:
 
 
 class NinjaBuild(build_ext):
-    """Compiles all extensions in one ninja run under build/, where later runs find their objects."""
+    """Compiles all extensions in one ninja run under build/, where later ones find the objects."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2].startswith("_C_"):
             # Loaded by torch, not by Python: no interpreter tag.
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
+
+    def run(self) -> None:
+        # Libraries of an earlier, larger build would still be loaded, and without any extension
+        # setuptools does not call build_extensions.
+        planned = {ext.name.rpartition(".")[2] for ext in self.extensions or []}
+        for old in (ROOT / "fastdiff").glob("*.so"):
+            if old.name.partition(".")[0] not in planned:
+                old.unlink()
+        super().run()
 
     def build_extensions(self) -> None:
         import ninja
@@ -231,11 +248,18 @@ class NinjaBuild(build_ext):
         if "_C_cuda" in names:
             nvcc = PLAN.cuda_home / "bin/nvcc"
             archs = cuda_archs(nvcc)
-            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+            version = subprocess.run(
+                [nvcc, "--version"], capture_output=True, text=True, check=True
+            )
             cuda_version = re.search(r"release ([\d.]+)", version.stdout)[1]
             say(f"CUDA {cuda_version} in {PLAN.cuda_home}, for {' '.join(archs)}")
             nvcc_flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
-            nvcc_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", PLAN.cxx]
+            nvcc_flags += [
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+                "-ccbin",
+                shlex.split(PLAN.cxx)[-1],
+            ]
             nvcc_flags += ["--threads", "2", *include, *gencode(archs)]
             lines += [
                 f"nvcc = {shlex.quote(str(nvcc))}",
@@ -256,7 +280,9 @@ class NinjaBuild(build_ext):
                 "lib64",
             )  # fmt: skip
             cudart = shlex.join([f"-L{PLAN.cuda_home / lib}"]) + " -lcudart_static -ldl -lrt"
-            link("_C_cuda.so", objects, f"{torch_libs} {cudart} -lpthread {self.torch_cuda(folder)}")
+            link(
+                "_C_cuda.so", objects, f"{torch_libs} {cudart} -lpthread {self.torch_cuda(folder)}"
+            )
         if "_build_info" in names:
             facts = {
                 "FASTDIFF_COMPILER": compiler_version(),
@@ -269,7 +295,9 @@ class NinjaBuild(build_ext):
             flags = [f'-D{name}="{value}"' for name, value in facts.items()]
             flags += ["-isystem", pybind11_include, "-isystem", sysconfig.get_paths()["include"]]
             name = pathlib.Path(self.get_ext_filename("fastdiff._build_info")).name
-            source = compile_(CSRC / "bindings/build_info.cpp", shlex.join(flags).replace("$", "$$"))
+            source = compile_(
+                CSRC / "bindings/build_info.cpp", shlex.join(flags).replace("$", "$$")
+            )
             link(name, [source, "cpu_simd.o"], "")
         return "\n".join(lines) + "\n"
 
@@ -291,7 +319,9 @@ class NinjaBuild(build_ext):
 
 def compiler_version() -> str:
     command = [*shlex.split(PLAN.cxx), "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[
+        0
+    ]
 
 
 PLAN = Plan()

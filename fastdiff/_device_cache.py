@@ -28,8 +28,6 @@ class DeviceCache:
         """
         return getattr(self, self._fill(build, device, *key))
 
-    # Run while tracing, so that compiling works before any eager call.
-    @torch.compiler.assume_constant_result
     def _fill(self, build: Callable[..., Any], device: torch.device | str, *key: str) -> str:
         """The attribute that holds the value, built if need be."""
         device = torch.device(device)
@@ -42,3 +40,9 @@ class DeviceCache:
             with ThreadPoolExecutor(max_workers=1) as thread:
                 setattr(self, name, thread.submit(build, self._owner, device, *key).result())
         return name
+
+
+# torch.compile then calls it while tracing instead of tracing into it, so that compiling works
+# before any eager call. torch.compiler.assume_constant_result does just this, but imports
+# torch._dynamo, and with it triton, whenever fastdiff is imported.
+DeviceCache._fill._dynamo_marked_constant = True

@@ -1,4 +1,4 @@
-"""``python -m fastdiff.info``: versions, build facts, devices and backends; paste it into issues."""
+"""``python -m fastdiff.info``: versions, build facts, devices, backends; paste it into issues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def collect() -> dict[str, Any]:
     if build is not None:
         facts = {
             "compiler": build.compiler,
-            "built with torch": f"{build.torch_version} (runs with {build.torch_target_version} on)",
+            "built with torch": f"{build.torch_version}; runs with {build.torch_target_version} on",
             "CPU instruction set in use": build.simd_level(),
             "CUDA toolkit": build.cuda_version or "none",
             "CUDA architectures": build.cuda_arch_list or "none",
@@ -46,9 +46,7 @@ def collect() -> dict[str, Any]:
             name: "available" if status else f"not available: {status.reason}"
             for name, status in fastdiff.backends().items()
         },
-        "default backend": {
-            device: fastdiff.default_backend(device) for device in ("cpu", "cuda")
-        },
+        "default backend": {device: fastdiff.default_backend(device) for device in ("cpu", "cuda")},
     }
 
 

@@ -15,12 +15,14 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
                 const Launch& launch) {
   constexpr const char* op = "q_sample";
   STD_TORCH_CHECK(x0.dim() >= 1, op, ": x0 must have shape (B, ...)");
+  STD_TORCH_CHECK(sqrt_alpha_bar.dim() == 1, op, ": sqrt_alpha_bar must have shape (T,)");
   const int64_t batch = x0.size(0), num_timesteps = sqrt_alpha_bar.size(0);
   check_vector(t, batch, ScalarType::Long, x0, op, "t");
   check_vector(sqrt_alpha_bar, num_timesteps, ScalarType::Float, x0, op, "sqrt_alpha_bar");
   check_vector(sqrt_one_minus_alpha_bar, num_timesteps, ScalarType::Float, x0, op,
                "sqrt_one_minus_alpha_bar");
-  STD_TORCH_CHECK(!(noise && (keys || seed)), op, ": noise excludes keys and seed");
+  STD_TORCH_CHECK(noise.has_value() + keys.has_value() + seed.has_value() <= 1, op,
+                  ": noise, keys and seed exclude each other");
   if (noise) {
     check_same_shape(*noise, x0, op, "noise");
     check_float(*noise, op, "noise");

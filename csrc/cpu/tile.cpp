@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bfloat16.h"
 #include "fastdiff/q_sample.h"
+#include "philox_words.h"
 #include "simd.h"
 
 #if defined(__x86_64__)
@@ -38,12 +40,7 @@ FASTDIFF_CLONES void from_uint8(const uint8_t* in, float* out, int64_t n) {
 
 FASTDIFF_CLONES void to_bfloat16(const float* in, uint16_t* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = float_to_bits(in[i]);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    out[i] = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(round_to_bfloat16(in[i]) >> 16);
 }
 
 // Round to nearest even. Subnormal halves come from a float addition that aligns the mantissa.
@@ -63,43 +60,68 @@ FASTDIFF_CLONES void to_float16(const float* in, uint16_t* out, int64_t n) {
   }
 }
 
-// Sixteen Philox blocks at a time, one per vector lane, in three loops that GCC vectorizes each. The
-// counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.
-FASTDIFF_CLONES void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks,
-                                   float* out) {
-  constexpr int kLanes = 16;
-  uint32_t w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
-  float n0[kLanes], n1[kLanes], n2[kLanes], n3[kLanes], normals[4 * kLanes];
-  for (int64_t base = 0; base < blocks; base += kLanes) {
-    const uint64_t block = first + static_cast<uint64_t>(base);
-    const uint32_t low = static_cast<uint32_t>(block), high = static_cast<uint32_t>(block >> 32);
+// The counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.
+FASTDIFF_CLONES void philox_words_portable(uint64_t key, uint64_t stream, uint64_t first,
+                                           PhiloxWords& words) {
+  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint32_t lane_low = low + static_cast<uint32_t>(lane);
-      const uint32_t lane_high = high + (lane_low < low ? 1u : 0u);
-      const Words words = philox4x32(lane_low, lane_high, stream, key);
-      w0[lane] = words.w0;
-      w1[lane] = words.w1;
-      w2[lane] = words.w2;
-      w3[lane] = words.w3;
-    }
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      box_muller(w0[lane], w1[lane], n0[lane], n1[lane]);
-      box_muller(w2[lane], w3[lane], n2[lane], n3[lane]);
-    }
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      normals[4 * lane] = n0[lane];
-      normals[4 * lane + 1] = n1[lane];
-      normals[4 * lane + 2] = n2[lane];
-      normals[4 * lane + 3] = n3[lane];
-    }
-    std::memcpy(out + 4 * base, normals, 16 * std::min<int64_t>(kLanes, blocks - base));
+  for (int lane = 0; lane < kPhiloxLanes; ++lane) {
+    const uint32_t lane_low = low + static_cast<uint32_t>(lane);
+    const uint32_t lane_high = high + (lane_low < low ? 1u : 0u);
+    const Words w = philox4x32(lane_low, lane_high, stream, key);
+    words.w[0][lane] = w.w0;
+    words.w[1][lane] = w.w1;
+    words.w[2][lane] = w.w2;
+    words.w[3][lane] = w.w3;
   }
 }
 
-void stream_bytes(char* out, const char* in, int64_t n) {
+void philox_words(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words) {
+#if FASTDIFF_HAS_PHILOX_AVX2
+  static const bool avx2 = has_avx2();
+  if (avx2) return philox_words_avx2(key, stream, first, words);
+#endif
+  philox_words_portable(key, stream, first, words);
+}
+
+// The normals of sixteen blocks, in order.
+FASTDIFF_CLONES void normals_from_words(const PhiloxWords& words, float* out) {
+  float n0[kPhiloxLanes], n1[kPhiloxLanes], n2[kPhiloxLanes], n3[kPhiloxLanes];
+#pragma omp simd
+  for (int lane = 0; lane < kPhiloxLanes; ++lane) {
+    box_muller(words.w[0][lane], words.w[1][lane], n0[lane], n1[lane]);
+    box_muller(words.w[2][lane], words.w[3][lane], n2[lane], n3[lane]);
+  }
+#pragma omp simd
+  for (int lane = 0; lane < kPhiloxLanes; ++lane) {
+    out[4 * lane] = n0[lane];
+    out[4 * lane + 1] = n1[lane];
+    out[4 * lane + 2] = n2[lane];
+    out[4 * lane + 3] = n3[lane];
+  }
+}
+
+void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks, float* out) {
+  PhiloxWords words;
+  float normals[4 * kPhiloxLanes];
+  for (int64_t base = 0; base < blocks; base += kPhiloxLanes) {
+    philox_words(key, stream, first + static_cast<uint64_t>(base), words);
+    normals_from_words(words, normals);
+    std::memcpy(out + 4 * base, normals, 16 * std::min<int64_t>(kPhiloxLanes, blocks - base));
+  }
+}
+
+// Pixels per tile of a channels_last tensor: a multiple of 4, and enough that the Philox blocks cut
+// at both ends of a channel's run cost little.
+int64_t tile_pixels(const SampleLayout& layout) {
+  return std::max<int64_t>(16, kTile / layout.inner / 4 * 4);
+}
+
+}  // namespace
+
+void stream_bytes(void* destination, const void* source, int64_t n) {
+  char* out = static_cast<char*>(destination);
+  const char* in = static_cast<const char*>(source);
 #if defined(__x86_64__)
   const int64_t head = std::min<int64_t>(n, (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16);
   std::memcpy(out, in, head);
@@ -113,14 +135,6 @@ void stream_bytes(char* out, const char* in, int64_t n) {
   std::memcpy(out, in, n);
 #endif
 }
-
-// Pixels per tile of a channels_last tensor: a multiple of 4, and enough that the Philox blocks cut
-// at both ends of a channel's run cost little.
-int64_t tile_pixels(const SampleLayout& layout) {
-  return std::max<int64_t>(16, kTile / layout.inner / 4 * 4);
-}
-
-}  // namespace
 
 const float* load_tile(DType dtype, const void* base, int64_t offset, int64_t n, float* buffer) {
   switch (dtype) {
@@ -143,7 +157,7 @@ void store_tile(DType dtype, void* base, int64_t offset, int64_t n, const float*
   char* out = static_cast<char*>(base) + offset * size_of(dtype);
   if (dtype == DType::kFloat32) {
     if (stream) {
-      stream_bytes(out, reinterpret_cast<const char*>(tile), n * 4);
+      stream_bytes(out, tile, n * 4);
     } else {
       std::memcpy(out, tile, n * 4);
     }
@@ -158,7 +172,7 @@ void store_tile(DType dtype, void* base, int64_t offset, int64_t n, const float*
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t count = std::min(kTile, n - i);
     convert(tile + i, halves, count);
-    stream_bytes(out + 2 * i, reinterpret_cast<const char*>(halves), 2 * count);
+    stream_bytes(out + 2 * i, halves, 2 * count);
   }
 }
 

@@ -24,6 +24,9 @@ const float* load_tile(DType dtype, const void* base, int64_t offset, int64_t n,
 // Writes n floats to [offset, offset + n) of `base`, past the cache if `stream`.
 void store_tile(DType dtype, void* base, int64_t offset, int64_t n, const float* tile, bool stream);
 
+// Copies n bytes past the cache.
+void stream_bytes(void* destination, const void* source, int64_t n);
+
 // After the last streaming store of a thread.
 void finish_streaming();
 

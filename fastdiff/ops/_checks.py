@@ -6,6 +6,7 @@ these checks only when it was refused (`fastdiff.ops._library.call`).
 
 from __future__ import annotations
 
+import operator
 import os
 
 import torch
@@ -35,6 +36,13 @@ def _check_device(op: str, name: str, given: torch.device, device: torch.device)
         raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
 
 
+def check_exclusive(op: str, **sources: object) -> None:
+    """At most one of the sources of noise, of which the public function needs one."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{op}: {' and '.join(given)} exclude each other")
+
+
 def check_one_device(x: Tensor, *others: Tensor | None) -> None:
     """For fake implementations, which meta tensors reach without passing a kernel's own checks."""
     for other in others:
@@ -42,10 +50,16 @@ def check_one_device(x: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"arguments are on {x.device} and {other.device}")
 
 
+def check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a torch.Tensor")
+
+
 def check_per_sample(
     op: str, name: str, x: Tensor, dtype: torch.dtype, batch: int, device: torch.device
 ) -> None:
     """`x` must be a (batch,) tensor of `dtype` on `device`."""
+    check_tensor(op, name, x)
     if x.dtype != dtype:
         raise _dtype_error(op, name, x.dtype, str(dtype))
     if x.dim() != 1 or x.shape[0] != batch:
@@ -108,8 +122,10 @@ def split_seed(op: str, seed: int | Tensor | None) -> tuple[Tensor | None, int |
 
 def as_int64(op: str, name: str, value: int) -> int:
     """Any Python int, reduced to the signed 64-bit integer with the same low 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} is {value!r}, expected an int")
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} is {value!r}, expected an int")
+        value = operator.index(value)  # numpy's integers
     if _INT64_MIN <= value <= _INT64_MAX:
         return value
     return to_int64(value)

@@ -13,12 +13,31 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff import _native
 from fastdiff.ops import _checks
 
 # Kept alive for the process: dropping a Library undoes its registrations.
 _library = torch.library.Library("fastdiff", "FRAGMENT")
+
+
+def in_functorch_transform() -> bool:
+    """Inside torch.func.grad, vmap and the like, which do not know kernels at the Autograd key."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            return True
+    # Tangents of forward-mode differentiation, and functorch's wrapped tensors.
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 class Op(NamedTuple):
@@ -47,12 +66,9 @@ class Op(NamedTuple):
         # after a refusal, for its message.
         if backend == "triton" or _checks.DEBUG:
             self.check(*arguments, check_range=True)
-        guard = torch._C._AutoDispatchBelowAutograd()
-        if torch.is_grad_enabled():
-            for x in differentiable:
-                if x is not None and x.requires_grad:
-                    guard = None
-                    break
+        guard = None
+        if not (torch.is_grad_enabled() and _needs_grad(differentiable)):
+            guard = torch._C._AutoDispatchBelowAutograd()
         try:
             return overload(*arguments)
         except RuntimeError:

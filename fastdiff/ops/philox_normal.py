@@ -77,6 +77,8 @@ def philox_normal(
     if dims is not None and len(shape) != dims:
         raise ValueError(f"{op}: {memory_format} needs {dims} dimensions, shape is {shape}")
     out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    if seed is None:
+        raise TypeError(f"{op}: seed is None, expected an int or int64 keys (B,)")
     keys, integer = _checks.split_seed(op, seed)
     if keys is not None:
         _checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
@@ -111,9 +113,17 @@ def _reference(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) 
 def _triton(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
     from fastdiff.triton_kernels import philox_normal as kernels
 
-    kernels.philox_normal(
-        out, keys, seed, stream, _layout.memory_format_of(out) != torch.contiguous_format
-    )
+    op = "philox_normal"
+    _checks.check_float(op, "out", out.dtype)
+    if (keys is None) == (seed is None):
+        raise ValueError(f"{op}: pass either keys or seed")
+    memory_format = _layout.memory_format_of(out)
+    if not out.is_contiguous(memory_format=memory_format):
+        raise ValueError(f"{op}: out must be contiguous or channels_last")
+    if keys is not None:
+        _checks.check_per_sample(op, "keys", keys, torch.int64, out.shape[0], out.device)
+        keys = keys.contiguous()
+    kernels.philox_normal(out, keys, seed, stream, memory_format != torch.contiguous_format)
 
 
 _op = _library.define(

@@ -122,6 +122,7 @@ def _check(
 ) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
     op = "q_sample"
+    _checks.check_exclusive(op, noise=noise, keys=keys, seed=seed)
     if x0.dtype != torch.uint8:
         _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
     if dtype is not None:
@@ -166,6 +167,8 @@ def _unsupported(
             return "only the reference takes float64 tables"
         if table.requires_grad and torch.is_grad_enabled():
             return "only the reference differentiates the tables"
+    if _library.in_functorch_transform():
+        return "only the reference runs under torch.func's transforms"
     if x0.dtype == torch.float64 or dtype == torch.float64:
         if x0.device.type != "cpu" or noise is None:
             return "float64 kernels exist on the CPU only, and for given noise only"
@@ -234,6 +237,19 @@ def _triton(
 ) -> Tensor:
     from fastdiff.triton_kernels import q_sample as kernels
 
+    _check(
+        x0,
+        t,
+        sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar,
+        noise,
+        keys,
+        seed,
+        stream,
+        flip,
+        dtype,
+        check_range=False,
+    )
     out = _fake(
         x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip, dtype
     )
@@ -255,27 +271,38 @@ def _triton(
 
 
 class _QSample(torch.autograd.Function):
-    """Linear in x0 and noise: both gradients are the op itself, without noise."""
+    """Linear in x0 and noise: derivatives in both directions are the op itself."""
 
     @staticmethod
-    def forward(ctx, op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):
+    def forward(op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):
         with torch._C._AutoDispatchBelowAutograd():
-            out = op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
+            return op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        op, x0, t, a, b, noise, *_, flip, _ = inputs
         ctx.op = op
-        ctx.x0_dtype = x0.dtype
+        ctx.x0_dtype, ctx.out_dtype = x0.dtype, output.dtype
         ctx.noise_dtype = None if noise is None else noise.dtype
         ctx.save_for_backward(t, a, b, flip)
-        return out
+        ctx.save_for_forward(t, a, b, flip)
 
     @staticmethod
     def backward(ctx, grad):
         t, a, b, flip = ctx.saved_tensors
         grad_x0 = grad_noise = None
         if ctx.needs_input_grad[1]:
-            grad_x0 = ctx.op(grad, t, a, b, None, None, None, 0, flip, ctx.x0_dtype)
+            grad_x0 = ctx.op(grad, t, a, b, None, None, None, 0, flip, None).to(ctx.x0_dtype)
         if ctx.needs_input_grad[5]:
-            grad_noise = ctx.op(grad, t, b, a, None, None, None, 0, None, ctx.noise_dtype)
+            grad_noise = ctx.op(grad, t, b, a, None, None, None, 0, None, None).to(ctx.noise_dtype)
         return None, grad_x0, None, None, None, grad_noise, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, _op, x0, _t, _a, _b, noise, *_):
+        t, a, b, flip = ctx.saved_tensors
+        if x0 is None:
+            return ctx.op(noise, t, b, a, None, None, None, 0, None, ctx.out_dtype)
+        return ctx.op(x0, t, a, b, noise, None, None, 0, flip, ctx.out_dtype)
 
 
 def _autograd(op, *args):

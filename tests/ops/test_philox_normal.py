@@ -126,6 +126,15 @@ def test_extreme_words_are_finite() -> None:
     assert n.abs().max() == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-6)
 
 
+@pytest.mark.parametrize("implementation", implementation_params())
+def test_strided_keys(implementation: str) -> None:
+    keys = reference.sample_keys(2, 6)[::2]
+    arguments = {"out": torch.full((3, 8), math.nan), "keys": keys, "seed": None, "stream": 1}
+    (normals,) = evaluate("philox_normal_", implementation, arguments).outputs
+    expected = reference.normals(keys, (3, 8), 1, torch.float64)
+    assert_close(normals, expected, magnitude=expected.abs(), operations=8)
+
+
 def test_does_not_depend_on_the_batch_or_format() -> None:
     whole = ops.philox_normal((6, 3, 5, 7), seed=9, stream=4)
     keys = ops.sample_keys(9, 6)
@@ -142,6 +151,7 @@ def test_does_not_depend_on_the_batch_or_format() -> None:
         ({"dtype": torch.int32}, TypeError, "dtype has dtype torch.int32"),
         ({"seed": torch.zeros(3)}, TypeError, "seed has dtype torch.float32"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed has shape \(2,\)"),
+        ({"seed": None}, TypeError, "seed is None, expected an int"),
         ({"seed": 1.5}, TypeError, "seed is 1.5, expected an int"),
         ({"memory_format": torch.channels_last}, ValueError, "needs 4 dimensions"),
         ({"memory_format": torch.preserve_format}, ValueError, "memory_format is"),

@@ -19,6 +19,8 @@ struct ChunkPlan {
   int64_t per_sample;
   bool stage_noise;   // generate the chunk's noise into shared memory, in memory order
 
+  // Whether the grid is within the device's limit; a launcher refuses what is not.
+  bool fits(const SampleLayout& layout) const { return layout.batch <= INT_MAX / per_sample; }
   unsigned blocks(const SampleLayout& layout) const {
     return static_cast<unsigned>(layout.batch * per_sample);
   }
@@ -41,7 +43,7 @@ inline ChunkPlan plan_chunks(const SampleLayout& layout, int vector, bool genera
     plan.elements = layout.inner * (pixels > 16 ? pixels : 16);
   }
   plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
-  while (!plan.stage_noise && layout.batch * plan.per_sample > INT_MAX) {
+  while (!plan.stage_noise && plan.per_sample > 1 && !plan.fits(layout)) {
     plan.elements *= 2;
     plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
   }

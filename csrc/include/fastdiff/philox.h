@@ -41,15 +41,10 @@ struct Normals {
   float n0, n1, n2, n3;
 };
 
-FASTDIFF_HD uint32_t mul_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
-}
-
-// Ten rounds with counter (block_low, block_high, stream) and key.
-FASTDIFF_HD Words philox4x32(uint32_t block_low, uint32_t block_high, uint64_t stream,
-                             uint64_t key) {
-  uint32_t c0 = block_low, c1 = block_high;
-  uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
+// Ten rounds on one counter, or on a vector of counters. U holds the words; `wide(m, c, high, low)`
+// multiplies a constant with the low 32 bits of c, and leaves what it likes above bit 31.
+template <typename U, typename Wide>
+FASTDIFF_HD void philox_rounds(U& c0, U& c1, U& c2, U& c3, uint64_t key, const Wide& wide) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -57,16 +52,32 @@ FASTDIFF_HD Words philox4x32(uint32_t block_low, uint32_t block_high, uint64_t s
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint32_t h0 = mul_high(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
-    const uint32_t h1 = mul_high(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
-    c0 = h1 ^ c1 ^ k0;
-    c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
-    c3 = l0;
+    U high0, low0, high1, low1;
+    wide(0xD2511F53u, c0, high0, low0);
+    wide(0xCD9E8D57u, c2, high1, low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {c0, c1, c2, c3};
+}
+
+struct WideMultiply {
+  FASTDIFF_HD void operator()(uint32_t m, uint32_t c, uint32_t& high, uint32_t& low) const {
+    high = static_cast<uint32_t>((static_cast<uint64_t>(m) * c) >> 32);
+    low = m * c;
+  }
+};
+
+// The words of the block with counter (block_low, block_high, stream).
+FASTDIFF_HD Words philox4x32(uint32_t block_low, uint32_t block_high, uint64_t stream,
+                             uint64_t key) {
+  Words w{block_low, block_high, static_cast<uint32_t>(stream),
+          static_cast<uint32_t>(stream >> 32)};
+  philox_rounds(w.w0, w.w1, w.w2, w.w3, key, WideMultiply{});
+  return w;
 }
 
 FASTDIFF_HD float bits_to_float(uint32_t bits) {
