@@ -143,14 +143,28 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
     """Build the diffusion process that ``config`` asks for, checked to be trainable."""
     from fastdiff import losses
     from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.reference.step_table import PREDICTIONS
     from fastdiff.schedules import NoiseSchedule
+    from fastdiff.step_tables import VARIANCES
 
+    for flag, value, known in (
+        ("--prediction", config.prediction, PREDICTIONS),
+        ("--variance", config.variance, VARIANCES),
+        ("--loss", config.loss, losses.LOSSES),
+    ):
+        if value not in known:
+            raise UserError(f"{flag} {value}: give one of {', '.join(known)}")
     with naming("--schedule"):
         schedule = NoiseSchedule.from_name(config.schedule, config.timesteps)
-    with naming("--prediction, --variance or --loss"):
-        diffusion = GaussianDiffusion(
-            schedule, prediction=config.prediction, variance=config.variance, loss=config.loss
+    if config.prediction == "eps" and schedule.has_zero_terminal_snr:
+        raise UserError(
+            f"--prediction eps does not work with --schedule {config.schedule}, which leaves "
+            "nothing of the image at the last timestep; choose --prediction v or x0, or another "
+            "--schedule"
         )
+    diffusion = GaussianDiffusion(
+        schedule, prediction=config.prediction, variance=config.variance, loss=config.loss
+    )
     if diffusion.learns_variance and config.loss not in losses.TRAIN_VARIANCE:
         trainable = ", ".join(sorted(losses.TRAIN_VARIANCE)) or "no loss here"
         raise UserError(

@@ -184,18 +184,26 @@ class Trainer:
 
         config = self.config
         height, width, channels = self.dataset.shape
-        model_kwargs = {}
-        if config.class_cond:
-            classes = torch.arange(config.num_samples, device=self.device)
-            model_kwargs["y"] = classes % self.unet.config.num_classes
-        images = DDIM(self.diffusion, steps=config.sample_steps).sample(
-            self._predict_averaged,
-            (config.num_samples, channels, height, width),
-            seed=self._seed_grid,
-            model_kwargs=model_kwargs,
-            progress=False,
-        )
-        image_grid(to_uint8(images)).save(self.folder.samples / f"step-{self.step:08d}.png")
+        sampler = DDIM(self.diffusion, steps=config.sample_steps)
+        keys = self._keys(self._seed_grid, config.num_samples, 0)
+        parts = []
+        # No more at a time than are trained on at a time: what fits in memory there fits here.
+        for indices in torch.arange(config.num_samples).split(
+            config.batch_size // config.grad_accum
+        ):
+            indices = indices.to(self.device)
+            model_kwargs = {}
+            if config.class_cond:
+                model_kwargs["y"] = indices % self.unet.config.num_classes
+            images = sampler.sample(
+                self._predict_averaged,
+                (len(indices), channels, height, width),
+                seed=keys[indices],
+                model_kwargs=model_kwargs,
+                progress=False,
+            )
+            parts.append(to_uint8(images))
+        image_grid(torch.cat(parts)).save(self.folder.samples / f"step-{self.step:08d}.png")
         self.metrics.plot(self.folder.path / "loss.png")
 
     def save_checkpoint(self) -> None:

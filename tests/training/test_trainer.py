@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdiff import _backends
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset
+from fastdiff.training.logging import image_grid, to_uint8
 from fastdiff.training.run import build_diffusion, build_unet, choose_device
 
 SMALL = TrainConfig(
@@ -134,11 +136,11 @@ def test_it_learns(tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_follows_the_cosine(tmp_path, dataset):
-    one = trainer(tmp_path, dataset, lr=0.5, warmup=10, steps=110)
+    one = trainer(tmp_path / "cosine", dataset, lr=0.5, warmup=10, steps=110)
     assert [one.learning_rate(step) for step in (0, 4, 9)] == pytest.approx([0.05, 0.25, 0.5])
     assert one.learning_rate(60) == pytest.approx(0.25)
     assert one.learning_rate(110) == pytest.approx(0.0)
-    constant = trainer(tmp_path, dataset, lr=0.5, warmup=10, lr_schedule="constant")
+    constant = trainer(tmp_path / "flat", dataset, lr=0.5, warmup=10, lr_schedule="constant")
     assert constant.learning_rate(10**6) == 0.5
 
 
@@ -159,6 +161,29 @@ def test_a_run_folder_holds_what_it_should(tmp_path, dataset):
     assert [line["step"] for line in lines] == [4, 5, 6, 8, 10, 12]
     assert all(math.isfinite(line["loss"]) and line["images_per_second"] > 0 for line in lines)
     assert (tmp_path / "loss.png").exists()
+
+
+def test_a_grid_is_drawn_no_more_images_at_a_time_than_are_trained_on(tmp_path, dataset):
+    one = trainer(tmp_path, dataset, steps=1, batch_size=8, grad_accum=2, num_samples=10)
+    sizes = []
+    one.ema.model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    one.train()
+    steps = one.config.sample_steps
+    assert sizes == [4] * steps + [4] * steps + [2] * steps
+    # The same images as all at once; another batch size may take other matrix kernels.
+    from fastdiff.samplers import DDIM
+
+    whole = DDIM(one.diffusion, steps=steps).sample(
+        one.ema.model,
+        (10, 1, 8, 8),
+        seed=one._seed_grid,
+        model_kwargs={"y": torch.arange(10) % 3},
+        progress=False,
+    )
+    grid = np.asarray(image_grid(to_uint8(whole)), int)
+    drawn = np.asarray(Image.open(tmp_path / "samples/step-00000001.png"), int)
+    assert np.abs(drawn - grid).max() <= 1
+    assert len(np.unique(grid)) > 10
 
 
 def test_a_loaded_run_has_the_averaged_weights(tmp_path, dataset):
