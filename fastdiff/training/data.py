@@ -39,6 +39,8 @@ FASHION_MNIST_CLASSES = (
 # Where Debian's dataset-fashion-mnist and torchvision (run from the project's folder) put files.
 USUAL_PLACES = ("data", "/usr/share/datasets")
 
+_EXIF_ORIENTATION = 0x0112
+
 # A folder that decodes to less than this is decoded once and kept; a larger one, batch by batch.
 IN_MEMORY_BYTES = 2 << 30
 
@@ -243,7 +245,7 @@ def _folder(folder: Path, image_size: int | None) -> Dataset:
         width, height = first
     else:
         width = height = image_size
-    channels = 1 if all(mode in ("1", "L") for _, mode in headers) else 3
+    channels = 1 if all(mode in ("1", "L", "LA") for _, mode in headers) else 3
 
     labels, classes = None, ()
     if all(path.parent != folder for path in paths):
@@ -291,16 +293,27 @@ def _read_header(path: Path) -> tuple[tuple[int, int], str]:
                 f"--data: {path} has more than 8 bits per channel ({image.mode}); "
                 "convert it to 8 bits first"
             )
-        return image.size, image.mode
+        try:
+            orientation = image.getexif().get(_EXIF_ORIENTATION)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"--data: cannot read the image {path}: {error}") from error
+        on_its_side = orientation in (5, 6, 7, 8)
+        return image.size[::-1] if on_its_side else image.size, image.mode
 
 
 def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    from PIL import ImageOps
+    """Decode an image: upright as its EXIF says, and what is transparent in it on white."""
+    from PIL import Image, ImageOps
 
     height, width, channels = shape
     with _open(path) as image:
         try:
-            pixels = image.convert("L" if channels == 1 else "RGB")
+            pixels = ImageOps.exif_transpose(image)
+            if "A" in pixels.getbands() or "transparency" in pixels.info:
+                pixels = pixels.convert("RGBA")
+                white = Image.new("RGBA", pixels.size, "white")
+                pixels = Image.alpha_composite(white, pixels)
+            pixels = pixels.convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"--data: cannot read the image {path}: {error}") from error
     if pixels.size != (width, height):

@@ -192,6 +192,55 @@ def test_image_size_crops_the_centre(tmp_path):
         load_dataset("digits", image_size=4)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(tmp_path, orientation):
+    upright = np.zeros((4, 6), np.uint8)
+    upright[0] = 250  # sky above
+    upright[:, 0] = 120  # a tree on the left
+    # How a camera held another way stores the scene (EXIF 2.3, tag 0x0112).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.shape == (4, 6, 1)
+    assert np.array_equal(dataset.images[0, :, :, 0], upright)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    clear_red = np.zeros((2, 2, 4), np.uint8)
+    clear_red[0] = (255, 0, 0, 255)
+    clear_red[1] = (255, 0, 0, 0)
+    save_image(tmp_path / "rgba/a.png", clear_red)
+    expected = np.array([[[255, 0, 0]] * 2, [[255, 255, 255]] * 2])
+    assert np.array_equal(load_dataset(str(tmp_path / "rgba")).images[0], expected)
+
+    grey = np.full((2, 2), 90, np.uint8)
+    (tmp_path / "la").mkdir()
+    pixels = Image.fromarray(grey)
+    pixels.putalpha(Image.fromarray(np.array([[255, 255], [0, 0]], np.uint8)))
+    pixels.save(tmp_path / "la/a.png")
+    dataset = load_dataset(str(tmp_path / "la"))
+    assert dataset.shape == (2, 2, 1)
+    assert dataset.images[0, :, :, 0].tolist() == [[90, 90], [255, 255]]
+
+    (tmp_path / "palette").mkdir()
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "palette/a.png", transparency=1)
+    images = load_dataset(str(tmp_path / "palette")).images
+    assert images[0].tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
 def test_bad_folders_are_named(tmp_path, rng):
     with pytest.raises(UserError, match="no images found"):
         load_dataset(str(tmp_path))
