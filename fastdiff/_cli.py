@@ -5,12 +5,16 @@ Exit codes: 0 done; 1 the run failed on its way; 2 wrong input, nothing was writ
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from fastdiff.training.errors import RunError, UserError, one_line
+
+Config = TypeVar("Config")
 
 INTERRUPTED = 130  # the shell's convention for a process ended by SIGINT: 128 + 2
 
@@ -40,6 +44,35 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
         print(f"\n{program}: interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def parse(kind: type[Config], argv: list[str], program: str, **options: Any) -> Config:
+    """``tyro.cli`` whose errors are a `UserError`, not a box of several lines."""
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=argv, prog=program, **options)
+    except SystemExit as stopped:
+        if stopped.code != UserError.exit_code:
+            raise  # --help
+        raise UserError(f"{_unboxed(errors.getvalue())}; see {program} --help") from None
+
+
+def _unboxed(box: str) -> str:
+    """Return what tyro's error box says, without its help texts but with the flags it suggests."""
+    message, suggestions, rules = [], [], 0
+    for line in box.splitlines()[1:-1]:  # without the top, a title, and the bottom
+        text = line.strip("│| ")
+        if not text.strip("─-"):
+            rules += 1
+        elif not rules:
+            message.append(text)
+        elif text.startswith("--"):
+            suggestions.append(text.split()[0])
+    hint = f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""
+    return " ".join(message).rstrip(".") + hint
 
 
 def say(message: str) -> None:

@@ -63,10 +63,10 @@ def main(argv: list[str]) -> int:
     """Sample as ``argv`` says; return the exit code."""
     import tyro
 
-    config = tyro.cli(
+    config = _cli.parse(
         SampleConfig,
-        args=argv,
-        prog=PROGRAM,
+        argv,
+        PROGRAM,
         description=__doc__,
         config=(tyro.conf.PositionalRequiredArgs,),  # RUN is the only one
     )
@@ -135,8 +135,7 @@ def _validate(config: SampleConfig) -> None:
 
 def _output(config: SampleConfig) -> Path:
     if config.out is None:
-        name = f"{config.sampler}-{config.steps}-seed-{config.seed}.png"
-        out = Path(config.run) / "samples" / name
+        out = Path(config.run) / "samples" / _default_name(config)
     else:
         out = Path(config.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".npz"):
@@ -146,6 +145,16 @@ def _output(config: SampleConfig) -> Path:
     if out.exists() and not config.force:
         raise UserError(f"--out {out} exists; add --force to overwrite it, or give another name")
     return out
+
+
+def _default_name(config: SampleConfig) -> str:
+    """Name everything that decides on the images, as far as it is not the default."""
+    name = f"{config.sampler}-{config.steps}-seed-{config.seed}"
+    for field in ("eta", "spacing", "class_label", "num"):
+        value = getattr(config, field)
+        if value != getattr(SampleConfig, field):
+            name += f"-{field.removesuffix('_label')}-{value}"
+    return name + ".png"
 
 
 def _sampler(config: SampleConfig, run: TrainedRun) -> Sampler:

@@ -74,23 +74,24 @@ def parse(argv: list[str]) -> TrainConfig:
         For a setting that is unknown, of the wrong type or out of range, and for one that would
         make a resumed run another run.
     """
-    import tyro
-
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config")
     early.add_argument("--data")
     # The rest of the line is tyro's; these two decide on the defaults it shows.
-    known, _ = early.parse_known_args(argv)
+    try:
+        known, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
     flags = _without(argv, "--config")
     from_file = read_config_file(known.config) if known.config else {}
     source = f"--config {known.config}"
 
     def settle(base: TrainConfig) -> TrainConfig:
-        return tyro.cli(
+        return _cli.parse(
             TrainConfig,
-            args=flags,
+            flags,
+            PROGRAM,
             default=base.updated(from_file, source),
-            prog=PROGRAM,
             description=f"{__doc__}\n--config FILE reads any of these settings from YAML or JSON.",
         )
 

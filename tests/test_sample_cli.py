@@ -108,9 +108,35 @@ def test_png_is_the_grid_of_the_same_images(run_sample, tmp_path):
 def test_the_default_file_is_in_the_run_folder_and_names_its_settings(run_sample, runs):
     code, error = run_sample("plain", "--num", "2", "--steps", "4", "--seed", "5")
     assert code == 0
-    path = runs / "plain/samples/ddim-4-seed-5.png"
+    path = runs / "plain/samples/ddim-4-seed-5-num-2.png"
     assert path.name in error
     assert path.exists()
+
+
+def test_default_files_of_different_requests_have_different_names(run_sample, runs):
+    requests = [
+        [],
+        ["--eta", "0.5"],
+        ["--spacing", "trailing"],
+        ["--num", "3"],
+        ["--class-label", "1"],
+        ["--sampler", "ddpm"],
+        ["--seed", "1"],
+        ["--steps", "5"],
+    ]
+    before = set((runs / "classes/samples").iterdir())
+    for request in requests:
+        argv = ["classes", "--num", "2"] if "--num" not in request else ["classes"]
+        argv += ["--steps", "4"] if "--steps" not in request else []
+        assert run_sample(*argv, *request)[0] == 0
+    new = {path.name for path in set((runs / "classes/samples").iterdir()) - before}
+    assert len(new) == len(requests)
+    assert "ddim-4-seed-0-eta-0.5-num-2.png" in new
+    assert "ddim-4-seed-0-class-1-num-2.png" in new
+    # What changes neither the images nor how many there are does not make another file.
+    code, error = run_sample("classes", "--num", "2", "--steps", "4", "--batch-size", "1")
+    assert code == 2
+    assert "exists; add --force" in error
 
 
 def test_classes_in_turn_or_one_for_all(run_sample, runs):
@@ -131,6 +157,9 @@ def test_classes_in_turn_or_one_for_all(run_sample, runs):
     ("argv", "fragments"),
     [
         (["nowhere"], ["RUN: nowhere holds no run"]),
+        ([], ["Missing", "Run folder"]),
+        (["plain", "--stepz", "4"], ["--stepz", "did you mean --steps"]),
+        (["plain", "--sampler", "euler"], ["--sampler", "'euler'", "'ddim', 'ddpm'"]),
         (["plain", "--out", "taken.png"], ["--out taken.png exists", "--force"]),
         (["plain", "--out", "a.txt"], ["--out a.txt", ".npz"]),
         (["plain", "--num", "0"], ["--num 0"]),

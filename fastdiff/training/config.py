@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ class TrainConfig:
     timesteps: int = 1000
     """Number of diffusion steps T."""
     schedule: str = "cosine"
-    """Noise schedule: linear, quadratic, constant, jsd, sigmoid, cosine."""
+    """Noise schedule: linear, quadratic (or scaled_linear), constant, jsd, sigmoid, cosine."""
     prediction: str = "eps"
-    """What the U-Net predicts: eps, x0, v."""
+    """What the U-Net predicts: eps, x0, v, mean."""
     variance: str = "fixed_large"
     """Variance of the reverse step: fixed_large, fixed_small."""
     loss: str = "mse"
-    """Training loss."""
+    """Training loss: mse."""
 
     steps: int = 900
     """Optimizer steps of the whole run."""
@@ -112,10 +113,19 @@ class TrainConfig:
         """Where the run is written: ``out``, or runs/<name of the data>."""
         if self.out is not None:
             return Path(self.out)
-        return Path("runs") / (self.data if self.data in BUILT_IN_DATA else Path(self.data).stem)
+        if self.data in BUILT_IN_DATA:
+            return Path("runs") / self.data
+        # "." and ".." have no name of their own; links keep theirs, which resolve() would lose.
+        data = Path(os.path.abspath(self.data))
+        return Path("runs") / (data.stem if data.suffix == ".npz" else data.name)
 
     def validate(self) -> None:
         """Raise `UserError` for the first setting no run can have."""
+        if not self.data:
+            raise UserError(
+                f'--data "": give one of {", ".join(BUILT_IN_DATA)}, a folder of images, or an '
+                ".npz file"
+            )
         _at_least(1, self, "timesteps", "steps", "batch_size", "grad_accum", "log_every")
         _at_least(1, self, "sample_every", "checkpoint_every", "keep", "num_samples")
         _at_least(1, self, "sample_steps", "image_size")

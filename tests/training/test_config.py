@@ -22,6 +22,14 @@ def test_run_folder_is_named_after_the_data():
     assert str(TrainConfig().run_folder) == "runs/digits"
     assert str(TrainConfig(data="pictures/cats.npz").run_folder) == "runs/cats"
     assert str(TrainConfig(out="here").run_folder) == "here"
+    assert str(TrainConfig(data="pictures/cats.v2/").run_folder) == "runs/cats.v2"
+
+
+@pytest.mark.parametrize(("data", "name"), [(".", "kittens"), ("..", "cats"), ("../b", "b")])
+def test_a_run_on_a_relative_folder_has_that_folder_s_name(tmp_path, monkeypatch, data, name):
+    (tmp_path / "cats/kittens").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cats/kittens")
+    assert str(TrainConfig(data=data).run_folder) == f"runs/{name}"
 
 
 def test_json_round_trip_keeps_everything_but_resume():
@@ -69,6 +77,7 @@ def test_wrong_values_from_files_are_named(values, message):
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
+        ({"data": ""}, '--data "": give one of digits, '),
         ({"steps": 0}, "--steps 0"),
         ({"lr": -1.0}, "--lr -1.0"),
         ({"lr": float("nan")}, "--lr nan"),
