@@ -232,6 +232,13 @@ def _backward_fake(
     need_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     _checks.check_one_device(prediction, grad, noise, keys, weight)
+    return _empty_gradients(prediction, noise, need_prediction, need_noise)
+
+
+def _empty_gradients(
+    prediction: Tensor, noise: Tensor | None, need_prediction: bool, need_noise: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for the gradients of prediction and noise; (0,) for one that is not needed."""
     memory_format = _layout.memory_format_of(prediction)
 
     def gradient(needed: bool, like: Tensor) -> Tensor:
@@ -260,19 +267,7 @@ def _backward_reference(
     need_prediction: bool,
     need_noise: bool,
 ) -> tuple[Tensor, Tensor]:
-    results = _backward_fake(
-        grad,
-        prediction,
-        noise,
-        keys,
-        seed,
-        stream,
-        weight,
-        reduction,
-        kind,
-        need_prediction,
-        need_noise,
-    )
+    results = _empty_gradients(prediction, noise, need_prediction, need_noise)
     with torch.enable_grad():
         x = prediction.detach().requires_grad_(need_prediction)
         n = None if noise is None else noise.detach().requires_grad_(need_noise)
@@ -299,19 +294,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor]:
     from fastdiff.triton_kernels import eps_loss as kernels
 
-    results = _backward_fake(
-        grad,
-        prediction,
-        noise,
-        keys,
-        seed,
-        stream,
-        weight,
-        reduction,
-        kind,
-        need_prediction,
-        need_noise,
-    )
+    results = _empty_gradients(prediction, noise, need_prediction, need_noise)
     compute = _compute_dtype(prediction)
     kernels.eps_loss_backward(
         results[0] if need_prediction else None,
