@@ -252,6 +252,19 @@ def test_a_sample_does_not_depend_on_its_batch(mode: str, implementation: str) -
     assert torch.equal(one, both[1:])
 
 
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+def test_samples_of_many_chunks(implementation: str) -> None:
+    """Above 1024 blocks of 512 elements a sample, each program sums more than one of them."""
+    args = arguments(Case(shape="rows", weighted=False))
+    generator = torch.Generator().manual_seed(2)
+    prediction, noise = (torch.randn((1, 1030 * 512 + 4), generator=generator) for _ in range(2))
+    args |= {"prediction": prediction, "noise": noise}
+    result = evaluate("eps_loss", implementation, args, racecheck=False)
+    assert 132 <= math.prod(result.launches[0].grid) <= 1024
+    value, magnitude = expected(args)
+    assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
+
+
 def test_millions_of_half_precision_elements() -> None:
     """A bf16 or fp16 accumulator would stop at 256 or 2048; eager sums in float32 too."""
     generator = torch.Generator().manual_seed(1)
