@@ -23,8 +23,8 @@ struct EpsLossCall {
     constexpr const char* op = "eps_loss";
     STD_TORCH_CHECK(prediction.dim() >= 1, op, ": prediction must have shape (B, ...)");
     check_float(prediction, op, "prediction");
-    STD_TORCH_CHECK(noise_in.has_value() != (keys_in || seed), op,
-                    ": pass either noise, or keys or seed");
+    STD_TORCH_CHECK(noise_in.has_value() + keys_in.has_value() + seed.has_value() == 1, op,
+                    ": pass one of noise, keys and seed");
     STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction must be 0, 1 or 2");
     STD_TORCH_CHECK(kind >= 0 && kind <= 2, op, ": kind must be 0, 1 or 2");
     const ScalarType type = prediction.scalar_type();

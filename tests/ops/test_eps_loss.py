@@ -449,6 +449,13 @@ def test_raw_operator_refuses_bad_input(change: dict, error: type, message: str)
 
 
 @pytest.mark.skipif(available("cpu") is not None, reason="the CPU library is not built")
+def test_raw_operator_refuses_keys_beside_a_seed() -> None:
+    x, keys = torch.zeros(2, 3), reference.sample_keys(0, 2)
+    with pytest.raises(RuntimeError, match="pass one of noise, keys and seed"):
+        torch.ops.fastdiff.eps_loss(x, None, keys, 1, 0, None, 0, 0)
+
+
+@pytest.mark.skipif(available("cpu") is not None, reason="the CPU library is not built")
 @pytest.mark.parametrize("grad", [torch.ones(3), torch.ones(()), torch.ones(2).half()])
 def test_raw_backward_refuses_bad_gradients(grad: Tensor) -> None:
     x = torch.zeros(2, 3)
