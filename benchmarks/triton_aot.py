@@ -108,6 +108,28 @@ def _philox_normal(out: torch.dtype, channels_last: bool = False) -> None:
     philox_normal(_empty(out, channels_last), None, 0, 0, channels_last)
 
 
+def _eps_loss(dtype: torch.dtype, seed: int | None = None, channels_last: bool = False) -> None:
+    from fastdiff.triton_kernels.eps_loss import eps_loss
+
+    prediction = _empty(dtype, channels_last)
+    noise = prediction if seed is None else None
+    out = _empty(torch.float32, shape=())
+    eps_loss(out, prediction, noise, None, seed, 0, None, 1.0, 0, channels_last)
+
+
+def _eps_loss_backward(
+    dtype: torch.dtype, seed: int | None = None, channels_last: bool = False
+) -> None:
+    from fastdiff.triton_kernels.eps_loss import eps_loss_backward
+
+    prediction = _empty(dtype, channels_last)
+    noise = prediction if seed is None else None
+    grad, weight = (_empty(torch.float32, shape=SHAPE[:1]) for _ in range(2))
+    eps_loss_backward(
+        prediction, None, grad, prediction, noise, None, seed, 0, weight, 1.0, 0, channels_last
+    )
+
+
 def representative_calls() -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     calls: dict[str, Callable[[], None]] = {}
@@ -119,6 +141,10 @@ def representative_calls() -> dict[str, Callable[[], None]]:
             calls[f"q_sample {name} {layout} given"] = given
             calls[f"q_sample {name} {layout} seed"] = seed
             calls[f"philox_normal {name} {layout}"] = normal
+            for op, loss in (("eps_loss", _eps_loss), ("eps_loss_backward", _eps_loss_backward)):
+                call = functools.partial(loss, dtype, channels_last=channels_last)
+                calls[f"{op} {name} {layout} given"] = call
+                calls[f"{op} {name} {layout} seed"] = functools.partial(call, seed=0)
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)
@@ -126,8 +152,7 @@ def representative_calls() -> dict[str, Callable[[], None]]:
 
 
 def launch_of(call: Callable[[], None]) -> Launch:
-    """The one launch of a launcher call."""
+    """The launch of a launcher call that reads its tensors; a second one adds up partial sums."""
     with recorded_launches() as launches:
         call()
-    (launch,) = launches
-    return launch
+    return launches[0]

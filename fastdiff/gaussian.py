@@ -11,9 +11,7 @@ from torch import Tensor
 
 from fastdiff import losses, ops
 from fastdiff._device_cache import DeviceCache
-from fastdiff.ops import _layout
 from fastdiff.parameterizations import convert
-from fastdiff.reference.posterior_mean import posterior_mean
 from fastdiff.reference.q_sample import per_sample
 from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import NoiseSchedule
@@ -153,10 +151,15 @@ class GaussianDiffusion:
         """
         self._check_t("q_posterior", x_t, t)
         tables = self.schedule.tables(x_t.device)
-        mean = posterior_mean(x0, x_t, t, tables.posterior_coef_x0, tables.posterior_coef_x_t)
-        variance = per_sample(tables.posterior_variance, t, x_t).expand_as(x_t)
-        log_variance = per_sample(tables.posterior_log_variance_clipped, t, x_t).expand_as(x_t)
-        return mean, variance, log_variance
+        return ops.posterior_mean_variance(
+            x0,
+            x_t,
+            t,
+            tables.posterior_coef_x0,
+            tables.posterior_coef_x_t,
+            tables.posterior_variance,
+            tables.posterior_log_variance_clipped,
+        )
 
     # ---------------------------------------------------------------- reverse process
 
@@ -274,7 +277,8 @@ class GaussianDiffusion:
         t
             (B,) int64, 0-based timesteps.
         noise, seed, stream
-            As in `q_sample`; a seed gives the loss of the noise it stands for.
+            As in `q_sample`; a seed gives the loss of the noise it stands for, which for
+            eps-prediction is made again in the loss's kernels and never stored.
         flip
             (B,) bool: mirror these samples of x0.
 
@@ -297,17 +301,9 @@ class GaussianDiffusion:
         if noise is None and seed is None:
             seed = _draw_keys(x0)
         x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
-        if noise is None:
-            noise = ops.philox_normal(
-                x0.shape,
-                seed,
-                stream=stream,
-                device=x0.device,
-                memory_format=_layout.memory_format_of(x0),
-            )
         output = model(x_t, self.model_times(t), **(model_kwargs or {}))
         output, extra = self.split_output(output, x_t)
-        batch = losses.LossInputs(self, x0, x_t, t, noise, flip, output, extra)
+        batch = losses.LossInputs(self, x0, x_t, t, noise, seed, stream, flip, output, extra)
         parts = losses.LOSSES[self.loss](batch)
         if self.weighting is not None:
             weights = self._cache.get(_float32_weighting, t.device)

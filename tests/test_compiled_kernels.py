@@ -21,6 +21,8 @@ from benchmarks import cubin, inspect_kernels  # noqa: E402
 from benchmarks.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
+SCALAR = {"finish_sums_kernel"}  # reads one value per chunk
+ONE_RESULT_PER_BLOCK = {"eps_loss_fwd_kernel"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 
 needs_cuobjdump = pytest.mark.skipif(
@@ -49,9 +51,11 @@ def cuda_kernels(arch: str) -> list[Kernel]:
 
 
 def template(kernel: Kernel) -> tuple[str, list[str]]:
-    """Stem and template arguments."""
+    """Stem and template arguments: types and vector width."""
     match = re.fullmatch(r"(\w+)<(.*)>", kernel.name)
-    assert match, f"{kernel.name} is not a template over its types and vector width"
+    if match is None:
+        assert kernel.name in SCALAR, f"{kernel.name} is not a template over its vector width"
+        return kernel.name, ["1"]
     return match[1], match[2].split(",")
 
 
@@ -61,6 +65,8 @@ def operands(kernel: Kernel) -> list[str]:
     known = {
         "q_sample_fwd_kernel": lambda out, x0, noise, v: [x0, noise],
         "philox_normal_kernel": lambda out, v: [],
+        "eps_loss_fwd_kernel": lambda prediction, noise, v: [prediction, noise],
+        "eps_loss_bwd_kernel": lambda prediction, noise, v: [prediction, noise],
     }
     assert stem in known, f"state here what {stem} reads as vectors"
     return known[stem](*arguments)
@@ -105,10 +111,14 @@ def test_cuda_kernels(arch):
     vectorized = [k for k in kernels if int(template(k)[1][-1]) > 1]
     assert vectorized
     for kernel in vectorized:
-        assert_wide_stores(kernel)
+        if template(kernel)[0] in ONE_RESULT_PER_BLOCK:
+            assert inspect_kernels.widths(kernel, "global store") == "1x4"
+        else:
+            assert_wide_stores(kernel)
         vector = int(template(kernel)[1][-1])
         sizes = [vector * BYTES[operand] for operand in operands(kernel)]
-        # Once per block: t, two coefficients, flip, key. A mirrored sample is gathered by element.
+        # Once per block: t, two coefficients, flip, key (or grad, weight, key). A mirrored sample
+        # is gathered by element.
         assert_wide_loads(kernel, sizes, narrow=5 + vector)
 
 
@@ -121,6 +131,12 @@ TRITON = {
     "q_sample fp32 nchw uint8 seed": ([4], 3),
     "q_sample bf16 nchw uint8 seed flip": ([8], 4 + 8),
     "philox_normal bf16 nchw": ([], 0),
+    "eps_loss_backward fp32 nchw given": ([16, 16], 2),
+    "eps_loss_backward bf16 nchw seed": ([16], 2),
+    "eps_loss_backward bf16 channels_last given": ([16, 16], 2),
+    "eps_loss fp32 nchw given": ([16, 16], 0),
+    "eps_loss bf16 channels_last given": ([16, 16], 0),
+    "eps_loss bf16 nchw seed": ([16], 0),
 }
 
 
@@ -132,7 +148,10 @@ def test_triton_kernels(name, arch):
     kernel = inspect_kernels.triton_kernel(name, arch)
     sizes, narrow = TRITON[name]
     assert_stays_in_registers(kernel)
-    assert_wide_stores(kernel)
+    if name.startswith("eps_loss "):  # one sum per program
+        assert inspect_kernels.widths(kernel, "global store") == "1x4"
+    else:
+        assert_wide_stores(kernel)
     assert_wide_loads(kernel, sizes, narrow)
 
 

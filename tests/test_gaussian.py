@@ -412,3 +412,17 @@ def test_bad_timesteps(schedule, batch, t, error):
         diffusion.training_losses(lambda x, t: x, x0, t, noise)
     with pytest.raises(error, match=r"\bt (has|is)"):
         diffusion.q_posterior(x0, x0, t)
+
+
+def test_noise_of_a_seed_is_not_stored_for_eps_prediction(schedule, batch, monkeypatch):
+    x0, t, _ = batch
+    diffusion = GaussianDiffusion(schedule)
+    noise = ops.philox_normal(x0.shape, 3, stream=7)
+    stored = diffusion.training_losses(lambda x, _: 0.5 * x, x0, t, noise)["loss"]
+
+    def refuse(*_, **__):
+        raise AssertionError("the noise was made in memory")
+
+    monkeypatch.setattr(ops, "philox_normal", refuse)
+    regenerated = diffusion.training_losses(lambda x, _: 0.5 * x, x0, t, seed=3, stream=7)["loss"]
+    assert torch.equal(stored, regenerated)

@@ -2,6 +2,7 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
+#include "eps_loss.h"
 #include "philox_normal.h"
 #include "q_sample.h"
 
@@ -35,11 +36,29 @@ void philox_normal_cpu(const Tensor& out, const std::optional<Tensor>& keys,
   philox_normal(out, keys, seed, stream, cpu::philox_normal);
 }
 
+Tensor eps_loss_cpu(const Tensor& prediction, const std::optional<Tensor>& noise,
+                    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+                    const std::optional<Tensor>& weight, int64_t reduction, int64_t kind) {
+  return eps_loss(prediction, noise, keys, seed, stream, weight, reduction, kind,
+                  [](const EpsLossArgs&) { return int64_t{0}; }, cpu::eps_loss);
+}
+
+std::tuple<Tensor, Tensor> eps_loss_backward_cpu(
+    const Tensor& grad, const Tensor& prediction, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    const std::optional<Tensor>& weight, int64_t reduction, int64_t kind, bool need_prediction,
+    bool need_noise) {
+  return eps_loss_backward(grad, prediction, noise, keys, seed, stream, weight, reduction, kind,
+                           need_prediction, need_noise, cpu::eps_loss_backward);
+}
+
 }  // namespace
 }  // namespace bindings
 }  // namespace fastdiff
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cpu));
+  m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cpu));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cpu));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cpu));
 }

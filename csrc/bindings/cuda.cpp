@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../cuda/launchers.h"
+#include "eps_loss.h"
 #include "philox_normal.h"
 #include "q_sample.h"
 
@@ -39,10 +40,35 @@ void philox_normal_cuda(const Tensor& out, const std::optional<Tensor>& keys,
   });
 }
 
+Tensor eps_loss_cuda(const Tensor& prediction, const std::optional<Tensor>& noise,
+                    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+                    const std::optional<Tensor>& weight, int64_t reduction, int64_t kind) {
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  return eps_loss(prediction, noise, keys, seed, stream, weight, reduction, kind,
+                  [](const EpsLossArgs& args) { return fastdiff_eps_loss_partials(&args); },
+                  [&](const EpsLossArgs& args) {
+                    launch_on(prediction, "eps_loss", fastdiff_eps_loss, args);
+                  });
+}
+
+std::tuple<Tensor, Tensor> eps_loss_backward_cuda(
+    const Tensor& grad, const Tensor& prediction, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    const std::optional<Tensor>& weight, int64_t reduction, int64_t kind, bool need_prediction,
+    bool need_noise) {
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  return eps_loss_backward(grad, prediction, noise, keys, seed, stream, weight, reduction, kind,
+                           need_prediction, need_noise, [&](const EpsLossArgs& args) {
+                             launch_on(prediction, "eps_loss", fastdiff_eps_loss_backward, args);
+                           });
+}
+
 }  // namespace
 }  // namespace fastdiff::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
+  m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cuda));
+  m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cuda));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cuda));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cuda));
 }

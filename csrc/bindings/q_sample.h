@@ -66,21 +66,15 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
     QSampleArgs args{};
     args.out = out.mutable_data_ptr();
     args.x0 = x0_ready.const_data_ptr();
-    args.noise = noise_ready ? noise_ready->const_data_ptr() : nullptr;
     args.t = t_ready.const_data_ptr<int64_t>();
     args.sqrt_alpha_bar = a_ready.const_data_ptr<float>();
     args.sqrt_one_minus_alpha_bar = b_ready.const_data_ptr<float>();
     args.flip = flip_ready ? flip_ready->const_data_ptr<bool>() : nullptr;
     args.num_timesteps = num_timesteps;
-    args.source = noise_source(keys_ready, seed, stream);
+    set_noise(args, noise_ready, keys_ready, seed, stream, op);
     args.layout = sample_layout(x0, channels_last);
-    args.mode = noise           ? NoiseMode::kGiven
-                : (keys || seed) ? NoiseMode::kGenerated
-                                 : NoiseMode::kNone;
     args.out_type = dtype_of(kernel_type, op, "the result");
     args.x0_type = dtype_of(x0_ready.scalar_type(), op, "x0");
-    args.noise_type = noise_ready ? dtype_of(noise_ready->scalar_type(), op, "noise")
-                                  : DType::kFloat32;
     launch(args);
   }
   return kernel_type == out_type ? out : torch::stable::to(out, out_type);

@@ -105,16 +105,26 @@ inline Tensor in_format(const Tensor& x, bool channels_last) {
   return torch::stable::contiguous(x, format);
 }
 
-inline Tensor empty(const Tensor& like, ScalarType type, bool channels_last) {
-  const auto sizes = like.sizes();
-  const std::vector<int64_t> strides = dense_strides(sizes, channels_last);
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            const Tensor& like, ScalarType type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), sizes.data(), strides.data(),
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
       like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// A contiguous tensor of other sizes on the device of `like`.
+inline Tensor empty_of(const std::vector<int64_t>& sizes, const Tensor& like, ScalarType type) {
+  return empty_strided(sizes, dense_strides(sizes, false), like, type);
+}
+
+inline Tensor empty(const Tensor& like, ScalarType type, bool channels_last) {
+  const auto sizes = like.sizes();
+  return empty_strided(std::vector<int64_t>(sizes.begin(), sizes.end()),
+                       dense_strides(sizes, channels_last), like, type);
 }
 
 inline SampleLayout sample_layout(const Tensor& x, bool channels_last) {
@@ -129,6 +139,18 @@ inline NoiseSource noise_source(const std::optional<Tensor>& keys, std::optional
                                 int64_t stream) {
   return {keys ? keys->const_data_ptr<int64_t>() : nullptr,
           static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(stream)};
+}
+
+// Fills what the argument structs of all ops with noise share. The tensors must outlive the launch.
+template <typename Args>
+void set_noise(Args& args, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+               std::optional<int64_t> seed, int64_t stream, const char* op) {
+  args.noise = noise ? noise->const_data_ptr() : nullptr;
+  args.noise_type = noise ? dtype_of(noise->scalar_type(), op, "noise") : DType::kFloat32;
+  args.source = noise_source(keys, seed, stream);
+  args.mode = noise            ? NoiseMode::kGiven
+              : (keys || seed) ? NoiseMode::kGenerated
+                               : NoiseMode::kNone;
 }
 
 inline std::optional<Tensor> checked_keys(const std::optional<Tensor>& keys, const Tensor& like,

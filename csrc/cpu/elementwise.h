@@ -33,4 +33,15 @@ inline float* thread_scratch(int64_t floats) {
   return memory.data();
 }
 
+// A tile of the noise of `args`, the argument struct of any op with noise (layout, mode, noise,
+// noise_type, source): given or generated. `scratch` has normal_scratch(layout) floats.
+template <typename Args>
+const float* noise_tile(const Args& args, int64_t sample, int64_t first, int64_t n,
+                        float* scratch) {
+  if (args.mode == NoiseMode::kGenerated) {
+    return normal_tile(args.layout, args.source.key(sample), args.source.stream, first, n, scratch);
+  }
+  return load_tile(args.noise_type, args.noise, sample * args.layout.numel + first, n, scratch);
+}
+
 }  // namespace fastdiff::cpu

@@ -1,10 +1,13 @@
 #pragma once
 
+#include "fastdiff/eps_loss.h"
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
 
 namespace fastdiff::cpu {
 
+void eps_loss(const EpsLossArgs& args);
+void eps_loss_backward(const EpsLossArgs& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void q_sample(const QSampleArgs& args);
 

@@ -109,10 +109,7 @@ void q_sample(const QSampleArgs& args) {
     if (args.mode == NoiseMode::kNone) {
       scaled(a, x0, result, n);
     } else {
-      const float* noise =
-          generated ? normal_tile(layout, args.source.key(sample), args.source.stream, first, n,
-                                  noise_buffer)
-                    : load_tile(args.noise_type, args.noise, offset, n, noise_buffer);
+      const float* noise = noise_tile(args, sample, first, n, noise_buffer);
       noised(a, b, x0, noise, result, n);
     }
     if (!in_place) store_tile(args.out_type, args.out, offset, n, result, stream);

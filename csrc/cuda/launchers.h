@@ -2,11 +2,16 @@
 
 #include <cuda_runtime_api.h>
 
+#include "fastdiff/eps_loss.h"
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
 
-// C linkage, so that the tests can call them through ctypes. Tensors are not empty.
+// C linkage, so that the tests can call them through ctypes. Results are not empty.
 extern "C" {
+// Floats of workspace that fastdiff_eps_loss needs in args->partials.
+int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args);
+cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream);
+cudaError_t fastdiff_eps_loss_backward(const fastdiff::EpsLossArgs* args, cudaStream_t stream);
 cudaError_t fastdiff_philox_normal(const fastdiff::PhiloxNormalArgs* args, cudaStream_t stream);
 cudaError_t fastdiff_q_sample(const fastdiff::QSampleArgs* args, cudaStream_t stream);
 }

@@ -5,6 +5,7 @@ Depends on torch alone.
 
 from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.reference.ddpm_step import ddpm_step
+from fastdiff.reference.eps_loss import eps_loss
 from fastdiff.reference.group_norm_silu import group_norm_silu
 from fastdiff.reference.philox import philox4x32, sample_keys, sample_words
 from fastdiff.reference.philox_normal import box_muller, normals, philox_normal
@@ -17,6 +18,7 @@ __all__ = [
     "box_muller",
     "ddim_step",
     "ddpm_step",
+    "eps_loss",
     "group_norm_silu",
     "normals",
     "philox4x32",

@@ -119,7 +119,11 @@ def _overload(op: str, name: str) -> Any:
 
         launcher = getattr(cuda_ptx, op)
         autograd = getattr(module, "_autograd", None)
-        return functools.partial(autograd, launcher) if autograd else launcher
+        if autograd is None:
+            return launcher
+        backward = getattr(cuda_ptx, f"{op}_backward", None)
+        options = {} if backward is None else {"backward": backward}
+        return functools.partial(autograd, launcher, **options)
     return getattr(getattr(torch.ops.fastdiff, op), name)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import ptx_emulator
 import torch
-from fastdiff.triton_kernels import _launch
 from torch import Tensor
+
+from fastdiff.triton_kernels import _launch
 
 _TYPES = {
     torch.float32: "fp32",
@@ -42,6 +43,9 @@ def compile_kernel(
         if is_tensor:
             signature.append((name, f"*{_TYPES[value.dtype]}"))
             divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature.append((name, "fp32"))
+            divisible = False
         else:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             divisible = specialize and value % 16 == 0

@@ -8,6 +8,10 @@
 #include "fastdiff/layout.h"
 #include "fastdiff/philox.h"
 
+#if defined(__CUDACC__)
+#include "fastdiff/vector_io.cuh"
+#endif
+
 namespace fastdiff {
 
 constexpr int kElementwiseThreads = 128;
@@ -121,6 +125,36 @@ __device__ __forceinline__ void chunk_normals(const SampleLayout& layout, const 
     }
   }
 }
+
+// The key of the chunk's sample and, in channels_last, the chunk's normals in shared memory. `Args` is
+// the argument struct of any op with noise: layout, mode, noise, source. All threads of the block call
+// the constructor.
+template <typename Noise, typename Args>
+struct ChunkNoise {
+  const Args& args;
+  const Chunk& chunk;
+  uint64_t key;
+  float* staged;
+
+  __device__ __forceinline__ ChunkNoise(const Args& args, const ChunkPlan& plan,
+                                        const Chunk& chunk, float4* shared)
+      : args(args), chunk(chunk) {
+    key = args.mode == NoiseMode::kGenerated ? args.source.key(chunk.sample) : 0;
+    staged = plan.stage_noise ? reinterpret_cast<float*>(shared) : nullptr;
+    if (staged) stage_normals(args.layout, chunk, key, args.source.stream, staged);
+  }
+
+  // Noise of the V elements from memory index `first` of the sample, given or generated.
+  template <int V>
+  __device__ __forceinline__ void load(int64_t first, float out[V]) const {
+    if (args.mode == NoiseMode::kGenerated) {
+      chunk_normals<V>(args.layout, chunk, first, key, args.source.stream, staged, out);
+    } else {
+      const int64_t base = chunk.sample * args.layout.numel;
+      load_vector<V>(static_cast<const Noise*>(args.noise) + base + first, out);
+    }
+  }
+};
 
 #endif  // __CUDACC__
 

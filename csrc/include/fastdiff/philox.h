@@ -22,6 +22,12 @@ FASTDIFF_HD uint64_t sample_key(uint64_t seed, uint64_t k) {
   return z ^ (z >> 31);
 }
 
+enum class NoiseMode : int32_t {
+  kNone,
+  kGiven,
+  kGenerated,
+};
+
 // Where a call's keys come from: given per sample, or derived from one seed.
 struct NoiseSource {
   const int64_t* keys;  // (B,) or null

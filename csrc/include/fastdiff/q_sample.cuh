@@ -25,10 +25,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const float b = valid ? args.sqrt_one_minus_alpha_bar[t] : NAN;
   const bool flip = args.flip && args.flip[chunk.sample];
 
-  const bool generated = args.mode == NoiseMode::kGenerated;
-  const uint64_t key = generated ? args.source.key(chunk.sample) : 0;
-  float* staged = plan.stage_noise ? reinterpret_cast<float*>(shared) : nullptr;
-  if (staged) stage_normals(layout, chunk, key, args.source.stream, staged);
+  const ChunkNoise<Noise, QSampleArgs> noise(args, plan, chunk, shared);
 
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
@@ -44,11 +41,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       for (int v = 0; v < V; ++v) y[v] = a * x[v];
     } else {
       float n[V];
-      if (generated) {
-        chunk_normals<V>(layout, chunk, i, key, args.source.stream, staged, n);
-      } else {
-        load_vector<V>(static_cast<const Noise*>(args.noise) + base + i, n);
-      }
+      noise.template load<V>(i, n);
 #pragma unroll
       for (int v = 0; v < V; ++v) y[v] = q_sample(a, b, x[v], n[v]);
     }

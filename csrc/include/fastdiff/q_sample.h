@@ -16,12 +16,6 @@ FASTDIFF_HD float pixel_from_uint8(uint8_t level) {
   return static_cast<float>(2 * static_cast<int32_t>(level) - 255) * (1.0f / 255.0f);
 }
 
-enum class NoiseMode : int32_t {
-  kNone,       // the mean sqrt(abar_t) x0 alone, which is also either gradient
-  kGiven,
-  kGenerated,
-};
-
 struct QSampleArgs {
   void* out;
   const void* x0;
@@ -33,7 +27,7 @@ struct QSampleArgs {
   int64_t num_timesteps;
   NoiseSource source;  // kGenerated only
   SampleLayout layout;
-  NoiseMode mode;
+  NoiseMode mode;  // kNone: the mean sqrt(abar_t) x0 alone, which is also either gradient
   DType out_type;
   DType x0_type;     // kUInt8, kFloat32 or out_type
   DType noise_type;  // kFloat32 or out_type

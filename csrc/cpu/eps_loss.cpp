@@ -1,0 +1,170 @@
+#include "fastdiff/eps_loss.h"
+
+#include "elementwise.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+template <LossKind Kind, typename T>
+FASTDIFF_HD T sum_of(const T* prediction, const T* noise, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += loss_term<Kind>(prediction[i] - noise[i]);
+  return sum;
+}
+
+template <LossKind Kind, typename T>
+FASTDIFF_HD void slopes(T factor, const T* prediction, const T* noise, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = factor * loss_slope<Kind>(prediction[i] - noise[i]);
+}
+
+// Not templates: GCC clones only functions.
+FASTDIFF_CLONES float sum_mse(const float* p, const float* e, int64_t n) {
+  return sum_of<LossKind::kMse>(p, e, n);
+}
+FASTDIFF_CLONES float sum_l1(const float* p, const float* e, int64_t n) {
+  return sum_of<LossKind::kL1>(p, e, n);
+}
+FASTDIFF_CLONES float sum_huber(const float* p, const float* e, int64_t n) {
+  return sum_of<LossKind::kHuber>(p, e, n);
+}
+FASTDIFF_CLONES void slopes_mse(float c, const float* p, const float* e, float* out, int64_t n) {
+  slopes<LossKind::kMse>(c, p, e, out, n);
+}
+FASTDIFF_CLONES void slopes_l1(float c, const float* p, const float* e, float* out, int64_t n) {
+  slopes<LossKind::kL1>(c, p, e, out, n);
+}
+FASTDIFF_CLONES void slopes_huber(float c, const float* p, const float* e, float* out, int64_t n) {
+  slopes<LossKind::kHuber>(c, p, e, out, n);
+}
+
+float tile_sum(LossKind kind, const float* p, const float* e, int64_t n) {
+  return kind == LossKind::kMse  ? sum_mse(p, e, n)
+         : kind == LossKind::kL1 ? sum_l1(p, e, n)
+                                 : sum_huber(p, e, n);
+}
+double tile_sum(LossKind kind, const double* p, const double* e, int64_t n) {
+  return kind == LossKind::kMse  ? sum_of<LossKind::kMse>(p, e, n)
+         : kind == LossKind::kL1 ? sum_of<LossKind::kL1>(p, e, n)
+                                 : sum_of<LossKind::kHuber>(p, e, n);
+}
+void tile_slopes(LossKind kind, float c, const float* p, const float* e, float* out, int64_t n) {
+  const auto function = kind == LossKind::kMse  ? slopes_mse
+                        : kind == LossKind::kL1 ? slopes_l1
+                                                : slopes_huber;
+  function(c, p, e, out, n);
+}
+void tile_slopes(LossKind kind, double c, const double* p, const double* e, double* out,
+                 int64_t n) {
+  const auto function = kind == LossKind::kMse  ? slopes<LossKind::kMse, double>
+                        : kind == LossKind::kL1 ? slopes<LossKind::kL1, double>
+                                                : slopes<LossKind::kHuber, double>;
+  function(c, p, e, out, n);
+}
+
+// Adds the tiles' sums in a fixed order, whatever the threads, in double, which is free here.
+template <typename T>
+void finish(const EpsLossArgs& args, const std::vector<T>& partials) {
+  const int64_t batch = args.layout.batch;
+  const int64_t per_sample = batch ? static_cast<int64_t>(partials.size()) / batch : 0;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* out = static_cast<T*>(args.out);
+  double total = 0;
+  for (int64_t k = 0; k < batch; ++k) {
+    double sum = 0;
+    for (int64_t i = 0; i < per_sample; ++i) sum += partials[k * per_sample + i];
+    if (weight) sum *= weight[k];
+    if (args.reduction == Reduction::kNone) out[k] = static_cast<T>(args.scale() * sum);
+    total += sum;
+  }
+  if (args.reduction != Reduction::kNone) out[0] = static_cast<T>(args.scale() * total);
+}
+
+int64_t tiles_per_sample(const SampleLayout& layout) {
+  return layout.numel ? (layout.numel + tile_elements(layout) - 1) / tile_elements(layout) : 0;
+}
+
+template <typename T>
+T factor_of(const EpsLossArgs& args, int64_t sample) {
+  const T* grad = static_cast<const T*>(args.grad);
+  const T* weight = static_cast<const T*>(args.weight);
+  const T factor = static_cast<T>(args.scale()) *
+                   grad[args.reduction == Reduction::kNone ? sample : 0];
+  return weight ? factor * weight[sample] : factor;
+}
+
+void eps_loss_double(const EpsLossArgs& args) {
+  const SampleLayout& layout = args.layout;
+  const int64_t size = tile_elements(layout), per_sample = tiles_per_sample(layout);
+  std::vector<double> partials(layout.batch * per_sample);
+  for_each_tile(layout, 8192, [&](int64_t sample, int64_t first, int64_t n) {
+    const int64_t offset = sample * layout.numel + first;
+    partials[sample * per_sample + first / size] =
+        tile_sum(args.kind, static_cast<const double*>(args.prediction) + offset,
+                 static_cast<const double*>(args.noise) + offset, n);
+  });
+  finish(args, partials);
+}
+
+void eps_loss_backward_double(const EpsLossArgs& args) {
+  const SampleLayout& layout = args.layout;
+  for_each_tile(layout, 8192, [&](int64_t sample, int64_t first, int64_t n) {
+    const int64_t offset = sample * layout.numel + first;
+    const double factor = factor_of<double>(args, sample);
+    const double* prediction = static_cast<const double*>(args.prediction) + offset;
+    const double* noise = static_cast<const double*>(args.noise) + offset;
+    const auto write = [&](void* grad, double c) {
+      if (grad) {
+        tile_slopes(args.kind, c, prediction, noise, static_cast<double*>(grad) + offset, n);
+      }
+    };
+    write(args.grad_prediction, factor);
+    write(args.grad_noise, -factor);
+  });
+}
+
+}  // namespace
+
+void eps_loss(const EpsLossArgs& args) {
+  if (args.prediction_type == DType::kFloat64) return eps_loss_double(args);
+  const SampleLayout& layout = args.layout;
+  const int64_t size = tile_elements(layout), per_sample = tiles_per_sample(layout);
+  std::vector<float> partials(layout.batch * per_sample);
+  const bool generated = args.mode == NoiseMode::kGenerated;
+  for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
+    float* buffer = thread_scratch(size + normal_scratch(layout));
+    const float* prediction = load_tile(args.prediction_type, args.prediction,
+                                        sample * layout.numel + first, n, buffer);
+    const float* noise = noise_tile(args, sample, first, n, buffer + size);
+    partials[sample * per_sample + first / size] = tile_sum(args.kind, prediction, noise, n);
+  });
+  finish(args, partials);
+}
+
+void eps_loss_backward(const EpsLossArgs& args) {
+  if (args.prediction_type == DType::kFloat64) return eps_loss_backward_double(args);
+  const SampleLayout& layout = args.layout;
+  const int64_t size = tile_elements(layout);
+  const bool generated = args.mode == NoiseMode::kGenerated;
+  const bool stream = layout.batch * layout.numel * size_of(args.prediction_type) > kStreamBytes;
+  for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
+    const int64_t offset = sample * layout.numel + first;
+    const float factor = factor_of<float>(args, sample);
+    float* buffer = thread_scratch(2 * size + normal_scratch(layout));
+    float* result = buffer + size;
+    const float* prediction = load_tile(args.prediction_type, args.prediction, offset, n, buffer);
+    const float* noise = noise_tile(args, sample, first, n, buffer + 2 * size);
+    const auto write = [&](void* grad, DType type, float c) {
+      if (!grad) return;
+      tile_slopes(args.kind, c, prediction, noise, result, n);
+      store_tile(type, grad, offset, n, result, stream);
+    };
+    write(args.grad_prediction, args.prediction_type, factor);
+    write(args.grad_noise, args.noise_type, -factor);
+  });
+}
+
+}  // namespace fastdiff::cpu

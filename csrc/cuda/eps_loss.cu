@@ -1,0 +1,83 @@
+#include "fastdiff/eps_loss.cuh"
+
+#include "dispatch.cuh"
+#include "launchers.h"
+
+namespace fastdiff::cuda {
+namespace {
+
+int vector_elements(const EpsLossArgs& args) {
+  const int V = static_cast<int>(16 / size_of(args.prediction_type));
+  const bool vectors = args.layout.numel % V == 0 &&
+                       vector_aligned(args.prediction, args.prediction_type, V) &&
+                       vector_aligned(args.noise, args.noise_type, V) &&
+                       vector_aligned(args.grad_prediction, args.prediction_type, V) &&
+                       vector_aligned(args.grad_noise, args.noise_type, V) &&
+                       (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout));
+  return vectors ? V : 1;
+}
+
+ChunkPlan forward_plan(const EpsLossArgs& args) {
+  return plan_reduction(args.layout, vector_elements(args), args.mode == NoiseMode::kGenerated);
+}
+
+struct Forward {
+  template <typename Prediction, typename Noise>
+  static cudaError_t launch(const EpsLossArgs& args, cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(Prediction);
+    const ChunkPlan plan = forward_plan(args);
+    const auto kernel = vector_elements(args) > 1 ? eps_loss_fwd_kernel<Prediction, Noise, V>
+                                                  : eps_loss_fwd_kernel<Prediction, Noise, 1>;
+    if (args.layout.batch * plan.per_sample > 0) {
+      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
+                                                                                             plan);
+      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    }
+    return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
+                       static_cast<const float*>(args.weight), args.layout, plan, args.scale(),
+                       args.reduction != Reduction::kNone, stream);
+  }
+};
+
+struct Backward {
+  template <typename Prediction, typename Noise>
+  static cudaError_t launch(const EpsLossArgs& args, cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(Prediction);
+    const int vector = vector_elements(args);
+    const ChunkPlan plan =
+        plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
+    const auto kernel = vector > 1 ? eps_loss_bwd_kernel<Prediction, Noise, V>
+                                   : eps_loss_bwd_kernel<Prediction, Noise, 1>;
+    kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(
+        args, plan, static_cast<float>(args.scale()));
+    return cudaGetLastError();
+  }
+};
+
+template <typename Pass>
+cudaError_t dispatch(const EpsLossArgs& args, cudaStream_t stream) {
+  return dispatch_float(args.prediction_type, [&](auto prediction) {
+    using Prediction = typename decltype(prediction)::type;
+    if (args.mode == NoiseMode::kGenerated || args.noise_type == DType::kFloat32) {
+      return Pass::template launch<Prediction, float>(args, stream);
+    }
+    if (args.noise_type != args.prediction_type) return cudaErrorInvalidValue;
+    return Pass::template launch<Prediction, Prediction>(args, stream);
+  });
+}
+
+}  // namespace
+}  // namespace fastdiff::cuda
+
+extern "C" int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args) {
+  return args->layout.batch * fastdiff::cuda::forward_plan(*args).per_sample;
+}
+
+extern "C" cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream) {
+  return fastdiff::cuda::dispatch<fastdiff::cuda::Forward>(*args, stream);
+}
+
+extern "C" cudaError_t fastdiff_eps_loss_backward(const fastdiff::EpsLossArgs* args,
+                                                  cudaStream_t stream) {
+  return fastdiff::cuda::dispatch<fastdiff::cuda::Backward>(*args, stream);
+}

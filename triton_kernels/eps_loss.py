@@ -1,0 +1,235 @@
+"""eps_loss in Triton: one pass forward and one backward, noise given or made in the kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, reduce
+from ._layout import block_elements, sample_layout
+from .philox import chunk_normals, noise_key
+
+MSE, L1, HUBER = (tl.constexpr(k) for k in range(3))
+
+
+@triton.jit
+def loss_term(d, KIND: tl.constexpr):
+    """Loss of elements with error d = prediction - noise."""
+    if KIND == MSE:
+        return d * d
+    a = tl.abs(d)
+    if KIND == L1:
+        return a
+    return tl.where(a < 1.0, 0.5 * d * d, a - 0.5)
+
+
+@triton.jit
+def loss_slope(d, KIND: tl.constexpr):
+    """Its derivative; 0 at the kink of l1."""
+    if KIND == MSE:
+        return 2.0 * d
+    if KIND == L1:
+        return tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    return tl.where(d > 1.0, 1.0, tl.where(d < -1.0, -1.0, d))
+
+
+@triton.jit
+def error(
+    prediction,
+    noise,
+    key,
+    stream,
+    sample,
+    first,
+    numel,
+    inner,
+    GENERATE: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """prediction - noise of memory indices first .. first + BLOCK - 1; 0 past the sample's end."""
+    i = first + tl.arange(0, BLOCK)
+    mask = i < numel
+    p = tl.load(prediction + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
+    if GENERATE:
+        n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
+    else:
+        n = tl.load(noise + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, p - n, 0.0)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "chunks"])
+def eps_loss_fwd_kernel(
+    partials,
+    prediction,
+    noise,
+    keys,
+    seed,
+    stream,
+    chunks,
+    numel,
+    inner,
+    KIND: tl.constexpr,
+    GENERATE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of the losses of one chunk of one sample."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    begin = (program - sample * chunks) * (ROUNDS * BLOCK)
+    key = noise_key(keys, seed, sample, HAS_KEYS)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for r in range(ROUNDS):
+        first = begin + r * BLOCK
+        d = error(
+            prediction,
+            noise,
+            key,
+            stream,
+            sample,
+            first,
+            numel,
+            inner,
+            GENERATE,
+            LOGICAL_ORDER,
+            BLOCK,
+        )
+        acc += loss_term(d, KIND)
+    tl.store(partials + program, tl.sum(acc, axis=0))
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "chunks", "scale"])
+def eps_loss_bwd_kernel(
+    grad_prediction,
+    grad_noise,
+    grad,
+    prediction,
+    noise,
+    keys,
+    weight,
+    seed,
+    stream,
+    chunks,
+    numel,
+    inner,
+    scale,
+    KIND: tl.constexpr,
+    GENERATE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of one chunk of one sample."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    first = (program - sample * chunks) * BLOCK
+    key = noise_key(keys, seed, sample, HAS_KEYS)
+    factor = scale * tl.load(grad + sample if PER_SAMPLE else grad)
+    if weight is not None:
+        factor *= tl.load(weight + sample)
+    d = error(
+        prediction, noise, key, stream, sample, first, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
+    )
+    g = factor * loss_slope(d, KIND)
+    i = first + tl.arange(0, BLOCK)
+    base = sample * numel
+    if grad_prediction is not None:
+        rounded = g.to(grad_prediction.dtype.element_ty)
+        tl.store(grad_prediction + base + i, rounded, mask=i < numel)
+    if grad_noise is not None:
+        tl.store(grad_noise + base + i, (-g).to(grad_noise.dtype.element_ty), mask=i < numel)
+
+
+def eps_loss(
+    out: Tensor,
+    prediction: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    weight: Tensor | None,
+    scale: float,
+    kind: int,
+    channels_last: bool,
+) -> None:
+    """Fill `out`, (B,) or (). All tensors are dense, in the same memory format."""
+    if out.numel() == 0:
+        return
+    layout = sample_layout(prediction, channels_last)
+    block = block_elements(prediction.dtype)
+    rounds = reduce.rounds_per_program(layout.numel, block)
+    chunks = triton.cdiv(layout.numel, rounds * block)
+    partials = reduce.workspace(out, layout.batch * chunks)
+    if layout.batch * chunks > 0:
+        _launch.launch(
+            eps_loss_fwd_kernel,
+            layout.batch * chunks,
+            out.device,
+            partials,
+            prediction,
+            noise,
+            keys,
+            0 if seed is None else seed,
+            stream,
+            chunks,
+            layout.numel,
+            layout.inner,
+            KIND=kind,
+            GENERATE=noise is None,
+            HAS_KEYS=keys is not None,
+            LOGICAL_ORDER=layout.inner == 1,
+            ROUNDS=rounds,
+            BLOCK=block,
+        )
+    reduce.finish_sums(out, partials, weight, layout.batch, chunks, scale)
+
+
+def eps_loss_backward(
+    grad_prediction: Tensor | None,
+    grad_noise: Tensor | None,
+    grad: Tensor,
+    prediction: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    weight: Tensor | None,
+    scale: float,
+    kind: int,
+    channels_last: bool,
+) -> None:
+    """Fill the gradients that are not None. All tensors are dense, in the same memory format."""
+    if prediction.numel() == 0 or (grad_prediction is None and grad_noise is None):
+        return
+    layout = sample_layout(prediction, channels_last)
+    block = block_elements(prediction.dtype)
+    chunks = triton.cdiv(layout.numel, block)
+    _launch.launch(
+        eps_loss_bwd_kernel,
+        layout.batch * chunks,
+        prediction.device,
+        grad_prediction,
+        grad_noise,
+        grad,
+        prediction,
+        noise,
+        keys,
+        weight,
+        0 if seed is None else seed,
+        stream,
+        chunks,
+        layout.numel,
+        layout.inner,
+        scale,
+        KIND=kind,
+        GENERATE=noise is None,
+        HAS_KEYS=keys is not None,
+        PER_SAMPLE=grad.dim() == 1,
+        LOGICAL_ORDER=layout.inner == 1,
+        BLOCK=block,
+    )
