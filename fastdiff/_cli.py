@@ -62,15 +62,15 @@ def parse(kind: type[Config], argv: list[str], program: str, **options: Any) -> 
 
 def _unboxed(box: str) -> str:
     """Return what tyro's error box says, without its help texts but with the flags it suggests."""
-    message, suggestions, rules = [], [], 0
-    for line in box.splitlines()[1:-1]:  # without the top, a title, and the bottom
-        text = line.strip("│| ")
-        if not text.strip("─-"):
-            rules += 1
-        elif not rules:
-            message.append(text)
-        elif text.startswith("--"):
-            suggestions.append(text.split()[0])
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:  # without the title
+        text = line.strip("│╭╮╰╯ ")
+        if text.strip("─-"):
+            sections[-1].append(text)
+        elif sections[-1]:  # a rule; the first of a box in ASCII lies above the message
+            sections.append([])
+    message, *rest = sections
+    suggestions = [t.split()[0] for section in rest for t in section if t.startswith("--")]
     hint = f" (did you mean {' or '.join(suggestions)}?)" if suggestions else ""
     return " ".join(message).rstrip(".") + hint
 

@@ -178,6 +178,21 @@ def test_a_backend_that_is_not_there_is_one_line(run_train, tmp_path, monkeypatc
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_terminal_without_unicode_gets_the_message_too():
+    box = """\
+ Unrecognized options
+ ----------------------------------------------------------
+  Unrecognized options: --stepz, 3
+  ----------------------------------------------------------
+  Perhaps you meant:
+      --steps INT
+          Optimizer steps of the whole run. (default: 900)
+  ----------------------------------------------------------
+  For full helptext, run a.py --help
+"""
+    assert _cli._unboxed(box) == "Unrecognized options: --stepz, 3 (did you mean --steps?)"
+
+
 def test_help_names_every_choice(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
