@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops import _layout
+from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.q_sample import flip_samples, per_sample, pixels_from_uint8
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class LossInputs:
             self.seed,
             stream=self.stream,
             device=self.x_t.device,
-            memory_format=_layout.memory_format_of(self.x_t),
+            memory_format=memory_format_of(self.x_t),
         )
 
     def error(self, kind: str) -> Tensor:

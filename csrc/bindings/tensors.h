@@ -89,7 +89,7 @@ inline bool has_strides(const Tensor& x, const std::vector<int64_t>& strides) {
   return true;
 }
 
-// The same rule as fastdiff/ops/_layout.py: 4-D and 5-D tensors with innermost channels are
+// The same rule as fastdiff/reference/layout.py: 4-D and 5-D tensors with innermost channels are
 // channels_last, everything else is contiguous.
 inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous() || (x.dim() != 4 && x.dim() != 5)) return false;

@@ -29,6 +29,7 @@ struct Forward {
     const auto kernel = vector_elements(args) > 1 ? eps_loss_fwd_kernel<Prediction, Noise, V>
                                                   : eps_loss_fwd_kernel<Prediction, Noise, 1>;
     if (args.layout.batch * plan.per_sample > 0) {
+      if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
       kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
                                                                                              plan);
       if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
@@ -46,6 +47,7 @@ struct Backward {
     const int vector = vector_elements(args);
     const ChunkPlan plan =
         plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
+    if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
     const auto kernel = vector > 1 ? eps_loss_bwd_kernel<Prediction, Noise, V>
                                    : eps_loss_bwd_kernel<Prediction, Noise, 1>;
     kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _layout, _library
+from fastdiff.ops import _checks, _library
 from fastdiff.reference.eps_loss import LOSS_KINDS, REDUCTIONS
+from fastdiff.reference.layout import memory_format_of
 
 # The schema's `reduction` and `kind` are positions in REDUCTIONS and LOSS_KINDS.
 _NONE, _MEAN, _SUM = range(3)
@@ -176,7 +177,7 @@ def _dense(
     prediction: Tensor, noise: Tensor | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a kernel reads, dense and in the prediction's memory format."""
-    memory_format = _layout.memory_format_of(prediction)
+    memory_format = memory_format_of(prediction)
     return (
         prediction.contiguous(memory_format=memory_format),
         None if noise is None else noise.contiguous(memory_format=memory_format),
@@ -205,7 +206,7 @@ def _triton(
         None if weight is None else weight.to(out.dtype).contiguous(),
         _scale(prediction, reduction),
         kind,
-        _layout.memory_format_of(prediction) != torch.contiguous_format,
+        memory_format_of(prediction) != torch.contiguous_format,
     )
     return out
 
@@ -239,7 +240,7 @@ def _empty_gradients(
     prediction: Tensor, noise: Tensor | None, need_prediction: bool, need_noise: bool
 ) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of prediction and noise; (0,) for one that is not needed."""
-    memory_format = _layout.memory_format_of(prediction)
+    memory_format = memory_format_of(prediction)
 
     def gradient(needed: bool, like: Tensor) -> Tensor:
         if not needed:
@@ -306,7 +307,7 @@ def _backward_triton(
         None if weight is None else weight.to(compute).contiguous(),
         _scale(prediction, reduction),
         kind,
-        _layout.memory_format_of(prediction) != torch.contiguous_format,
+        memory_format_of(prediction) != torch.contiguous_format,
     )
     return results
 

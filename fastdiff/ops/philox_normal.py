@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _layout, _library
+from fastdiff.ops import _checks, _library
+from fastdiff.reference.layout import memory_format_of
 
 _CHANNELS_LAST_DIMS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
@@ -117,7 +118,7 @@ def _triton(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> 
     _checks.check_float(op, "out", out.dtype)
     if (keys is None) == (seed is None):
         raise ValueError(f"{op}: pass either keys or seed")
-    memory_format = _layout.memory_format_of(out)
+    memory_format = memory_format_of(out)
     if not out.is_contiguous(memory_format=memory_format):
         raise ValueError(f"{op}: out must be contiguous or channels_last")
     if keys is not None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _layout, _library
+from fastdiff.ops import _checks, _library
+from fastdiff.reference.layout import memory_format_of
 
 
 def q_sample(
@@ -192,9 +193,7 @@ def _fake(
     _checks.check_one_device(x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, flip)
     if dtype is None:
         dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-    return torch.empty(
-        x0.shape, dtype=dtype, device=x0.device, memory_format=_layout.memory_format_of(x0)
-    )
+    return torch.empty(x0.shape, dtype=dtype, device=x0.device, memory_format=memory_format_of(x0))
 
 
 def _reference(
@@ -220,7 +219,7 @@ def _reference(
         flip=flip,
         dtype=dtype,
     )
-    return out.contiguous(memory_format=_layout.memory_format_of(x0))
+    return out.contiguous(memory_format=memory_format_of(x0))
 
 
 def _triton(
@@ -253,7 +252,7 @@ def _triton(
     out = _fake(
         x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip, dtype
     )
-    memory_format = _layout.memory_format_of(x0)
+    memory_format = memory_format_of(x0)
     kernels.q_sample(
         out,
         x0.contiguous(memory_format=memory_format),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdiff import ops
 from fastdiff.gaussian import GaussianDiffusion, Model
 from fastdiff.guidance import Guidance
-from fastdiff.ops import _layout
+from fastdiff.reference.layout import memory_format_of
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -42,7 +42,7 @@ class Run:
             self.keys,
             stream=stream,
             device=x.device,
-            memory_format=_layout.memory_format_of(x),
+            memory_format=memory_format_of(x),
         )
 
 

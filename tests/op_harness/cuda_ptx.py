@@ -17,7 +17,7 @@ import ptx_emulator
 import torch
 from torch import Tensor
 
-from fastdiff.ops import _layout
+from fastdiff.reference.layout import memory_format_of
 
 _CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
 _DTYPES = {
@@ -162,7 +162,7 @@ def q_sample(
 ) -> Tensor:
     if dtype is None:
         dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-    memory_format = _layout.memory_format_of(x0)
+    memory_format = memory_format_of(x0)
     channels_last = memory_format != torch.contiguous_format
     if x0.dtype not in (torch.uint8, dtype):
         x0 = x0.float()
@@ -195,7 +195,7 @@ def q_sample(
 
 
 def philox_normal_(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
-    channels_last = _layout.memory_format_of(out) != torch.contiguous_format
+    channels_last = memory_format_of(out) != torch.contiguous_format
     keys = None if keys is None else keys.contiguous()
     args = PhiloxNormalArgs(
         out=out.data_ptr(),
@@ -218,7 +218,7 @@ def _eps_loss_inputs(
     kind: int,
 ) -> tuple[EpsLossArgs, dict[str, Tensor | None]]:
     """The fields that both passes share, and the tensors that they point to."""
-    memory_format = _layout.memory_format_of(prediction)
+    memory_format = memory_format_of(prediction)
     if noise is not None:
         noise = noise if noise.dtype == prediction.dtype else noise.float()
         noise = noise.contiguous(memory_format=memory_format)
@@ -263,7 +263,7 @@ def eps_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     *rest, need_prediction, need_noise = rest
     args, tensors = _eps_loss_inputs(prediction, noise, *rest)
-    memory_format = _layout.memory_format_of(prediction)
+    memory_format = memory_format_of(prediction)
     tensors["grad"] = grad.contiguous()
     for name, needed in (("prediction", need_prediction), ("noise", need_noise)):
         gradient = None

@@ -10,9 +10,8 @@ from typing import Any
 
 import ptx_emulator
 import torch
-from torch import Tensor
-
 from fastdiff.triton_kernels import _launch
+from torch import Tensor
 
 _TYPES = {
     torch.float32: "fp32",
