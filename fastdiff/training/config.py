@@ -51,7 +51,7 @@ class TrainConfig:
     loss: str = "mse"
     """Training loss: mse."""
 
-    steps: int = 900
+    steps: int = 700
     """Optimizer steps of the whole run."""
     batch_size: int = 64
     """Images per optimizer step, over all micro-batches."""
