@@ -103,11 +103,16 @@ FASTDIFF_CLONES void normals_from_words(const PhiloxWords& words, float* out) {
 
 void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks, float* out) {
   PhiloxWords words;
-  float normals[4 * kPhiloxLanes];
-  for (int64_t base = 0; base < blocks; base += kPhiloxLanes) {
+  int64_t base = 0;
+  for (; base + kPhiloxLanes <= blocks; base += kPhiloxLanes) {
+    philox_words(key, stream, first + static_cast<uint64_t>(base), words);
+    normals_from_words(words, out + 4 * base);
+  }
+  if (base < blocks) {
+    float normals[4 * kPhiloxLanes];
     philox_words(key, stream, first + static_cast<uint64_t>(base), words);
     normals_from_words(words, normals);
-    std::memcpy(out + 4 * base, normals, 16 * std::min<int64_t>(kPhiloxLanes, blocks - base));
+    std::memcpy(out + 4 * base, normals, 16 * (blocks - base));
   }
 }
 
