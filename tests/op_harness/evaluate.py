@@ -92,9 +92,9 @@ def evaluate(
         result.launches = launches
         return result
     if implementation == "cuda-ptx":
-        from .cuda_ptx import emulated_launches
+        from .cuda_ptx.launcher import emulated_launches
 
-        with emulated_launches(**emulator) as launches:
+        with emulated_launches(op.rstrip("_"), **emulator) as launches:
             result = _evaluate_here(op, "cuda-ptx", arguments, gradients, grad_output)
         result.launches = launches
         return result
@@ -115,8 +115,7 @@ def _overload(op: str, name: str) -> Any:
     if name == "reference":
         return module._reference
     if name == "cuda-ptx":
-        from . import cuda_ptx
-
+        cuda_ptx = importlib.import_module(f".cuda_ptx.{op.rstrip('_')}", __package__)
         launcher = getattr(cuda_ptx, op)
         autograd = getattr(module, "_autograd", None)
         if autograd is None:
