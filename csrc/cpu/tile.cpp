@@ -76,13 +76,18 @@ FASTDIFF_CLONES void philox_words_portable(uint64_t key, uint64_t stream, uint64
   }
 }
 
-void philox_words(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words) {
-#if FASTDIFF_HAS_PHILOX_AVX2
-  static const bool avx2 = has_avx2();
-  if (avx2) return philox_words_avx2(key, stream, first, words);
+using PhiloxFunction = void (*)(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words);
+
+// Chosen once, when the library is loaded, as the clones are.
+PhiloxFunction best_philox_words() {
+#if FASTDIFF_HAS_PHILOX_X86
+  if (__builtin_cpu_supports("avx512f")) return philox_words_avx512;
+  if (__builtin_cpu_supports("avx2")) return philox_words_avx2;
 #endif
-  philox_words_portable(key, stream, first, words);
+  return philox_words_portable;
 }
+
+const PhiloxFunction philox_words = best_philox_words();
 
 // The normals of sixteen blocks, in order.
 FASTDIFF_CLONES void normals_from_words(const PhiloxWords& words, float* out) {
