@@ -39,6 +39,14 @@ class UNet(nn.Module):
     References
     ----------
     Ho et al. 2020 (DDPM), appendix B; Nichol & Dhariwal 2021 (IDDPM), appendix A.
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> unet = fastdiff.UNet.from_preset("digits")
+    >>> eps = unet(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]))
+    >>> eps.shape
+    torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, config: UNetConfig) -> None:
