@@ -20,9 +20,15 @@ CXX=$cxx CXXFLAGS="$sanitizers" FASTDIFF_BUILD=cpu python setup.py -q build_ext 
 
 # The runtimes come first in a process that is not itself instrumented. Leaks are Python's affair.
 export LD_PRELOAD="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+# pytest holds stderr, and a process that ASan ends never gives it back.
+export ASAN_OPTIONS=detect_leaks=0:log_path=$copy/report
+export UBSAN_OPTIONS=print_stacktrace=1:log_path=$copy/report
 # This copy, not the package that is installed.
 export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
 if [ $# -eq 0 ]; then set -- tests/ops; fi
 python -c "import fastdiff, sys; sys.exit(not fastdiff.__file__.startswith('$copy'))"
-python -m pytest -n 0 -q -k "cpu or bad or strides" "$@"
+if ! python -m pytest -n 0 -q -k "cpu or bad or strides" "$@"; then
+  unset LD_PRELOAD
+  cat "$copy"/report.* >&2 || echo "no sanitizer report: a test failed" >&2
+  exit 1
+fi
