@@ -80,8 +80,10 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def sample_words(keys: Tensor, numel: int, stream: int = 0) -> Tensor:
-    """The words of elements 0 .. numel - 1 of every sample, in logical (C, H, W) order.
+def sample_words(keys: Tensor, numel: int, stream: int = 0, first: int = 0) -> Tensor:
+    """The words of `numel` elements of every sample from element `first` (a multiple of 4) on.
+
+    Elements are counted in logical (C, H, W) order.
 
     Element e takes word e mod 4 of the block with counter
     (lo(e div 4), hi(e div 4), lo(stream), hi(stream)) and key (lo(key), hi(key)) (SPEC §9).
@@ -92,7 +94,7 @@ def sample_words(keys: Tensor, numel: int, stream: int = 0) -> Tensor:
         int64, shape (B, numel), values in [0, 2**32).
     """
     stream = to_int64(stream)
-    block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device)
+    block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device) + first // 4
     zero = torch.zeros_like(block)
     counter = (
         block & _MASK32,
