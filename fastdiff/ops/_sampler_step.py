@@ -149,7 +149,7 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
         _checks.check_per_sample(name, "seed", a.keys, torch.int64, a.x_t.shape[0], device)
     if name == DDPM and a.noise is None and a.keys is None and a.seed is None:
         raise ValueError(f"{name}: pass either noise or seed; neither was given")
-    if not (math.isfinite(a.guidance_scale) and a.guidance_scale >= 0):
+    if not 0 <= a.guidance_scale < math.inf:  # false for NaN
         raise ValueError(
             f"{name}: guidance_scale is {a.guidance_scale}, expected a finite number >= 0"
         )
