@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ptx_emulator.counters import Requests
 from torch import Tensor
 
 import fastdiff
@@ -173,3 +174,17 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 X0_OPERATIONS = 6
 X_S_OPERATIONS = X0_OPERATIONS + 4 + 5 + 8
 GENERATED_OPERATIONS = 8  # four ulps of a normal
+
+
+def assert_traffic(launch: Any, args: dict[str, Any], accesses: int) -> None:
+    """The launch moves `accesses` tensors like x_t, coalesced, 16 bytes at a time."""
+    size = args["x_t"].nbytes
+    tensors = [array for array in launch.counters.arrays if array.size >= size]
+    # Every thread also reads its sample's row, which stays in the cache: once is counted.
+    small = [array for array in launch.counters.arrays if array.size < size]
+    moved = sum(array.loaded_bytes + array.stored_bytes for array in tensors)
+    moved += sum(array.unique_loaded_bytes for array in small)
+    assert moved <= 1.05 * accesses * size
+    requests = sum((a.load_requests + a.store_requests for a in tensors), Requests())
+    assert set(requests.widths) == {16}
+    assert requests.sectors <= 1.05 * requests.min_sectors

@@ -17,12 +17,12 @@ from op_harness.sampler_step import (
     X_S_OPERATIONS,
     Case,
     arguments,
+    assert_traffic,
     expected,
     magnitudes,
     table_for,
     widened,
 )
-from ptx_emulator.counters import Requests
 from torch import Tensor
 
 import fastdiff
@@ -246,19 +246,6 @@ def test_traffic(mode: str, x: str, layout: str, arch: str, implementation: str)
     result = evaluate(OP, implementation, args, arch=arch, count=True)
     (launch,) = result.launches
     assert_traffic(launch, args, 4)
-
-
-def assert_traffic(launch: object, args: dict, accesses: int) -> None:
-    size = args["x_t"].nbytes
-    tensors = [array for array in launch.counters.arrays if array.size >= size]
-    # Every thread also reads its sample's row, which stays in the cache: once is counted.
-    small = [array for array in launch.counters.arrays if array.size < size]
-    moved = sum(array.loaded_bytes + array.stored_bytes for array in tensors)
-    moved += sum(array.unique_loaded_bytes for array in small)
-    assert moved <= 1.05 * accesses * size
-    requests = sum((a.load_requests + a.store_requests for a in tensors), Requests())
-    assert set(requests.widths) == {16}
-    assert requests.sectors <= 1.05 * requests.min_sectors
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
