@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from ptx_emulator.counters import Requests
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastdiff import reference
 from fastdiff.ops._sampler_step import DDPM, Arguments, run_reference
 from fastdiff.reference.step_table import PREDICTIONS, StepColumn
 
+from .evaluate import implementation_params
 from .inputs import SHAPES, arrange
 
 FLOATS = {
@@ -166,6 +168,22 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
             sigma = sigma * exponent.exp() * (1 + exponent.abs())
         x_s = x_s + sigma * noise.abs()
     return x_s, x0
+
+
+def forward_params(cases: list[Case], compiled: list[Case]) -> list[Any]:
+    """(case, implementation) for all; Triton kernels, which differ in every case, compile slowly:
+    the default run has those of `compiled`."""
+    params = []
+    for case in cases:
+        for param in implementation_params():
+            (implementation,) = param.values
+            marks = list(param.marks)
+            if implementation == "triton-ptx" and case not in compiled:
+                marks.append(pytest.mark.slow)
+            params.append(
+                pytest.param(case, implementation, marks=marks, id=f"{case}-{implementation}")
+            )
+    return params
 
 
 # Roundings in float32, each at most of the whole sum. x0: guidance 3, two products, a sum. x_s adds

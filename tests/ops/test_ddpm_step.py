@@ -17,6 +17,7 @@ from op_harness.sampler_step import (
     arguments,
     assert_traffic,
     expected,
+    forward_params,
     magnitudes,
     table_for,
     widened,
@@ -90,8 +91,14 @@ def check(case: Case, implementation: str) -> None:
         assert x_s.is_contiguous(memory_format=last)
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", CASES, ids=str)
+COMPILED = [
+    learned(x="bf16", guided=True, mode="given"),
+    learned(shape="odd", layout="channels_last", x="bf16", prediction="v", return_pred_x0=True),
+    learned(output="fp16", mode="seed"),
+]
+
+
+@pytest.mark.parametrize(("case", "implementation"), forward_params(CASES, COMPILED))
 def test_forward(case: Case, implementation: str) -> None:
     check(case, implementation)
 
@@ -129,7 +136,7 @@ def test_forward_exhaustive(
 
 
 @pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["eps", "mean"])
 def test_gradients(prediction: str, implementation: str) -> None:
     """Those of the float64 reference: the clip's and the variance channels' included."""
     names = ("x_t", "model_output", "uncond", "noise")
@@ -177,9 +184,8 @@ def test_differentiable_twice() -> None:
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("x", ["fp32", "bf16"])
-def test_traffic(x: str, arch: str, implementation: str) -> None:
+@pytest.mark.parametrize(("arch", "x"), [("sm_80", "fp32"), ("sm_90", "bf16")])
+def test_traffic(arch: str, x: str, implementation: str) -> None:
     """One launch: x_t, both heads of the output where they lie, the result."""
     args = arguments(OP, learned(shape="several chunks", x=x, mode="seed"))
     (launch,) = evaluate(OP, implementation, args, arch=arch, count=True).launches
