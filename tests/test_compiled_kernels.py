@@ -23,7 +23,7 @@ from benchmarks.cubin import Kernel  # noqa: E402
 ARCHS = inspect_kernels.ARCHS
 SCALAR = {"finish_sums_kernel"}  # reads one value per chunk
 # Sampler steps: a row has 15 coefficients, beside step and key; and the model outputs (two, and the
-# variance) are read as vectors in two places, or gathered where channels_last pixels hold two heads.
+# variance) are read as vectors in two places, or gathered if channels_last pixels hold two heads.
 ROW = 17
 HEADS = {"ddim_step_fwd_kernel": 2, "ddpm_step_fwd_kernel": 3}
 ONE_RESULT_PER_BLOCK = {"eps_loss_fwd_kernel"}

@@ -173,6 +173,7 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def forward_params(cases: list[Case], compiled: list[Case]) -> list[Any]:
     """(case, implementation) for all; Triton kernels, which differ in every case, compile slowly:
     the default run has those of `compiled`."""
+    assert set(compiled) <= set(cases)
     params = []
     for case in cases:
         for param in implementation_params():
