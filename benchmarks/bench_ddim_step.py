@@ -28,6 +28,7 @@ from benchmarks.bench_q_sample import (
     OUT_OF_CACHE_BYTES,
     SHAPES,
     T,
+    measure_overheads,
     of_copy,
     on_backend,
     parse,
@@ -291,23 +292,6 @@ def measure_table(
     return records
 
 
-def measure_overheads(device: torch.device, rounds: int) -> list[Record]:
-    """Microseconds of a call whose arithmetic takes next to none."""
-    names = (OURS, "eager", "diffusers", "clone")
-    print("\nus per call on a tensor of 96 elements")
-    table = report.Table(["mode", *names], widths={"mode": 17, **dict.fromkeys(names, 9)})
-    records = []
-    for mode in MODES:
-        labels = {"shape": "tiny", "dtype": "fp32", "layout": "nchw", "mode": mode}
-        tiny = workload(labels, device, compiled=False, tiny=True)
-        # Long samples: the first calls of a few microseconds run with cold caches.
-        record = run(tiny, device, rounds, sample_seconds=2e-3)
-        records.append(record)
-        times = (record.timings.get(name) for name in names)
-        table.row([mode, *(report.number(time and time.best * 1e6) for time in times)])
-    return records
-
-
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 if fastdiff's own result was wrong anywhere."""
     options = parse(argv, "bench_ddim_step", __doc__, MODES)
@@ -320,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     rounds = options.rounds or (5 if options.quick else 15)
     with torch.no_grad():
         records = measure_table(options, device, rounds, 2.0 if options.quick else 20.0)
-        overheads = measure_overheads(device, 50 if options.quick else 500)
+        overheads = measure_overheads(device, 50 if options.quick else 500, MODES, workload)
     print_wrong(records + overheads)
     print_goals(records, overheads)
     if options.json:

@@ -328,13 +328,18 @@ def measure_table(
     return records
 
 
-def measure_overheads(device: torch.device, rounds: int) -> list[Record]:
+def measure_overheads(
+    device: torch.device,
+    rounds: int,
+    modes: tuple[str, ...] = MODES,
+    workload: Callable[..., Workload] = workload,
+) -> list[Record]:
     """Microseconds of a call whose arithmetic takes next to none."""
     names = (OURS, "eager", "diffusers", "clone")
     print("\nus per call on a tensor of 96 elements")
     table = report.Table(["mode", *names], widths={"mode": 17, **dict.fromkeys(names, 9)})
     records = []
-    for mode in MODES:
+    for mode in modes:
         labels = {"shape": "tiny", "dtype": "fp32", "layout": "nchw", "mode": mode}
         tiny = workload(labels, device, compiled=False, tiny=True)
         # Long samples: the first calls of a few microseconds run with cold caches.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from ptx_emulator.counters import Requests
@@ -168,6 +169,16 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
             sigma = sigma * exponent.exp() * (1 + exponent.abs())
         x_s = x_s + sigma * noise.abs()
     return x_s, x0
+
+
+def strided(data: st.DataObject, shape: list[int], seed: int) -> Tensor:
+    """Normals of this shape with any permutation of dimensions and any step in memory."""
+    order = data.draw(st.permutations(range(len(shape))))
+    steps = data.draw(st.lists(st.integers(1, 3), min_size=len(shape), max_size=len(shape)))
+    stored = [shape[d] * s for d, s in zip(order, steps, strict=True)]
+    base = torch.randn(stored, generator=torch.Generator().manual_seed(seed))
+    base = base[tuple(slice(None, None, s) for s in steps)]
+    return base.permute([order.index(d) for d in range(len(shape))])
 
 
 def forward_params(cases: list[Case], compiled: list[Case]) -> list[Any]:

@@ -19,6 +19,7 @@ from op_harness.sampler_step import (
     expected,
     forward_params,
     magnitudes,
+    strided,
     table_for,
     widened,
 )
@@ -305,16 +306,7 @@ def test_any_log_variance(implementation: str) -> None:
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_any_shape_and_strides(shape: list[int], data: st.DataObject) -> None:
     """Any permutation of dimensions and any step: the result is that of the contiguous copy."""
-
-    def drawn(shape: list[int], seed: int) -> Tensor:
-        order = data.draw(st.permutations(range(len(shape))))
-        steps = data.draw(st.lists(st.integers(1, 3), min_size=len(shape), max_size=len(shape)))
-        stored = [shape[d] * s for d, s in zip(order, steps, strict=True)]
-        base = torch.randn(stored, generator=torch.Generator().manual_seed(seed))
-        base = base[tuple(slice(None, None, s) for s in steps)]
-        return base.permute([order.index(d) for d in range(len(shape))])
-
-    x, output = drawn(shape, 1), drawn([shape[0], 2 * shape[1], *shape[2:]], 2)
+    x, output = strided(data, shape, 1), strided(data, [shape[0], 2 * shape[1], *shape[2:]], 2)
     step = torch.arange(shape[0]) % 6
     results = [
         ops.ddpm_step(x, output, step, table_for(OP), learned_range=True, seed=3)
