@@ -8,20 +8,16 @@
 namespace fastdiff::cpu {
 namespace {
 
-template <typename T>
-FASTDIFF_HD void guide_all(T scale, const T* cond, const T* uncond, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = guided(cond[i], uncond[i], scale);
-}
-
-template <typename T>
-FASTDIFF_HD void step_all(const StepRow<T> row, const T* x, const T* output, T* x_s, T* x0,
-                          int64_t n) {
+// uncond is read if Guided, x0 is written if WithX0.
+template <bool Guided, bool WithX0, typename T>
+FASTDIFF_HD void step_all(const StepRow<T> row, T scale, const T* x, const T* cond,
+                          const T* uncond, T* x_s, T* x0, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T predicted = step_x0(row, x[i], output[i]);
-    x_s[i] = step_mean(row, x[i], output[i], predicted);
-    x0[i] = predicted;
+    const T output = Guided ? guided(cond[i], uncond[i], scale) : cond[i];
+    const T predicted = step_x0(row, x[i], output);
+    x_s[i] = step_mean(row, x[i], output, predicted);
+    if (WithX0) x0[i] = predicted;
   }
 }
 
@@ -38,15 +34,27 @@ FASTDIFF_HD void add_learned_noise(const StepRow<T> row, const T* v, const T* no
   for (int64_t i = 0; i < n; ++i) x_s[i] += step_sigma(row, v[i]) * noise[i];
 }
 
-// Not templates: GCC clones only functions. All work on tiles in the L1 cache, where another pass
-// costs little; memory is read and written once.
-FASTDIFF_CLONES void guide(float scale, const float* cond, const float* uncond, float* out,
-                           int64_t n) {
-  guide_all(scale, cond, uncond, out, n);
+// Not templates: GCC clones only functions. All work on tiles in the L1 cache, where adding the noise
+// in a second pass costs little; memory is read and written once.
+FASTDIFF_CLONES void step(const StepRow<float>& row, float scale, const float* x,
+                          const float* cond, const float* uncond, float* x_s, float* x0,
+                          int64_t n) {
+  step_all<false, false>(row, scale, x, cond, uncond, x_s, x0, n);
 }
-FASTDIFF_CLONES void step(const StepRow<float>& row, const float* x, const float* output,
-                          float* x_s, float* x0, int64_t n) {
-  step_all(row, x, output, x_s, x0, n);
+FASTDIFF_CLONES void step_with_x0(const StepRow<float>& row, float scale, const float* x,
+                                  const float* cond, const float* uncond, float* x_s, float* x0,
+                                  int64_t n) {
+  step_all<false, true>(row, scale, x, cond, uncond, x_s, x0, n);
+}
+FASTDIFF_CLONES void guided_step(const StepRow<float>& row, float scale, const float* x,
+                                 const float* cond, const float* uncond, float* x_s, float* x0,
+                                 int64_t n) {
+  step_all<true, false>(row, scale, x, cond, uncond, x_s, x0, n);
+}
+FASTDIFF_CLONES void guided_step_with_x0(const StepRow<float>& row, float scale, const float* x,
+                                         const float* cond, const float* uncond, float* x_s,
+                                         float* x0, int64_t n) {
+  step_all<true, true>(row, scale, x, cond, uncond, x_s, x0, n);
 }
 FASTDIFF_CLONES void noised(const StepRow<float>& row, const float* noise, float* x_s, int64_t n) {
   add_noise(row, noise, x_s, n);
@@ -123,15 +131,13 @@ void sampler_step_double(const SamplerStepArgs& args) {
       return static_cast<const double*>(buffer);
     };
     const double* v = nullptr;
-    const double* output = heads(args.model_output, buffers, args.learned ? &v : nullptr);
-    if (args.uncond) {
-      const double* uncond = heads(args.uncond, buffers + 2 * size, nullptr);
-      guide_all(args.guidance_scale, output, uncond, buffers, n);
-      output = buffers;
-    }
+    const double* cond = heads(args.model_output, buffers, args.learned ? &v : nullptr);
+    const double* uncond = args.uncond ? heads(args.uncond, buffers + 2 * size, nullptr) : nullptr;
+    const double* x = static_cast<const double*>(args.x_t) + offset;
     double* x_s = static_cast<double*>(args.x_s) + offset;
     double* x0 = args.pred_x0 ? static_cast<double*>(args.pred_x0) + offset : buffers + 3 * size;
-    step_all(row, static_cast<const double*>(args.x_t) + offset, output, x_s, x0, n);
+    const auto function = uncond ? step_all<true, true, double> : step_all<false, true, double>;
+    function(row, args.guidance_scale, x, cond, uncond, x_s, x0, n);
     if (args.mode == NoiseMode::kNone) return;
     const double* noise = static_cast<const double*>(args.noise) + offset;
     if (v) {
@@ -156,6 +162,8 @@ void sampler_step(const SamplerStepArgs& args) {
   const bool all_bfloat16 = args.x_type == DType::kBFloat16 &&
                             args.output_type == DType::kBFloat16 && !args.pred_x0 &&
                             args.mode == NoiseMode::kNone && !args.output_strided();
+  const auto function = args.uncond ? (args.pred_x0 ? guided_step_with_x0 : guided_step)
+                                    : (args.pred_x0 ? step_with_x0 : step);
 
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const int64_t offset = sample * layout.numel + first;
@@ -177,7 +185,7 @@ void sampler_step(const SamplerStepArgs& args) {
       if (stream) stream_bytes(out, result, 2 * n);
       return;
     }
-    // x_t and x_s, x0, output, uncond, v; two tiles for pixels with both heads; noise.
+    // x_t and x_s, x0, cond, uncond, v; two tiles for pixels with both heads; noise.
     float* buffers = thread_scratch(7 * size + normal_scratch(layout));
     float* v_buffer = buffers + 4 * size;
     float* both_heads = buffers + 5 * size;
@@ -198,18 +206,14 @@ void sampler_step(const SamplerStepArgs& args) {
       return static_cast<const float*>(buffer);
     };
     const float* v = nullptr;
-    const float* output = heads(args.model_output, buffers + 2 * size, args.learned ? &v : nullptr);
-    if (args.uncond) {
-      const float* uncond = heads(args.uncond, buffers + 3 * size, nullptr);
-      guide(scale, output, uncond, buffers + 2 * size, n);
-      output = buffers + 2 * size;
-    }
+    const float* cond = heads(args.model_output, buffers + 2 * size, args.learned ? &v : nullptr);
+    const float* uncond = args.uncond ? heads(args.uncond, buffers + 3 * size, nullptr) : nullptr;
 
     const float* x = load_tile(args.x_type, args.x_t, offset, n, buffers);
     float* x_s = in_place ? static_cast<float*>(args.x_s) + offset : buffers;
     float* x0 = in_place && args.pred_x0 ? static_cast<float*>(args.pred_x0) + offset
                                          : buffers + size;
-    step(row, x, output, x_s, x0, n);
+    function(row, scale, x, cond, uncond, x_s, x0, n);
     if (args.mode != NoiseMode::kNone) {
       const float* noise = generated ? normal_tile(layout, args.source.key(sample),
                                                    args.source.stream, first, n,
