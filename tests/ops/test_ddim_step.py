@@ -198,7 +198,6 @@ def test_gradients(prediction: str, flag: bool, implementation: str) -> None:
 def test_differentiable_twice() -> None:
     args = arguments(OP, Case(shape="odd", prediction="v", flag=True, guided=True))
     wide = widened(args)
-    row = wide.table.double()
 
     def f(x_t: Tensor, output: Tensor, uncond: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         return ops.ddim_step(
@@ -217,7 +216,6 @@ def test_differentiable_twice() -> None:
         x[:, :1, :2, :2].clone().requires_grad_()
         for x in (wide.x_t, wide.model_output, wide.uncond, wide.noise)
     ]
-    assert row.isfinite().all()
     # Steps small against the distance of x0 from the clip's corners.
     assert torch.autograd.gradcheck(f, inputs, eps=1e-7)
     assert torch.autograd.gradgradcheck(lambda *x: f(*x)[0] ** 2, inputs, eps=1e-7)
@@ -268,11 +266,11 @@ def test_two_heads_are_read_in_place(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
 def test_a_large_image_fills_the_device(implementation: str) -> None:
-    x = torch.randn(1, 3, 128, 128)
+    x = torch.randn(1, 3, 160, 160)
     step, table = torch.tensor([2]), table_for(OP)
     args = Arguments(x, x, step, table, 0, True, True, x, 2.0, None, None, None, 0, False)
     launches = evaluate(OP, implementation, args._asdict(), racecheck=False).launches
-    assert launches[0].blocks >= 96  # one block per 512 elements, 132 from 67,584 on
+    assert launches[0].blocks >= 132  # one block per 512 elements
 
 
 @pytest.mark.parametrize("mode", ["given", "seed", "keys", "none"])
