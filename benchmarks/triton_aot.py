@@ -130,6 +130,40 @@ def _eps_loss_backward(
     )
 
 
+def _sampler_step(
+    dtype: torch.dtype,
+    output: torch.dtype | None = None,
+    seed: int | None = None,
+    channels_last: bool = False,
+    learned: bool = False,
+) -> None:
+    """A guided ddim_step, or a ddpm_step with learned variance."""
+    from fastdiff.triton_kernels.sampler_step import sampler_step
+
+    x = _empty(dtype, channels_last)
+    channels = SHAPE[1] * (1 + learned)
+    model_output = _empty(output or dtype, channels_last, (SHAPE[0], channels, *SHAPE[2:]))
+    sampler_step(
+        x,
+        None,
+        x,
+        model_output,
+        None if learned else model_output,
+        None,
+        _empty(torch.int64, shape=SHAPE[:1]),
+        _empty(torch.float32, shape=(50, 16)),
+        0,
+        True,
+        learned,
+        True,
+        3.0,
+        None,
+        seed,
+        0,
+        channels_last,
+    )
+
+
 def representative_calls() -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     calls: dict[str, Callable[[], None]] = {}
@@ -145,9 +179,17 @@ def representative_calls() -> dict[str, Callable[[], None]]:
                 call = functools.partial(loss, dtype, channels_last=channels_last)
                 calls[f"{op} {name} {layout} given"] = call
                 calls[f"{op} {name} {layout} seed"] = functools.partial(call, seed=0)
+            step = functools.partial(_sampler_step, dtype, channels_last=channels_last)
+            calls[f"ddim_step {name} {layout} guided"] = step
+            calls[f"ddim_step {name} {layout} guided seed"] = functools.partial(step, seed=0)
+        calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
+            _sampler_step, dtype, seed=0, learned=True
+        )
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)
+    mixed = functools.partial(_sampler_step, torch.float32, torch.bfloat16)
+    calls["ddim_step fp32 nchw guided bf16 output"] = mixed
     return calls
 
 

@@ -22,6 +22,10 @@ from benchmarks.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
 SCALAR = {"finish_sums_kernel"}  # reads one value per chunk
+# Sampler steps: a row has 15 coefficients, beside step and key; and the model outputs (two, and the
+# variance) are read as vectors in two places, or gathered if channels_last pixels hold two heads.
+ROW = 17
+HEADS = {"ddim_step_fwd_kernel": 2, "ddpm_step_fwd_kernel": 3}
 ONE_RESULT_PER_BLOCK = {"eps_loss_fwd_kernel"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 
@@ -67,6 +71,9 @@ def operands(kernel: Kernel) -> list[str]:
         "philox_normal_kernel": lambda out, v: [],
         "eps_loss_fwd_kernel": lambda prediction, noise, v: [prediction, noise],
         "eps_loss_bwd_kernel": lambda prediction, noise, v: [prediction, noise],
+        # x_t, noise; model_output and uncond, and for ddpm_step the variance channels.
+        "ddim_step_fwd_kernel": lambda x, output, v: [x, x, output, output],
+        "ddpm_step_fwd_kernel": lambda x, output, v: [x, x, output, output, output],
     }
     assert stem in known, f"state here what {stem} reads as vectors"
     return known[stem](*arguments)
@@ -103,7 +110,9 @@ def assert_wide_loads(kernel: Kernel, sizes: list[int], narrow: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_cuda_kernels(arch):
     kernels = cuda_kernels(arch)
-    assert {"q_sample_fwd_kernel", "philox_normal_kernel"} <= {template(k)[0] for k in kernels}
+    assert {"q_sample_fwd_kernel", "philox_normal_kernel", *HEADS} <= {
+        template(k)[0] for k in kernels
+    }
     for kernel in kernels:
         assert_stays_in_registers(kernel)
         assert kernel.threads, f"{kernel.name} has no __launch_bounds__"
@@ -119,7 +128,9 @@ def test_cuda_kernels(arch):
         sizes = [vector * BYTES[operand] for operand in operands(kernel)]
         # Once per block: t, two coefficients, flip, key (or grad, weight, key). A mirrored sample
         # is gathered by element.
-        assert_wide_loads(kernel, sizes, narrow=5 + vector)
+        heads = HEADS.get(template(kernel)[0])
+        narrow = 5 + vector if heads is None else ROW + heads * (vector + 1)
+        assert_wide_loads(kernel, sizes, narrow)
 
 
 # Per name: bytes of the vectors that a thread reads, and its other loads.
@@ -137,6 +148,9 @@ TRITON = {
     "eps_loss fp32 nchw given": ([16, 16], 0),
     "eps_loss bf16 channels_last given": ([16, 16], 0),
     "eps_loss bf16 nchw seed": ([16], 0),
+    "ddim_step bf16 channels_last guided": ([16, 16, 16], ROW),
+    "ddim_step fp32 nchw guided bf16 output": ([16, 8, 8], ROW),
+    "ddpm_step bf16 nchw learned seed": ([16, 16, 16], ROW),
 }
 
 

@@ -5,6 +5,7 @@
 #include "eps_loss.h"
 #include "philox_normal.h"
 #include "q_sample.h"
+#include "sampler_step.h"
 
 namespace fastdiff {
 
@@ -52,11 +53,43 @@ std::tuple<Tensor, Tensor> eps_loss_backward_cpu(
                            need_prediction, need_noise, cpu::eps_loss_backward);
 }
 
+void checked_sampler_step(const char* op, const SamplerStepArgs& args) {
+  for (int64_t k = 0; k < args.layout.batch; ++k) {
+    STD_TORCH_CHECK(args.columns(k), op, ": step[", k, "] = ", args.step[k],
+                    ", expected 0 <= step < ", args.num_rows);
+  }
+  cpu::sampler_step(args);
+}
+
+std::tuple<Tensor, Tensor> ddim_step_cpu(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step,
+    const Tensor& table, int64_t prediction, bool clip, bool use_clipped_model_output,
+    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    bool return_pred_x0) {
+  return sampler_step(false, x_t, model_output, step, table, prediction, clip, use_clipped_model_output, uncond,
+                      guidance_scale, noise, keys, seed, stream, return_pred_x0,
+                      checked_sampler_step);
+}
+
+std::tuple<Tensor, Tensor> ddpm_step_cpu(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step,
+    const Tensor& table, int64_t prediction, bool clip, bool learned_range,
+    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    bool return_pred_x0) {
+  return sampler_step(true, x_t, model_output, step, table, prediction, clip, learned_range, uncond,
+                      guidance_scale, noise, keys, seed, stream, return_pred_x0,
+                      checked_sampler_step);
+}
+
 }  // namespace
 }  // namespace bindings
 }  // namespace fastdiff
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("ddim_step", TORCH_BOX(&fastdiff::bindings::ddim_step_cpu));
+  m.impl("ddpm_step", TORCH_BOX(&fastdiff::bindings::ddpm_step_cpu));
   m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cpu));
   m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cpu));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cpu));

@@ -3,6 +3,7 @@
 #include "fastdiff/eps_loss.h"
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
+#include "fastdiff/sampler_step.h"
 
 namespace fastdiff::cpu {
 
@@ -10,5 +11,6 @@ void eps_loss(const EpsLossArgs& args);
 void eps_loss_backward(const EpsLossArgs& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void q_sample(const QSampleArgs& args);
+void sampler_step(const SamplerStepArgs& args);
 
 }  // namespace fastdiff::cpu

@@ -5,9 +5,12 @@
 #include "fastdiff/eps_loss.h"
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
+#include "fastdiff/sampler_step.h"
 
 // C linkage, so that the tests can call them through ctypes. Results are not empty.
 extern "C" {
+cudaError_t fastdiff_ddim_step(const fastdiff::SamplerStepArgs* args, cudaStream_t stream);
+cudaError_t fastdiff_ddpm_step(const fastdiff::SamplerStepArgs* args, cudaStream_t stream);
 // Floats of workspace that fastdiff_eps_loss needs in args->partials.
 int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args);
 cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream);

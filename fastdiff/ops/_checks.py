@@ -102,14 +102,16 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
     return length
 
 
-def check_timestep_range(op: str, t: Tensor, num: int) -> None:
+def check_timestep_range(
+    op: str, t: Tensor, num: int, name: str = "t", of: str = "length of the tables"
+) -> None:
     """0 <= t < num, where that costs no synchronization (CPU) or FASTDIFF_DEBUG=1 asks for it."""
     if torch.compiler.is_compiling() or not (t.device.type == "cpu" or DEBUG):
         return
     if t.numel() and bool(((t < 0) | (t >= num)).any()):
         raise IndexError(
-            f"{op}: t has values from {int(t.min())} to {int(t.max())}, "
-            f"expected 0 <= t < {num}, the length of the tables"
+            f"{op}: {name} has values from {int(t.min())} to {int(t.max())}, "
+            f"expected 0 <= {name} < {num}, the {of}"
         )
 
 

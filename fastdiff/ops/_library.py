@@ -87,6 +87,7 @@ def define(
     reference: Callable,
     triton: Callable,
     check: Callable | None = None,
+    compiled: bool = True,
 ) -> Op:
     """Define `fastdiff::name` and `fastdiff::name.triton`.
 
@@ -103,9 +104,13 @@ def define(
         Implementations with the schema's arguments, used where no compiled kernel is.
     check
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
+    compiled
+        Whether the C++ libraries have kernels of it; else the reference serves all devices.
     """
     overloads = {
-        "": _default_kernels(reference, triton),
+        "": _default_kernels(reference, triton)
+        if compiled
+        else {"CPU": reference, "CUDA": reference},
         ".triton": {"CPU": triton, "CUDA": triton},
     }
     for overload, kernels in overloads.items():
