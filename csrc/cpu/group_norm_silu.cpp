@@ -20,6 +20,7 @@ class Forward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
+        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {}
 
   void run() const { layout_.channels_last ? run_pixels() : run_rows(); }
@@ -35,12 +36,16 @@ class Forward {
     if (one_thread_each(units, numel)) {
       parallel_items(units, numel, [&](int64_t begin, int64_t end) {
         F* memory = thread_scratch<F>(2 * in_count + 8 * depth);
-        F *sums = memory, *squares = sums + in_count, *coefficients = squares + in_count;
+        F *sums = memory + 8 * depth, *squares = sums + in_count;
         for (int64_t unit = begin; unit < end; ++unit) {
-          const F center = sum_pieces(unit, in, 0, in_count, coefficients, sums, squares);
+          const Operands<F> operands = group_operands(unit, memory);
+          F* coefficients = memory + Operands<F>::kCount * depth;
+          const F center =
+              sum_pieces(unit, in, 0, in_count, operands, coefficients, sums, squares);
           finish(unit, center, in_count, sums, squares);
-          apply_pieces(unit, out, 0, out_count, coefficients);
+          apply_pieces(unit, out, 0, out_count, operands, coefficients);
         }
+        finish_streaming();
       });
       return;
     }
@@ -48,14 +53,18 @@ class Forward {
     for (int64_t unit = 0; unit < units; ++unit) {
       F center = 0;
       parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
-        F* coefficients = thread_scratch<F>(8 * depth);
-        const F found = sum_pieces(unit, in, begin, end, coefficients, sums.data() + begin,
+        F* memory = thread_scratch<F>(8 * depth);
+        const F found = sum_pieces(unit, in, begin, end, group_operands(unit, memory),
+                                   memory + Operands<F>::kCount * depth, sums.data() + begin,
                                    sums.data() + in_count + begin);
         if (begin == 0) center = found;
       });
       finish(unit, center, in_count, sums.data(), sums.data() + in_count);
       parallel_items(out_count, out.length, [&](int64_t begin, int64_t end) {
-        apply_pieces(unit, out, begin, end, thread_scratch<F>(8 * depth));
+        F* memory = thread_scratch<F>(8 * depth);
+        apply_pieces(unit, out, begin, end, group_operands(unit, memory),
+                     memory + Operands<F>::kCount * depth);
+        finish_streaming();
       });
     }
   }
@@ -70,12 +79,10 @@ class Forward {
   }
   char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
 
-  // Sums of the pieces [begin, end) of a group's rows; returns the center. `memory`: 8 per channel.
-  F sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end, F* memory, F* sums,
-               F* squares) const {
+  // Sums of the pieces [begin, end) of a group's rows; returns the center.
+  F sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+               const Operands<F>& operands, F* k, F* sums, F* squares) const {
     const int64_t depth = layout_.group_channels(), first = unit * layout_.group_numel();
-    const Operands<F> operands = group_operands(unit, memory);
-    F* k = memory + Operands<F>::kCount * depth;
     const int64_t sampled = std::min(pieces.run, kCenterElements);
     F zero = 0, sum, square;
     kernels_.row_sums(x_of(first), 1, sampled, &zero, &sum, &square);
@@ -124,23 +131,29 @@ class Forward {
     }
   }
 
+  // `memory`: 2 per channel.
   void apply_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
-                    F* memory) const {
-    const int64_t depth = layout_.group_channels(), first = unit * layout_.group_numel();
-    F* slope = memory + Operands<F>::kCount * depth;
-    F* offset = slope + depth;
-    set_affine(group_operands(unit, memory), unit, 0, slope, offset);
+                    const Operands<F>& operands, F* memory) const {
+    const int64_t first = unit * layout_.group_numel();
+    F *slope = memory, *offset = memory + layout_.group_channels();
+    set_affine(operands, unit, 0, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
-      kernels_.row_apply(x_of(start), y_of(start), end - begin, pieces.run, slope + begin,
-                         offset + begin);
+      write_parts(y_of(start), end - begin, pieces.run, size_, stream_,
+                  [&](char* y, int64_t row, int64_t rows) {
+                    kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run,
+                                       slope + begin + row, offset + begin + row);
+                  });
       return;
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
-      kernels_.row_apply(x_of(start), y_of(start), 1, pieces.size(piece), slope + row,
-                         offset + row);
+      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_,
+                  [&](char* y, int64_t, int64_t) {
+                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), slope + row,
+                                       offset + row);
+                  });
     }
   }
 
@@ -234,13 +247,19 @@ class Forward {
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;
-      kernels_.pixel_apply(x_of(start), y_of(start), pieces.size(piece), channels, slope, offset);
+      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_,
+                  [&](char* y, int64_t pixel, int64_t pixels) {
+                    kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, slope,
+                                         offset);
+                  });
     }
+    finish_streaming();
   }
 
   const GroupNormSiluArgs& args_;
   const GroupNormLayout& layout_;
-  const int64_t size_;
+  const int64_t size_;  // bytes of an element
+  const bool stream_;
   const GroupNormKernels<F> kernels_;
 };
 

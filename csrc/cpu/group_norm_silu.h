@@ -87,6 +87,23 @@ inline bool one_thread_each(int64_t units, int64_t elements) {
          (units >= threads && units % threads == 0);
 }
 
+// Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`
+// parts of `length` elements of `size` bytes each. `to` is the place in `out`, or if `stream` a tile in
+// the L1 cache that is then written past the caches: reading the lines of a result that is about to be
+// overwritten costs a third of the traffic.
+template <typename Write>
+void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream,
+                 const Write& write) {
+  if (!stream || length > kPiece) return write(out, int64_t{0}, count);
+  alignas(64) char tile[kPiece * sizeof(double)];
+  const int64_t step = kPiece / length;
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t n = std::min(step, count - first);
+    write(tile, first, n);
+    stream_bytes(out + first * length * size, tile, n * length * size);
+  }
+}
+
 // The small operands of channels [first, first + n) of a sample, as F; absent ones are neutral.
 template <typename F>
 struct Operands {

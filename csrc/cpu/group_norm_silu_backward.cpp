@@ -39,6 +39,7 @@ class Backward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
+        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
     if (args.grad_weight.data) of_weight_.resize(layout_.batch * layout_.channels);
     if (args.grad_bias.data) of_bias_.resize(layout_.batch * layout_.channels);
@@ -214,10 +215,15 @@ class Backward {
     const int64_t base = unit * layout_.group_numel();
     for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
                                          int64_t) {
-      kernels_.row_grad_x(x_of(base + first), grad_of(base + first), kept ? kept + first : nullptr,
-                          out_of(base + first), rows, n, from.k + row, from.slope + row,
-                          from.offset + row, from.a + row, from.b + row, from.c + row);
+      write_parts(out_of(base + first), rows, n, size_, stream_,
+                  [&](char* out, int64_t part, int64_t parts) {
+                    const int64_t i = first + part * n, c = row + part;
+                    kernels_.row_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr,
+                                        out, parts, n, from.k + c, from.slope + c, from.offset + c,
+                                        from.a + c, from.b + c, from.c + c);
+                  });
     });
+    finish_streaming();
   }
 
   // Channels_last: pieces are runs of pixels, with sums per channel.
@@ -295,16 +301,21 @@ class Backward {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t first = pieces.begin(piece) * channels;
-      kernels_.pixel_grad_x(x_of(base + first), grad_of(base + first),
-                            kept ? kept + first : nullptr, out_of(base + first),
-                            pieces.size(piece), channels, from.k, from.slope, from.offset, from.a,
-                            from.b, from.c);
+      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
+                  [&](char* out, int64_t pixel, int64_t pixels) {
+                    const int64_t i = first + pixel * channels;
+                    kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
+                                          kept ? kept + i : nullptr, out, pixels, channels, from.k,
+                                          from.slope, from.offset, from.a, from.b, from.c);
+                  });
     }
+    finish_streaming();
   }
 
   const GroupNormSiluBackwardArgs& args_;
   const GroupNormLayout& layout_;
-  const int64_t size_;
+  const int64_t size_;  // bytes of an element
+  const bool stream_;
   const GroupNormKernels<F> kernels_;
   // (B, C): what a sample adds to the gradients of weight and bias.
   std::vector<double> of_weight_, of_bias_;
