@@ -172,7 +172,10 @@ def test_errors_are_not_larger_than_eagers(dtype: str, layout: str, values: str)
     def errors(function) -> dict[str, float]:
         x, weight, bias = (args[name].detach().clone().requires_grad_() for name in names)
         y = function(x, args["num_groups"], weight, bias, args["eps"])
-        found = {"y": y, **dict(zip(names, torch.autograd.grad(y, (x, weight, bias), grad)))}
+        found = {
+            "y": y,
+            **dict(zip(names, torch.autograd.grad(y, (x, weight, bias), grad), strict=True)),
+        }
         return {k: (v.double() - expected[k]).norm().item() for k, v in found.items()}
 
     fused = errors(ops.group_norm_silu)
