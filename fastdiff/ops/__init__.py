@@ -7,6 +7,7 @@ The public functions check their arguments, choose a backend (`fastdiff.backends
 from fastdiff.ops.ddim_step import ddim_step
 from fastdiff.ops.ddpm_step import ddpm_step
 from fastdiff.ops.eps_loss import eps_loss
+from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
@@ -16,6 +17,7 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "eps_loss",
+    "group_norm_silu",
     "philox_normal",
     "posterior_mean",
     "posterior_mean_variance",

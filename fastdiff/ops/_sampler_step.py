@@ -311,7 +311,6 @@ def define(name: str) -> tuple[_library.Op, Callable, Callable, Callable]:
         autograd=None,
         reference=backward_reference,
         triton=backward_reference,
-        compiled=False,
     )
 
     class Step(torch.autograd.Function):
