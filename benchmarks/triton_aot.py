@@ -164,6 +164,24 @@ def _sampler_step(
     )
 
 
+def _group_norm_silu(
+    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool = False, backward: bool = False
+) -> None:
+    from fastdiff.triton_kernels import group_norm_silu as kernels
+
+    x, operand = _empty(dtype, channels_last, shape), _empty(torch.float32, shape=shape[1:2])
+    statistics = _empty(torch.float32, shape=(shape[0], 32))
+    small = (operand, operand, None, None, None)
+    if backward:
+        kernels.group_norm_silu_backward(
+            x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
+        )
+    else:
+        kernels.group_norm_silu(
+            x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last
+        )
+
+
 def representative_calls() -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     calls: dict[str, Callable[[], None]] = {}
@@ -185,6 +203,11 @@ def representative_calls() -> dict[str, Callable[[], None]]:
         calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
             _sampler_step, dtype, seed=0, learned=True
         )
+            for op, backward in (("group_norm_silu", False), ("group_norm_silu_backward", True)):
+                for case, size in (("one pass", 32), ("split", 256)):
+                    calls[f"{op} {name} {layout} {case}"] = functools.partial(
+                        _group_norm_silu, dtype, (1, 128, size, size), channels_last, backward
+                    )
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)

@@ -169,6 +169,31 @@ def test_triton_kernels(name, arch):
     assert_wide_loads(kernel, sizes, narrow)
 
 
+@needs_cuobjdump
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        # 32 elements a thread: 4 vectors of 8 bfloat16 of x, and of grad.
+        ("group_norm_silu bf16 channels_last one pass", 4, 4),
+        ("group_norm_silu_backward bf16 channels_last one pass", 8, 4),
+        # 16: 4 vectors of 4 float32.
+        ("group_norm_silu_backward fp32 nchw one pass", 8, 4),
+        ("group_norm_silu bf16 channels_last split", 4, 0),
+        ("group_norm_silu_backward bf16 nchw split", 8, 0),
+    ],
+)
+def test_triton_group_norm_silu(name, loads, stores, arch):
+    """Tensors in vectors of 16 bytes; 4 bytes are parameters, statistics and sums."""
+    kernel = inspect_kernels.triton_kernel(name, arch)
+    assert_stays_in_registers(kernel)
+    assert kernel.count("global load", 16) >= loads
+    assert kernel.count("global store", 16) == stores
+    for kind in ("global load", "global store"):
+        assert kernel.count(kind) == kernel.count(kind, 16) + kernel.count(kind, 4)
+
+
 DEFECTS = """
 // 48 live values, volatile so that none is read later or again, in the 32 registers of the test.
 template <typename T, int V>
