@@ -200,14 +200,14 @@ def representative_calls() -> dict[str, Callable[[], None]]:
             step = functools.partial(_sampler_step, dtype, channels_last=channels_last)
             calls[f"ddim_step {name} {layout} guided"] = step
             calls[f"ddim_step {name} {layout} guided seed"] = functools.partial(step, seed=0)
-        calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
-            _sampler_step, dtype, seed=0, learned=True
-        )
             for op, backward in (("group_norm_silu", False), ("group_norm_silu_backward", True)):
                 for case, size in (("one pass", 32), ("split", 256)):
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
                         _group_norm_silu, dtype, (1, 128, size, size), channels_last, backward
                     )
+        calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
+            _sampler_step, dtype, seed=0, learned=True
+        )
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)
