@@ -10,6 +10,7 @@ from fastdiff.ops.eps_loss import eps_loss
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.vlb_terms import vlb_terms
 from fastdiff.reference.philox import sample_keys
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "posterior_mean_variance",
     "q_sample",
     "sample_keys",
+    "vlb_terms",
 ]
