@@ -4,6 +4,7 @@
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
 #include "fastdiff/sampler_step.h"
+#include "fastdiff/vlb_terms.h"
 
 namespace fastdiff::cpu {
 
@@ -12,5 +13,7 @@ void eps_loss_backward(const EpsLossArgs& args);
 void philox_normal(const PhiloxNormalArgs& args);
 void q_sample(const QSampleArgs& args);
 void sampler_step(const SamplerStepArgs& args);
+void vlb_terms(const VlbTermsArgs& args);
+void vlb_terms_backward(const VlbTermsArgs& args);
 
 }  // namespace fastdiff::cpu

@@ -1,6 +1,7 @@
 #include "fastdiff/sampler_step.h"
 
 #include "elementwise.h"
+#include "heads.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -53,15 +54,6 @@ FASTDIFF_CLONES void noised(const StepRow<float>& row, const float* noise, float
 FASTDIFF_CLONES void noised_by(const StepRow<float>& row, const float* v, const float* noise,
                                float* x_s, int64_t n) {
   add_learned_noise(row, v, noise, x_s, n);
-}
-// Splits whole pixels of 2 * channels values into the first and the second half of their channels.
-template <typename T>
-void split_heads(const T* in, int64_t channels, int64_t n, T* first, T* second) {
-  for (int64_t i = 0; i < n; i += channels) {
-    for (int64_t c = 0; c < channels; ++c) first[i + c] = in[2 * i + c];
-    if (!second) continue;
-    for (int64_t c = 0; c < channels; ++c) second[i + c] = in[2 * i + channels + c];
-  }
 }
 
 void sampler_step_double(const SamplerStepArgs& args) {

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import reference
-from fastdiff.ops import _checks
+from fastdiff._backends import select_backend
+from fastdiff.ops import _checks, _library
+from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_table import NUM_STEP_COLUMNS, PREDICTIONS
 from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
 
@@ -120,8 +122,12 @@ def vlb_terms(
         clip,
         detach_mean,
     )
-    _check(*arguments, check_range=True)
-    return _reference(*arguments)
+    unsupported = _unsupported(x0, x_t, model_output, table, noise)
+    backend = select_backend("vlb_terms", x_t.device.type, unsupported)
+    if backend == "reference":
+        _check(*arguments, check_range=True)
+        return _reference(*arguments).unbind()
+    return _op.call(backend, arguments, (model_output,)).unbind()
 
 
 def _check(
@@ -174,6 +180,39 @@ def _check(
         _checks.check_timestep_range(op, t, table.shape[0])
 
 
+def _unsupported(
+    x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, noise: Tensor | None
+) -> str | None:
+    """The one capability predicate of the kernels: why they cannot run this input, or None."""
+    if torch.float64 in (x0.dtype, x_t.dtype, model_output.dtype, table.dtype):
+        return "there are no float64 kernels"
+    if torch.is_grad_enabled() and _needs_more_gradients(x0, x_t, table, noise):
+        return "kernels differentiate in model_output alone"
+    return None
+
+
+def _needs_more_gradients(*inputs: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs)
+
+
+def _compute_dtype(*inputs: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
+
+
+def _fake(
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    *rest: object,
+) -> Tensor:
+    _checks.check_one_device(x_t, x0, model_output, t, table, noise, keys)
+    return x_t.new_empty((3, x_t.shape[0]), dtype=_compute_dtype(x0, x_t, model_output))
+
+
 def _reference(
     x0: Tensor,
     x_t: Tensor,
@@ -188,18 +227,153 @@ def _reference(
     learned: bool,
     clip: bool,
     detach_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.vlb_terms(
-        x0,
-        x_t,
-        model_output,
-        t,
-        table,
-        noise=noise,
-        seed=keys if keys is not None else seed,
-        stream=stream,
-        prediction=PREDICTIONS[prediction],
-        learned=learned,
-        clip=clip,
-        detach_mean=detach_mean,
+) -> Tensor:
+    return torch.stack(
+        reference.vlb_terms(
+            x0,
+            x_t,
+            model_output,
+            t,
+            table,
+            noise=noise,
+            seed=keys if keys is not None else seed,
+            stream=stream,
+            prediction=PREDICTIONS[prediction],
+            learned=learned,
+            clip=clip,
+            detach_mean=detach_mean,
+        )
     )
+
+
+def _dense(
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    *rest: object,
+) -> tuple:
+    """The arguments as a Triton launcher takes them: dense, and whether they are channels_last."""
+    memory_format = memory_format_of(x_t)
+
+    def dense(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous(memory_format=memory_format)
+
+    return (
+        dense(x0),
+        dense(x_t),
+        dense(model_output),
+        t.contiguous(),
+        table.contiguous(),
+        dense(noise),
+        None if keys is None else keys.contiguous(),
+        *rest,
+        memory_format != torch.contiguous_format,
+    )
+
+
+def _triton(*arguments: object) -> Tensor:
+    from fastdiff.triton_kernels import vlb_terms as kernels
+
+    out = _fake(*arguments)
+    kernels.vlb_terms(out, *_dense(*arguments))
+    return out
+
+
+def _backward_fake(
+    grad: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    *rest: object,
+) -> Tensor:
+    _checks.check_one_device(x_t, grad, x0, model_output)
+    return torch.empty(
+        model_output.shape,
+        dtype=model_output.dtype,
+        device=model_output.device,
+        memory_format=memory_format_of(x_t),
+    )
+
+
+def _backward_reference(
+    grad: Tensor, x0: Tensor, x_t: Tensor, model_output: Tensor, *rest: object
+) -> Tensor:
+    out = _backward_fake(grad, x0, x_t, model_output)
+    with torch.enable_grad():
+        output = model_output.detach().requires_grad_()
+        terms = _reference(x0, x_t, output, *rest)
+        if terms.requires_grad:  # not with detach_mean and a fixed variance
+            out.copy_(torch.autograd.grad(terms, output, grad)[0])
+        else:
+            out.zero_()
+    return out
+
+
+def _backward_triton(grad: Tensor, *arguments: object) -> Tensor:
+    from fastdiff.triton_kernels import vlb_terms as kernels
+
+    out = _backward_fake(grad, *arguments)
+    kernels.vlb_terms_backward(out, grad.contiguous(), *_dense(*arguments))
+    return out
+
+
+class _VlbTerms(torch.autograd.Function):
+    """One pass forward, one backward, which computes every element again: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, op, backward, x0, x_t, model_output, t, table, noise, keys, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = op(x0, x_t, model_output, t, table, noise, keys, *rest)
+        ctx.backward_op, ctx.rest = backward, rest
+        ctx.save_for_backward(x0, x_t, model_output, t, table, noise, keys)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        arguments = (*ctx.saved_tensors, *ctx.rest)
+        model_output = arguments[2]
+        if torch.is_grad_enabled():  # create_graph: a gradient that can be differentiated again
+            terms = _reference(*arguments)
+            (gradient,) = torch.autograd.grad(
+                terms, model_output, grad, create_graph=True, materialize_grads=True
+            )
+        else:
+            gradient = ctx.backward_op(grad, *arguments)
+        return (None, None, None, None, gradient, *[None] * (len(arguments) - 3))
+
+
+def _autograd(op, *args, backward=None):
+    x0, x_t, _, _, table, noise, *_ = args
+    if _needs_more_gradients(x0, x_t, table, noise):
+        return _reference(*args)
+    if backward is None:
+        backward = _backward_op.triton if op is _op.triton else _backward_op.default
+    return _VlbTerms.apply(op, backward, *args)
+
+
+_ARGUMENTS = (
+    "Tensor x0, Tensor x_t, Tensor model_output, Tensor t, Tensor table, Tensor? noise, "
+    "Tensor? keys, SymInt? seed, SymInt stream, int prediction, bool learned, bool clip, "
+    "bool detach_mean"
+)
+_op = _library.define(
+    "vlb_terms",
+    f"({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    autograd=_autograd,
+    reference=_reference,
+    triton=_triton,
+    check=_check,
+)
+_backward_op = _library.define(
+    "vlb_terms_backward",
+    f"(Tensor grad, {_ARGUMENTS}) -> Tensor",
+    fake=_backward_fake,
+    autograd=None,
+    reference=_backward_reference,
+    triton=_backward_triton,
+)
