@@ -132,8 +132,10 @@ def load_noise(
 ):
     """The noise of memory indices i = first .. first + BLOCK - 1."""
     if GENERATE:
-        return chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
-    return tl.load(noise + sample * numel + i, mask=i < numel, other=0.0).to(tl.float32)
+        n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
+    else:
+        n = tl.load(noise + sample * numel + i, mask=i < numel, other=0.0).to(tl.float32)
+    return n
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "num_rows", "chunks"])
@@ -175,7 +177,7 @@ def vlb_terms_fwd_kernel(
     for r in range(ROUNDS):
         first = begin + r * BLOCK
         i = first + tl.arange(0, BLOCK)
-        true_x0, x0_error, eps, _, z, inverse_sigma, w = elements(
+        true_x0, x0_error, eps, _kept, z, inverse_sigma, w = elements(
             x0,
             x_t,
             model_output,
@@ -194,7 +196,7 @@ def vlb_terms_fwd_kernel(
             noise, key, stream, sample, first, i, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
         )
         if index == 0:
-            nats, _, _ = decoder_term(true_x0, z, inverse_sigma)
+            nats, _slope_z, _slope_h = decoder_term(true_x0, z, inverse_sigma)
         else:
             nats = 0.5 * (exp_minus_linear(w) + z * z)
         mask = i < numel
@@ -273,7 +275,7 @@ def vlb_terms_bwd_kernel(
         )
         eps_error = n - eps
     if index == 0:
-        _, slope_z, slope_h = decoder_term(true_x0, z, inverse_sigma)
+        _nats, slope_z, slope_h = decoder_term(true_x0, z, inverse_sigma)
         slope_log_variance = -0.5 * (z * slope_z + slope_h)
     else:
         slope_z = z

@@ -157,6 +157,7 @@ def test_traffic(
 ) -> None:
     """Forward: each input once. Backward of kl: x0, x_t, the output, and its gradient, once."""
     args = arguments(Case("several chunks", layout, dtype, mode=mode, variance=variance, t=(37,)))
+    args["table"] = args["table"][:38]  # smaller than the images
     grad = torch.tensor([[1.0], [0.0], [0.0]])
     result = evaluate(
         "vlb_terms",
@@ -179,6 +180,9 @@ def test_traffic(
             small += finish.counters.arrays
         moved += sum(array.unique_loaded_bytes + array.stored_bytes for array in small)
         assert moved <= 1.05 * tensors * size
+        if layout == "channels_last" and args["learned"]:
+            # The two heads of a pixel share sectors: the second access finds them in the L1 cache.
+            large = [array for array in large if array.size == size]
         requests = sum((a.load_requests + a.store_requests for a in large), Requests())
         assert set(requests.widths) == {16}
         assert requests.sectors <= 1.05 * requests.min_sectors
@@ -302,7 +306,7 @@ def test_decoder_in_the_tails(implementation: str) -> None:
     )
     magnitudes = Magnitudes(args, grad)
     # Probabilities and their logarithms end where float32's normal numbers do.
-    magnitude = magnitudes.kl.clamp(min=torch.finfo(torch.float32).tiny)
+    magnitude = magnitudes.kl + 2**24 * torch.finfo(torch.float32).tiny
     assert_close(bits, wanted, magnitude=magnitude, operations=operations(args) - batch)
 
 
