@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _launch, reduce
 from ._layout import block_elements, sample_layout
-from .normal_tail import bin_term, exp_minus_linear
+from .normal_tail import decoder_term, exp_minus_linear
 from .philox import chunk_normals, noise_key
 from .sampler_step import (
     COEF_X0,
@@ -76,11 +76,7 @@ def elements(
     CLIP: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
 ):
-    """Per element: x0, x0 - x0^, eps^, whether the clip left x0^ alone, z, 1 / sigma, w.
-
-    z is the difference of the two means and w the log of the ratio of the two variances, both in
-    units of the model's.
-    """
+    """x0, x0 - x0^, eps^, whether the clip left x0^ alone, z, 1 / sigma, w (as vlb_terms.h)."""
     mask = i < numel
     base = sample * numel
     head, to_variance = head_index(base, i, numel, inner, LEARNED, LOGICAL_ORDER)
@@ -107,13 +103,6 @@ def elements(
     z = column(row, valid, COEF_X0) * x0_error * inverse_sigma
     w = column(row, valid, POSTERIOR_LOG_VARIANCE) - log_variance
     return true_x0, x0_error, eps, kept, z, inverse_sigma, w
-
-
-@triton.jit
-def decoder_term(x0, z, inverse_sigma):
-    """The bin of x0: 256 levels in [-1, 1], the outer ones without an end."""
-    edge = tl.where(x0 > 0.999, 1.0, tl.where(x0 < -0.999, -1.0, 0.0))
-    return bin_term(z, inverse_sigma * 0.00392156862745098 + tl.zeros_like(z), edge)
 
 
 @triton.jit
