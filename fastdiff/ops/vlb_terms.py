@@ -290,7 +290,7 @@ def _backward_fake(
     model_output: Tensor,
     *rest: object,
 ) -> Tensor:
-    _checks.check_one_device(x_t, grad, x0, model_output)
+    _checks.check_one_device(x_t, grad, x0, model_output, *rest[:4])
     return torch.empty(
         model_output.shape,
         dtype=model_output.dtype,
@@ -302,7 +302,7 @@ def _backward_fake(
 def _backward_reference(
     grad: Tensor, x0: Tensor, x_t: Tensor, model_output: Tensor, *rest: object
 ) -> Tensor:
-    out = _backward_fake(grad, x0, x_t, model_output)
+    out = _backward_fake(grad, x0, x_t, model_output, *rest)
     with torch.enable_grad():
         output = model_output.detach().requires_grad_()
         terms = _reference(x0, x_t, output, *rest)
