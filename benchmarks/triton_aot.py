@@ -182,6 +182,41 @@ def _group_norm_silu(
         )
 
 
+def _vlb_terms(
+    dtype: torch.dtype,
+    seed: int | None = None,
+    channels_last: bool = False,
+    learned: bool = False,
+    backward: bool = False,
+) -> None:
+    from fastdiff.triton_kernels import vlb_terms as kernels
+
+    x = _empty(dtype, channels_last)
+    shape = (SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]) if learned else SHAPE
+    output = _empty(dtype, channels_last, shape)
+    results = _empty(torch.float32, shape=(3, SHAPE[0]))
+    inputs = (
+        x,
+        x,
+        output,
+        _empty(torch.int64, shape=SHAPE[:1]),
+        _empty(torch.float32, shape=(1000, 16)),
+        x if seed is None else None,
+        None,
+        seed,
+        0,
+        0,
+        learned,
+        True,
+        False,
+        channels_last,
+    )
+    if backward:
+        kernels.vlb_terms_backward(output, results, *inputs)
+    else:
+        kernels.vlb_terms(results, *inputs)
+
+
 def representative_calls() -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     calls: dict[str, Callable[[], None]] = {}
@@ -205,6 +240,13 @@ def representative_calls() -> dict[str, Callable[[], None]]:
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
                         _group_norm_silu, dtype, (1, 128, size, size), channels_last, backward
                     )
+            for op, backward in (("vlb_terms", False), ("vlb_terms_backward", True)):
+                call = functools.partial(
+                    _vlb_terms, dtype, channels_last=channels_last, backward=backward
+                )
+                calls[f"{op} {name} {layout} given"] = call
+                learned = functools.partial(call, seed=0, learned=True)
+                calls[f"{op} {name} {layout} seed learned"] = learned
         calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
             _sampler_step, dtype, seed=0, learned=True
         )

@@ -7,6 +7,7 @@
 #include "philox_normal.h"
 #include "q_sample.h"
 #include "sampler_step.h"
+#include "vlb_terms.h"
 
 namespace fastdiff {
 
@@ -111,6 +112,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
       [](const GroupNormSiluBackwardArgs&) { return int64_t{0}; }, cpu::group_norm_silu_backward);
 }
 
+void check_rows(const VlbTermsArgs& args) {
+  for (int64_t k = 0; k < args.layout.batch; ++k) {
+    STD_TORCH_CHECK(args.t[k] >= 0 && args.t[k] < args.num_rows, "vlb_terms: t[", k,
+                    "] = ", args.t[k], ", expected 0 <= t < ", args.num_rows);
+  }
+}
+
+Tensor vlb_terms_cpu(const Tensor& x0, const Tensor& x_t, const Tensor& model_output, const Tensor& t,
+    const Tensor& table, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, int64_t prediction, bool learned, bool clip,
+    bool detach_mean) {
+  return vlb_terms({x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned, clip,
+                    detach_mean},
+                   [](const VlbTermsArgs&) { return int64_t{0}; },
+                   [](const VlbTermsArgs& args) {
+                     check_rows(args);
+                     cpu::vlb_terms(args);
+                   });
+}
+
+Tensor vlb_terms_backward_cpu(
+    const Tensor& grad, const Tensor& x0, const Tensor& x_t, const Tensor& model_output, const Tensor& t,
+    const Tensor& table, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, int64_t prediction, bool learned, bool clip,
+    bool detach_mean) {
+  return vlb_terms_backward(grad, {x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned, clip,
+                    detach_mean},
+                            [](const VlbTermsArgs& args) {
+                              check_rows(args);
+                              cpu::vlb_terms_backward(args);
+                            });
+}
+
 }  // namespace
 }  // namespace bindings
 }  // namespace fastdiff
@@ -124,4 +158,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("group_norm_silu_backward", TORCH_BOX(&fastdiff::bindings::group_norm_silu_backward_cpu));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cpu));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cpu));
+  m.impl("vlb_terms", TORCH_BOX(&fastdiff::bindings::vlb_terms_cpu));
+  m.impl("vlb_terms_backward", TORCH_BOX(&fastdiff::bindings::vlb_terms_backward_cpu));
 }

@@ -29,8 +29,8 @@ FASTDIFF_CLONES void noised_bfloat16(float a, float b, const uint16_t* x0, const
 #pragma omp simd
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint32_t x = x_pairs[i], z = noise_pairs[i];
-    out_pairs[i] = pair_of(fastdiff::q_sample(a, b, low(x), low(z)),
-                           fastdiff::q_sample(a, b, high(x), high(z)));
+    out_pairs[i] = bfloat16_pair(fastdiff::q_sample(a, b, low(x), low(z)),
+                                 fastdiff::q_sample(a, b, high(x), high(z)));
   }
   if (n % 2) {
     const float y = fastdiff::q_sample(a, b, low(x0[n - 1]), low(noise[n - 1]));

@@ -2,6 +2,7 @@
 
 #include "bfloat16.h"
 #include "elementwise.h"
+#include "heads.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -82,7 +83,7 @@ FASTDIFF_HD void step_pairs(const StepRow<float> row, float scale, const uint16_
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint32_t value = x_pairs[i], output = cond_pairs[i];
     const uint32_t other = Guided ? uncond_pairs[i] : output;
-    out_pairs[i] = pair_of(next(low(value), low(output), low(other)),
+    out_pairs[i] = bfloat16_pair(next(low(value), low(output), low(other)),
                            next(high(value), high(output), high(other)));
   }
   if (n % 2) {
@@ -101,15 +102,6 @@ FASTDIFF_CLONES void guided_step_bfloat16(const StepRow<float>& row, float scale
   step_pairs<true>(row, scale, x, cond, uncond, x_s, n);
 }
 
-// Splits whole pixels of 2 * channels values into the first and the second half of their channels.
-template <typename T>
-void split_heads(const T* in, int64_t channels, int64_t n, T* first, T* second) {
-  for (int64_t i = 0; i < n; i += channels) {
-    for (int64_t c = 0; c < channels; ++c) first[i + c] = in[2 * i + c];
-    if (!second) continue;
-    for (int64_t c = 0; c < channels; ++c) second[i + c] = in[2 * i + channels + c];
-  }
-}
 
 void sampler_step_double(const SamplerStepArgs& args) {
   const SampleLayout& layout = args.layout;

@@ -11,6 +11,7 @@ from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.vlb_terms import vlb_terms
 from fastdiff.reference.philox import sample_keys
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "posterior_mean_variance",
     "q_sample",
     "sample_keys",
+    "vlb_terms",
 ]
