@@ -264,8 +264,7 @@ class Trainer:
         self.ema.model.load_state_dict(checkpoint.ema)
         self.ema.num_updates = checkpoint.state["ema_updates"]
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
-        # Runs of before there was a choice drew uniformly, which has no state.
-        self.timesteps.load_state_dict(checkpoint.state.get("timesteps", {}))
+        self.timesteps.load_state_dict(checkpoint.state["timesteps"])
         torch.set_rng_state(checkpoint.state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in checkpoint.state["random"]:
             torch.cuda.set_rng_state(checkpoint.state["random"]["cuda"], self.device)
