@@ -59,7 +59,7 @@ class EvaluateConfig:
     tolerance: float = 1e-4
     """--likelihood: relative and absolute error that the solver allows per step."""
     steps: tuple[int, ...] = (10, 20, 50, 100)
-    """--reconstruction: numbers of DDIM steps."""
+    """--reconstruction: numbers of DDIM steps, as far as the run has as many timesteps."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU when there is one."""
 
@@ -174,6 +174,8 @@ def reconstruction(task: Task) -> Result:
     diffusion, model = task.run.diffusion, task.run.unet
     errors = {}
     for steps in sorted(set(task.config.steps)):
+        if steps > diffusion.num_timesteps:
+            break
         sampler = DDIM(diffusion, steps=steps, clip_denoised=False)
         squares = []
         for part in torch.arange(len(task.x0), device=task.x0.device).split(task.config.batch_size):
@@ -244,9 +246,9 @@ def _prepare(config: EvaluateConfig) -> Task:
     run = load_run(config.run, choose_device(config.device), warn=_cli.say)
     use_threads(run.config)
     timesteps = run.diffusion.num_timesteps
-    if max(config.steps) > timesteps:
+    if min(config.steps) > timesteps:
         raise UserError(
-            f"--steps {max(config.steps)} is more than the {timesteps} timesteps of {config.run}"
+            f"--steps {min(config.steps)}: {config.run} has timesteps for 1..{timesteps}"
         )
     data, data_dir = config.data, config.data_dir or run.config.data_dir
     if data is None:

@@ -156,7 +156,12 @@ def flow_likelihood(
     prior = -0.5 * (x_T.square().sum(1) + dim * math.log(2 * math.pi))
     log_likelihood = prior + integrals.mean(1)
     nats_to_bits = 1 / (dim * math.log(2))
-    error = torch.zeros_like(prior) if probes is None else integrals.std(1) / math.sqrt(probes)
+    if probes is None:
+        error = torch.zeros_like(prior)
+    elif probes == 1:
+        error = torch.full_like(prior, math.nan)
+    else:
+        error = integrals.std(1) / math.sqrt(probes)
     return FlowLikelihood(
         log_likelihood,
         -log_likelihood * nats_to_bits - math.log2(_BIN),

@@ -164,7 +164,10 @@ class LossSecondMomentTimesteps(UniformTimesteps):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly."""
-        return {"history": self._history[:-1].cpu(), "count": self._count[:-1].cpu()}
+        return {
+            "history": self._history[:-1].to("cpu", copy=True),
+            "count": self._count[:-1].to("cpu", copy=True),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`.
