@@ -21,6 +21,7 @@ CONFIG = TrainConfig(
     steps=3,
     batch_size=8,
     timesteps=12,
+    schedule="linear",
     num_samples=4,
     sample_steps=2,
     device="cpu",

@@ -29,7 +29,8 @@ def gaussian():
 
 def likelihood(schedule, prediction, model, x0, **options):
     diffusion = GaussianDiffusion(schedule, prediction)
-    return flow_likelihood(diffusion, model, x0, **{"seed": 0, "progress": False, **options})
+    options = {"seed": 0, "end_snr": 0.0, "progress": False, **options}
+    return flow_likelihood(diffusion, model, x0, **options)
 
 
 SCHEDULES = {
@@ -69,6 +70,29 @@ def test_what_a_terminal_snr_costs_is_the_prior_s_mismatch(gaussian):
     corrected = result.log_likelihood - assumed + true
     assert float((corrected - exact).abs().max()) < 1e-3
     assert float((result.log_likelihood - exact).abs().max()) > 2e-3
+
+
+def test_the_flow_of_eps_ends_where_its_errors_are_not_amplified(gaussian):
+    mean, covariance, x0, exact = gaussian
+    schedule = NoiseSchedule.cosine(1000)
+    assert schedule.terminal_snr < 1e-8
+    oracle = GaussianDenoiser(mean, covariance, schedule)
+
+    def network(x, t):
+        # Only where the SNR is below 1e-4; 0.01 of eps is 1 of v there, and 200 at the end.
+        late = (schedule.snr < 1e-4)[t].reshape(-1, 1, 1, 1)
+        return oracle(x, t) + 0.01 * late * (10 * x).sin()
+
+    errors = {}
+    for end_snr in (0.0, None):
+        result = likelihood(
+            schedule, "eps", network, x0[:4], probes=None, end_snr=end_snr, rtol=1e-3, atol=1e-3
+        )
+        errors[end_snr] = float((result.log_likelihood - exact[:4]).abs().mean())
+    assert errors[None] < 0.02  # N(0, I) is assumed at an SNR of 1e-4: sqrt(SNR) times the mean
+    assert errors[0.0] > 0.2
+    with pytest.raises(ValueError, match=r"end_snr is 1000000\.0, expected at most .* 24"):
+        likelihood(schedule, "eps", network, x0, end_snr=1e6)
 
 
 def test_exact_density_of_a_mixture():
