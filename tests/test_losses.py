@@ -195,6 +195,25 @@ def test_hybrid_s_bound_trains_the_variance_alone(schedule, batch, prediction, v
     torch.testing.assert_close(hybrid[:, channels:], T / 1000 * kl[:, channels:])
 
 
+@pytest.mark.parametrize("loss", ["kl", "hybrid"])
+def test_losses_of_learned_variances_compile_whole(schedule, batch, loss):
+    torch._dynamo.reset()
+    x0, noise = (x.float() for x in batch)
+    diffusion = GaussianDiffusion(schedule, variance="learned_range", loss=loss, weighting=None)
+
+    def call(scale):
+        def network(x, t):
+            return scale * with_variance(x, t)
+
+        return diffusion.training_losses(network, x0, TIMES, noise)["loss"].sum()
+
+    gradients = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        scale = torch.tensor(0.7, requires_grad=True)
+        gradients.append(torch.autograd.grad(function(scale), scale)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 # ------------------------------------------------------------------ weights
 
 
