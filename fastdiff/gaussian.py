@@ -321,28 +321,7 @@ class GaussianDiffusion:
 
     # ---------------------------------------------------------------- variational bound
 
-    def bits_per_dim(
-        self,
-        model: Model,
-        x0: Tensor,
-        seed: int | Tensor | None = None,
-        *,
-        clip_denoised: bool = True,
-        max_batch: int = 128,
-        model_kwargs: Mapping[str, Any] | None = None,
-        progress: bool = True,
-    ) -> bound.BitsPerDim:
-        """The bound L_T + sum_t L_{t-1} + L_0 >= -log p(x0), with every term; see `bound`."""
-        return bound.bits_per_dim(
-            self,
-            model,
-            x0,
-            seed,
-            clip_denoised=clip_denoised,
-            max_batch=max_batch,
-            model_kwargs=model_kwargs,
-            progress=progress,
-        )
+    bits_per_dim = bound.bits_per_dim
 
     def bound_table(self, device: torch.device | str = "cpu") -> Tensor:
         """What `ops.vlb_terms` reads: the DDPM step table of all T timesteps, float32 (T, K)."""

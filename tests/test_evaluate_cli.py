@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastdiff import _cli, evaluate
 from fastdiff.likelihood import flow_likelihood
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.samplers import DDIM
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
@@ -34,15 +34,7 @@ CONFIG = TrainConfig(
 def runs(tmp_path_factory):
     """A run, and a class-conditional one with learned variance, hardly trained."""
     patch = pytest.MonkeyPatch()
-    tiny = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        channels=8,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(4,),
-        num_groups=4,
-    )
+    tiny = PRESETS["digits"].replace(channels=8, num_groups=4)
     patch.setitem(PRESETS, "tiny", tiny)
     folder = tmp_path_factory.mktemp("runs")
     learned = {"class_cond": True, "variance": "learned_range", "loss": "hybrid"}

@@ -199,7 +199,7 @@ def test_hybrid_s_bound_trains_the_variance_alone(schedule, batch, prediction, v
 def test_losses_of_learned_variances_compile_whole(schedule, batch, loss):
     torch._dynamo.reset()
     x0, noise = (x.float() for x in batch)
-    diffusion = GaussianDiffusion(schedule, variance="learned_range", loss=loss, weighting=None)
+    diffusion = GaussianDiffusion(schedule, variance="learned_range", loss=loss)
 
     def call(scale):
         def network(x, t):
