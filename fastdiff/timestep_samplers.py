@@ -89,7 +89,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
     num_timesteps
         T.
     device
-        Where the history lives and timesteps are drawn.
+        Where the history lives and timesteps are drawn; one that has float64 (not mps).
     history
         Losses remembered per timestep (IDDPM: 10).
     uniform
