@@ -45,8 +45,16 @@ def sample_keys(
     >>> torch.equal(keys[5:], fastdiff.ops.sample_keys(0, 3, offset=5))
     True
     """
-    k = torch.arange(offset + 1, offset + num + 1, dtype=torch.int64, device=device)
-    z = to_int64(seed) + k * to_int64(0x9E3779B97F4A7C15)
+    k = torch.arange(offset, offset + num, dtype=torch.int64, device=device)
+    return derived_keys(to_int64(seed), k)
+
+
+def derived_keys(key: int | Tensor, k: Tensor) -> Tensor:
+    """Output number k + 1 of SplitMix64 started at `key`, int64 (SPEC §9).
+
+    With the key of a sample: one key for each of its timesteps k.
+    """
+    z = key + (k + 1) * to_int64(0x9E3779B97F4A7C15)
     z = (z ^ _shift_right(z, 30)) * to_int64(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * to_int64(0x94D049BB133111EB)
     return z ^ _shift_right(z, 31)
