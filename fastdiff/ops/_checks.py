@@ -94,7 +94,7 @@ def check_operand(
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)}, expected {meaning} = {tuple(shape)}"
         )
-    _check_device(op, name, x.device, device)
+    check_device(op, name, x.device, device)
 
 
 def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
