@@ -13,6 +13,8 @@ from fastdiff._backends import backends, default_backend, use_backend
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
 from fastdiff.likelihood import flow_likelihood
+from fastdiff.integrations.compile_pass import compile_pass
+from fastdiff.integrations.patching import patch, unpatch
 from fastdiff.nn import UNet
 from fastdiff.schedules import NoiseSchedule
 
@@ -26,13 +28,16 @@ __all__ = [
     "__version__",
     "analytic",
     "backends",
+    "compile_pass",
     "default_backend",
     "flow_likelihood",
     "ops",
     "parameterizations",
+    "patch",
     "reference",
     "samplers",
     "timestep_samplers",
+    "unpatch",
     "use_backend",
     "weightings",
 ]
