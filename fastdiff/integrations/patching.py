@@ -106,7 +106,7 @@ def patch(module: nn.Module) -> PatchReport:
             prefix = f"{owner_name}." if owner_name else ""
             for attribute, what in _fuse_owner(owner, uses).items():
                 name = prefix + attribute
-                if name in replaced:
+                if replaced.get(name) == "group_norm":  # an outer owner knows more than an inner
                     replaced[name] = what
     return PatchReport(replaced, left)
 
@@ -191,7 +191,7 @@ def _only_casts(forward) -> bool:
     x = torch.linspace(-3, 5, 48).reshape(2, 4, 6)
     with torch.no_grad():
         return all(
-            torch.equal(trial(x.to(dtype)), F.group_norm(x.to(dtype).float(), 2).to(dtype))
+            torch.equal(trial(x.to(dtype)), nn.GroupNorm(2, 4)(x.to(dtype).float()).to(dtype))
             for dtype in (torch.float32, torch.bfloat16)
         )
 
@@ -241,11 +241,11 @@ def _has(m: nn.Module, *names: str) -> bool:
 
 
 def _looks_like_resnet_block(m: nn.Module) -> bool:
-    return _has(
-        m, "norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity",
-        "upsample", "downsample", "conv_shortcut", "time_embedding_norm", "skip_time_act",
-        "output_scale_factor",
-    ) and m.time_embedding_norm in ("default", "scale_shift")  # fmt: skip
+    layers = "norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"
+    rest = "upsample", "downsample", "conv_shortcut", "time_embedding_norm", "skip_time_act"
+    if not _has(m, *layers, *rest, "output_scale_factor"):
+        return False
+    return m.time_emb_proj is None or m.time_embedding_norm in ("default", "scale_shift")
 
 
 def _fuse_resnet_block(m: nn.Module) -> dict[str, str]:
@@ -354,19 +354,31 @@ def _consecutive_calls(cls: type) -> list[tuple[str, str]]:
     if cls.__module__.startswith("torch."):
         return []
     try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))
-        methods = [inspect.getsource(c) for c in cls.__mro__ if not c.__module__.startswith("torch")
-                   and c is not object]  # fmt: skip
+        forward = inspect.getsource(inspect.unwrap(cls.forward))
+        matches = [m for p in _CALLS for m in re.finditer(p, forward, re.MULTILINE)]
+        source = _methods(cls) if matches else ""
     except (OSError, TypeError):  # no source: made at run time
         return []
-    whole = "\n".join(methods)
-    found = []
-    for pattern in _CALLS:
-        for match in re.finditer(pattern, source, re.MULTILINE):
-            names = match["norm"], match["act"]
-            if all(_uses(name, whole) == _uses(name, match[0]) for name in names):
-                found.append(names)
-    return found
+    return [
+        (match["norm"], match["act"])
+        for match in matches
+        if all(_uses(match[k], source) == _uses(match[k], match[0]) for k in ("norm", "act"))
+    ]
+
+
+def _methods(cls: type) -> str:
+    """The source of everything that an instance may run, but for its construction."""
+    classes = [c for c in cls.__mro__ if c is not object and not c.__module__.startswith("torch.")]
+    found = {}
+    for c in reversed(classes):
+        for name, value in vars(c).items():
+            function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+            if inspect.isfunction(function) and name != "__init__":
+                found.setdefault(name, []).append(inspect.getsource(function))
+    newest = "\n".join(sources[-1] for sources in found.values())
+    if "super()." in newest:  # then overridden methods run as well
+        return "\n".join(source for sources in found.values() for source in sources)
+    return newest
 
 
 def _uses(name: str, source: str) -> int:
