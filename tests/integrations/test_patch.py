@@ -134,22 +134,27 @@ def test_what_is_fused_with_what(name):
 @pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"])
 def test_bfloat16_within_eagers_own_error(name):
     def error(value, truth):
-        return ((value.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
+        return ((value.double() - truth).square().sum() / truth.square().sum()).sqrt()
 
     model, run, x = make(name)
-    outputs, grads = {"eager": [], "fused": []}, {"eager": [], "fused": []}
-    for seed in range(3):  # one draw of weights says little about a mean error
+    ratios = []
+    for seed in range(4):
         unzero(model, seed)
         exact, exact_grads = gradients(copy.deepcopy(model).double(), run, x.double())
         half = copy.deepcopy(model).bfloat16()
-        for kind in ("eager", "fused"):
-            y, found = gradients(half, run, x.bfloat16())
+        errors = []
+        for _ in ("eager", "fused"):
+            y, grads = gradients(half, run, x.bfloat16())
             assert y.dtype == torch.bfloat16
-            outputs[kind].append(error(y, exact))
-            grads[kind] += [error(found[key], truth) for key, truth in exact_grads.items()]
+            both = [torch.cat([g[key].flatten() for key in grads]) for g in (grads, exact_grads)]
+            errors.append([error(y, exact), error(*both)])
             fastdiff.patch(half)
-    for errors in (outputs, grads):
-        assert sum(errors["fused"]) <= 1.05 * sum(errors["eager"])
+        ratios.append([(fused / eager).log() for eager, fused in zip(*errors, strict=True)])
+    output, gradient = torch.tensor(ratios).mean(0).exp()
+    assert output <= 1
+    # Two draws of rounding noise: the logarithm of their ratio scatters by 0.2 from seed to seed,
+    # by 0.1 in the mean of four; two standard deviations.
+    assert gradient <= 1.2
 
 
 def test_full_size_ddpm_cifar():
