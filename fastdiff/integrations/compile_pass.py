@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+from fastdiff.ops import group_norm_silu
+from fastdiff.reference.group_norm_silu import ACTIVATIONS
 
 _NORMS = {F.group_norm, torch.group_norm, torch.ops.aten.group_norm.default}
 _SILUS = {
@@ -24,7 +27,6 @@ _SILUS = {
 _SIGMOIDS = {torch.sigmoid, F.sigmoid, torch.ops.aten.sigmoid.default}
 _PRODUCTS = {operator.mul, torch.mul, torch.ops.aten.mul.Tensor}
 _OP = torch.ops.fastdiff.group_norm_silu.default
-_IDENTITY, _SILU = 1, 0  # positions in reference.group_norm_silu.ACTIVATIONS
 
 
 def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -33,14 +35,12 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
     Finds the calls that torch.compile, torch.fx.symbolic_trace and torch.export leave in a graph:
     functions, methods and aten operators, and nn.GroupNorm, nn.SiLU and patched modules that a
     tracer kept whole; ``h * sigmoid(h)`` counts as SiLU. An activation is taken in if nothing else
-    uses the normalization's result.
+    uses the normalization's result. What is not an image, (N, C), is left to torch.
 
     Parameters
     ----------
     graph_module
-        From any of those; its inputs, outputs and parameters stay. Inputs of the normalizations
-        must be (B, C, \\*spatial) with 1 to 3 spatial dimensions: where the graph says otherwise,
-        they are left.
+        From any of those; its inputs, outputs and parameters stay.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
     ...         return torch.nn.functional.silu(self.norm(x))
     >>> graph = fastdiff.compile_pass(torch.fx.symbolic_trace(Block()))
     >>> graph.meta["fastdiff"], [n.op for n in graph.graph.nodes]
-    (1, ['placeholder', 'get_attr', 'get_attr', 'call_function', 'call_function', 'output'])
+    (1, ['placeholder', 'get_attr', 'get_attr', 'call_function', 'output'])
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise TypeError(
@@ -69,8 +69,9 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
     count = 0
     for node in list(graph_module.graph.nodes):
         arguments = _norm_arguments(graph_module, node)
-        if arguments is not None and _has_right_rank(arguments[0]):
-            _replace(graph_module, node, arguments)
+        target = None if arguments is None else _target(arguments[0])
+        if target is not None:
+            _replace(graph_module, node, arguments, target)
             count += 1
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -118,25 +119,40 @@ def _bound(node: fx.Node, *names: str) -> tuple:
     return tuple(values[name] for name in names)
 
 
-def _has_right_rank(x: fx.Node) -> bool:
-    """Whether x may be an image; without metadata it is taken for one."""
+def group_norm_silu_any_rank(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> Tensor:
+    """What the pass puts in where a graph does not say whether x is an image."""
+    if 3 <= x.dim() <= 5 and x.is_floating_point():
+        activation = "silu" if silu else "identity"
+        return group_norm_silu(x, num_groups, weight, bias, eps, activation=activation)
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+def _target(x: fx.Node) -> Callable | None:
+    """What to call for a normalization of x; None to leave it."""
     for key in ("example_value", "val"):
         value = x.meta.get(key)
-        if isinstance(value, torch.Tensor):
-            return 3 <= value.dim() <= 5 and value.is_floating_point()
-    return True
+        if isinstance(value, Tensor):
+            return _OP if 3 <= value.dim() <= 5 and value.is_floating_point() else None
+    return group_norm_silu_any_rank
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, arguments: tuple) -> None:
-    last, activation = node, _IDENTITY
-    found = _activation_after(graph_module, node)
-    if found is not None:
-        last, activation = found, _SILU
+def _replace(
+    graph_module: fx.GraphModule, node: fx.Node, arguments: tuple, target: Callable
+) -> None:
+    last = _activation_after(graph_module, node) or node
+    silu = last is not node
     graph = graph_module.graph
     with graph.inserting_after(last):
-        call = graph.call_function(_OP, (*arguments, None, None, None, activation))
-    with graph.inserting_after(call):
-        result = graph.call_function(operator.getitem, (call, 0))
+        if target is _OP:
+            activation = ACTIVATIONS.index("silu" if silu else "identity")
+            result = graph.call_function(_OP, (*arguments, None, None, None, activation))
+            with graph.inserting_after(result):
+                result = graph.call_function(operator.getitem, (result, 0))
+        else:
+            result = graph.call_function(target, (*arguments, silu))
     result.meta.update(last.meta)
     last.replace_all_uses_with(result)
     # In reverse order of use; a module call has side effects as far as fx knows.
