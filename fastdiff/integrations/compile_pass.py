@@ -33,8 +33,8 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``silu(group_norm(x))`` and ``group_norm(x)`` into `ops.group_norm_silu`, in place.
 
     Finds the calls that torch.compile, torch.fx.symbolic_trace and torch.export leave in a graph:
-    functions, methods and aten operators, and nn.GroupNorm, nn.SiLU and patched modules that a
-    tracer kept whole; ``h * sigmoid(h)`` counts as SiLU. An activation is taken in if nothing else
+    functions, methods and aten operators, and nn.GroupNorm and nn.SiLU where a tracer kept
+    them whole; ``h * sigmoid(h)`` counts as SiLU. An activation is taken in if nothing else
     uses the normalization's result. What is not an image, (N, C), is left to torch.
 
     Parameters
@@ -94,7 +94,7 @@ def _norm_arguments(graph_module: fx.GraphModule, node: fx.Node) -> tuple | None
     if node.op != "call_module":
         return None
     module = graph_module.get_submodule(node.target)
-    if type(module).forward is not nn.GroupNorm.forward and not _is_fused(module):
+    if type(module).forward is not nn.GroupNorm.forward:
         return None
     with graph_module.graph.inserting_before(node):
         weight, bias = (
@@ -104,12 +104,6 @@ def _norm_arguments(graph_module: fx.GraphModule, node: fx.Node) -> tuple | None
             for name in ("weight", "bias")
         )
     return (*_bound(node, "input"), module.num_groups, weight, bias, module.eps)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    from fastdiff.integrations.fused_modules import FusedGroupNorm, PairedGroupNorm
-
-    return isinstance(module, FusedGroupNorm) and not isinstance(module, PairedGroupNorm)
 
 
 def _bound(node: fx.Node, *names: str) -> tuple:
