@@ -53,14 +53,16 @@ def is_watched(*modules: nn.Module) -> bool:
         or _torch_module._global_backward_pre_hooks
     ):
         return True
-    return any(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        for m in modules
-    )
+    for m in modules:  # a loop: this runs in every call, and a generator costs as much again
+        if (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
+        ):
+            return True
+    return False
 
 
 def is_pair(norm: object, activation: object) -> bool:
@@ -113,16 +115,16 @@ class FusedSequential(Fused):
     """A Sequential in which a normalization and the SiLU behind it are one op."""
 
     def forward(self, input):
-        modules = list(self)
-        position = 0
-        while position < len(modules):
-            here = modules[position]
-            if is_pair(here, *modules[position + 1 : position + 2] or (None,)) and _is_image(input):
+        modules = iter(self._modules.values())
+        here = next(modules, None)
+        while here is not None:
+            following = next(modules, None)
+            if is_pair(here, following) and _is_image(input):
                 input = normalize(here, input, "silu")
-                position += 2
+                following = next(modules, None)
             else:
                 input = here(input)
-                position += 1
+            here = following
         return input
 
 
