@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastdiff._backends import use_backend
 from fastdiff.integrations.fused_modules import (
     SILU_CLASSES,
     Fused,
@@ -171,14 +172,8 @@ def _only_casts(forward) -> bool:
     Names, constants and the values of a trial must all be those.
     """
     code = getattr(forward, "__code__", None)
-    if code is None or not set(code.co_names) <= {
-        "super",
-        "forward",
-        "float",
-        "type",
-        "to",
-        "dtype",
-    }:
+    names = {"super", "forward", "float", "type", "to", "dtype"}
+    if code is None or not names.issuperset(code.co_names):
         return False
     if any(isinstance(constant, (int, float)) for constant in code.co_consts):
         return False
@@ -300,24 +295,31 @@ def _computes_the_same(
     absent = tuple(k for k, v in block._modules.items() if v is None)
     key = (type(block), mixin, tuple(sorted(settings.items())), absent, dims)
     if key not in _verdicts:
-        twin = copy.deepcopy(block).to_empty(device="cpu").float().eval()
-        generator = torch.Generator().manual_seed(0)
-        x, time = torch.randn(2, channels, *[8] * dims, generator=generator), None
-        if time_channels is not None:
-            time = torch.randn(2, time_channels, generator=generator)
-        for m in twin.modules():  # what others hooked in is not for a trial
-            m._forward_hooks.clear()
-            m._forward_pre_hooks.clear()
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                fan_in = max(1, parameter[0].numel())
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
-            expected = twin(x, time)
-            twin.__class__ = fused_class(mixin, type(twin))
-            actual = twin(x, time)
-        error = (actual - expected).abs().max()
-        _verdicts[key] = bool(error <= 1e-4 * expected.abs().max())
+        # On the reference, in float32, whatever the caller works with.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("reference"):
+            _verdicts[key] = _trial(block, mixin, (2, channels, *[8] * dims), time_channels)
     return _verdicts[key]
+
+
+def _trial(
+    block: nn.Module, mixin: type, shape: tuple[int, ...], time_channels: int | None
+) -> bool:
+    twin = copy.deepcopy(block).to_empty(device="cpu").float().eval()
+    for m in twin.modules():  # what others hooked in is not for a trial
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cpu")
+
+    for parameter in twin.parameters():
+        parameter.copy_(normal(*parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
+    x, time = normal(*shape), None if time_channels is None else normal(2, time_channels)
+    expected = twin(x, time)
+    twin.__class__ = fused_class(mixin, type(twin))
+    error = (twin(x, time) - expected).abs().max()
+    return bool(error <= 1e-4 * expected.abs().max())
 
 
 def _fuse_attributes(owner: nn.Module, uses: dict[nn.Module, int]) -> dict[str, str]:

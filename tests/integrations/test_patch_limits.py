@@ -13,6 +13,8 @@ from integrations.openai_unet import GroupNorm32
 from nn.networks import build, unzero
 
 import fastdiff
+from fastdiff import _backends
+from fastdiff.integrations import patching
 
 
 class Block(nn.Module):
@@ -195,6 +197,20 @@ def test_what_is_left_and_why():
     assert torch.equal(odd(torch.ones(1, 4, 2)), torch.ones(1, 4, 2))
     with pytest.raises(TypeError, match=r"patch: module is dict, expected an nn\.Module"):
         fastdiff.patch({})
+
+
+def test_where_patch_is_called_does_not_matter(monkeypatch):
+    """Autocast, and a backend that does not run on the CPU, are for the network's own calls."""
+    monkeypatch.setattr(patching, "_verdicts", {})
+    monkeypatch.setattr(_backends, "_forced", "cuda")
+    model, run, x = make("UNet2DConditionModel")
+    expected = run(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = fastdiff.patch(model)
+    assert "channel_bias + group_norm + silu" in report.replaced.values()
+    assert all(patching._verdicts.values())
+    monkeypatch.setattr(_backends, "_forced", None)
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_our_own_unet_is_left_alone():
