@@ -207,7 +207,8 @@ def test_no_noise_in_the_last_step():
     result = mine.step(out, t, x)
     # Before the first timestep abar is 1: what is left is the predicted image.
     torch.testing.assert_close(result.prev_sample, result.pred_original_sample)
-    assert (theirs.step(out, t, x).prev_sample - result.prev_sample).std() > 0.3
+    # Noise of standard deviation sqrt(1 - abar) = 0.32 there, in 96 samples.
+    assert (run(theirs, t, x, out, {})[0] - result.prev_sample).std() > 0.2
     mine.bug_compatible = True
     a, b = (run(scheduler, t, x, out, {})[0] for scheduler in (mine, theirs))
     assert torch.equal(a, b)
