@@ -12,9 +12,9 @@ from fastdiff import (
 from fastdiff._backends import backends, default_backend, use_backend
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
-from fastdiff.likelihood import flow_likelihood
 from fastdiff.integrations.compile_pass import compile_pass
 from fastdiff.integrations.patching import patch, unpatch
+from fastdiff.likelihood import flow_likelihood
 from fastdiff.nn import UNet
 from fastdiff.schedules import NoiseSchedule
 
