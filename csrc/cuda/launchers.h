@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "fastdiff/eps_loss.h"
+#include "fastdiff/group_norm_silu.h"
 #include "fastdiff/philox_normal.h"
 #include "fastdiff/q_sample.h"
 
@@ -12,6 +13,13 @@ extern "C" {
 int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args);
 cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream);
 cudaError_t fastdiff_eps_loss_backward(const fastdiff::EpsLossArgs* args, cudaStream_t stream);
+// Floats of workspace that the pass needs in args->workspace; 0 if none.
+int64_t fastdiff_group_norm_silu_workspace(const fastdiff::GroupNormSiluArgs* args);
+cudaError_t fastdiff_group_norm_silu(const fastdiff::GroupNormSiluArgs* args, cudaStream_t stream);
+int64_t fastdiff_group_norm_silu_backward_workspace(
+    const fastdiff::GroupNormSiluBackwardArgs* args);
+cudaError_t fastdiff_group_norm_silu_backward(const fastdiff::GroupNormSiluBackwardArgs* args,
+                                              cudaStream_t stream);
 cudaError_t fastdiff_philox_normal(const fastdiff::PhiloxNormalArgs* args, cudaStream_t stream);
 cudaError_t fastdiff_q_sample(const fastdiff::QSampleArgs* args, cudaStream_t stream);
 }

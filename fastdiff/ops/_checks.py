@@ -79,6 +79,24 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> N
     _check_device(op, name, x.device, like.device)
 
 
+def check_operand(
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    meaning: str,
+    device: torch.device,
+) -> None:
+    """`x` must be floating point, of `shape` (called `meaning` in the message), on `device`."""
+    check_tensor(op, name, x)
+    check_float(op, name, x.dtype)
+    if x.shape != shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {meaning} = {tuple(shape)}"
+        )
+    _check_device(op, name, x.device, device)
+
+
 def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
     """All tables must be float32 or float64 (T,) of one length on `device`. Returns T."""
     length = None

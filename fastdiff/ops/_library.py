@@ -104,13 +104,12 @@ def define(
     check
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
-    overloads = {
-        "": _default_kernels(reference, triton),
-        ".triton": {"CPU": triton, "CUDA": triton},
-    }
-    for overload, kernels in overloads.items():
+    for overload in ("", ".triton"):
         _library.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{name}{overload}"
+        kernels = {"CPU": triton, "CUDA": triton}
+        if not overload:
+            kernels = _default_kernels(qualified, reference, triton)
         for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
@@ -129,12 +128,17 @@ def _bind(autograd: Callable, op: Callable) -> Callable:
     return autograd_kernel
 
 
-def _default_kernels(reference: Callable, triton: Callable) -> dict[str, Callable]:
-    """Python kernels for the device keys that no compiled library serves."""
+def _default_kernels(name: str, reference: Callable, triton: Callable) -> dict[str, Callable]:
+    """Python kernels of the defined op for the device keys that no compiled library serves."""
+
+    def is_compiled(key: str) -> bool:
+        _native.load(key.lower())
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{name}", key)
+
     kernels = {}
-    if _native.load("cpu") is not None:
+    if not is_compiled("CPU"):
         kernels["CPU"] = reference
-    if _native.load("cuda") is not None:
+    if not is_compiled("CUDA"):
         has_triton = importlib.util.find_spec("triton") is not None
         kernels["CUDA"] = triton if has_triton else reference
     return kernels
