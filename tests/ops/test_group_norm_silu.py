@@ -19,7 +19,7 @@ from op_harness.group_norm_silu import (
 from fastdiff.reference.layout import memory_format_of
 
 # Implementations join here once they exist.
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "cuda-ptx")
 
 
 @pytest.mark.parametrize("implementation", implementation_params(*IMPLEMENTATIONS))
