@@ -114,7 +114,7 @@ __device__ __forceinline__ float reciprocal_deviation(const Moments& group, doub
 // One pass: reads x once into shared memory, and writes y from there. Items of a unit are divided
 // among the blocks of a cluster, which read each other's partial sums.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormThreads)
+__global__ void __launch_bounds__(kGroupNormThreads, 1)
     group_norm_silu_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                const int64_t first_block) {
   extern __shared__ float4 shared[];
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kGroupNormThreads)
 
 // Split, first reading of x: the moments of every channel of every chunk.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads)
+__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                    const int64_t first_block) {
   extern __shared__ float4 shared[];
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads)
 
 // Split, between the readings: a block merges the moments of one group.
 template <typename T>
-__global__ void __launch_bounds__(kGroupNormSplitThreads)
+__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_statistics_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                       const int64_t first_block) {
   __shared__ Moments warps[kGroupNormSplitThreads / 32];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads)
 
 // Split, second reading of x.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads)
+__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                  const int64_t first_block) {
   extern __shared__ float4 shared[];
