@@ -16,11 +16,21 @@ struct Forward {
   }
 
   cudaError_t choose() {
-    DeviceLimits limits{};
-    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
-    vector = vector_elements(args.layout, args.x_type, {args.x, args.y});
-    plan = plan_group_norm(args.layout, vector, size_of(args.x_type), kGroupNormForward, limits);
-    return cudaSuccess;
+    const DType type = args.x_type;
+    vector = vector_elements(args.layout, type, {args.x, args.y});
+    return choose_plan(plan, args.layout, vector, type, kGroupNormForward, [&](const auto& wanted) {
+      const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
+        return cluster_fits<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>, wanted)
+                   ? cudaSuccess
+                   : cudaErrorInvalidClusterSize;
+      });
+      return error == cudaSuccess;
+    });
+  }
+
+  template <typename F>
+  cudaError_t dispatch(const F& body) const {
+    return dispatch_group_norm(args.x_type, args.layout.channels_last, vector, body);
   }
 
   int64_t workspace() const {
@@ -62,9 +72,7 @@ extern "C" cudaError_t fastdiff_group_norm_silu(const fastdiff::GroupNormSiluArg
                                                 cudaStream_t stream) {
   fastdiff::cuda::Forward pass(*args);
   if (const cudaError_t error = pass.choose(); error != cudaSuccess) return error;
-  return fastdiff::cuda::dispatch_group_norm(
-      args->x_type, pass.args.layout.channels_last, pass.vector,
-      [&](auto element, auto last, auto vector) {
-        return pass.run<typename decltype(element)::type, last.value, vector.value>(stream);
-      });
+  return pass.dispatch([&]<typename T, bool ChannelsLast, int V>() {
+    return pass.run<T, ChannelsLast, V>(stream);
+  });
 }

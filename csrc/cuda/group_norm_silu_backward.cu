@@ -16,14 +16,27 @@ struct Backward {
   }
 
   cudaError_t choose() {
-    DeviceLimits limits{};
-    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
-    vector = vector_elements(args.layout, args.x_type, {args.x, args.grad, args.grad_x});
-    plan = plan_group_norm(args.layout, vector, size_of(args.x_type), kGroupNormBackward, limits);
-    return cudaSuccess;
+    const DType type = args.x_type;
+    vector = vector_elements(args.layout, type, {args.x, args.grad, args.grad_x});
+    return choose_plan(plan, args.layout, vector, type, kGroupNormBackward, [&](const auto& wanted) {
+      const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
+        return cluster_fits<GroupNormSiluBackwardArgs>(group_norm_silu_bwd_kernel<T, ChannelsLast, V>, wanted)
+                   ? cudaSuccess
+                   : cudaErrorInvalidClusterSize;
+      });
+      return error == cudaSuccess;
+    });
   }
 
-  bool has_parameters() const { return args.grad_weight.data || args.grad_bias.data; }
+  template <typename F>
+  cudaError_t dispatch(const F& body) const {
+    return dispatch_group_norm(args.x_type, args.layout.channels_last, vector, body);
+  }
+
+  // Whether gradients are to be added up over samples.
+  bool has_parameters() const {
+    return args.layout.batch > 1 && (args.grad_weight.data || args.grad_bias.data);
+  }
 
   int64_t workspace() const {
     const GroupNormLayout& layout = args.layout;
@@ -75,9 +88,7 @@ extern "C" cudaError_t fastdiff_group_norm_silu_backward(
     const fastdiff::GroupNormSiluBackwardArgs* args, cudaStream_t stream) {
   fastdiff::cuda::Backward pass(*args);
   if (const cudaError_t error = pass.choose(); error != cudaSuccess) return error;
-  return fastdiff::cuda::dispatch_group_norm(
-      args->x_type, pass.args.layout.channels_last, pass.vector,
-      [&](auto element, auto last, auto vector) {
-        return pass.run<typename decltype(element)::type, last.value, vector.value>(stream);
-      });
+  return pass.dispatch([&]<typename T, bool ChannelsLast, int V>() {
+    return pass.run<T, ChannelsLast, V>(stream);
+  });
 }

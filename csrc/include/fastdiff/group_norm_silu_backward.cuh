@@ -13,13 +13,20 @@ constexpr int kGroupNormPairs = 2;  // vectors of x and of grad that a lane load
 // linear, constant) for the second.
 template <typename T>
 __device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
+                                                     int64_t sample, int64_t channel, float mean,
+                                                     float rstd) {
+  const float added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
+  const auto map = load_affine<T>(args, sample, channel, mean, rstd, added);
+  return make_float4(map.slope, map.offset, rstd, (added - mean) * rstd);
+}
+
+template <typename T>
+__device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
                                                      int64_t sample, int64_t channel) {
   const int64_t group = sample * args.layout.groups + channel / args.layout.group_channels();
-  const float mean = __ldg(static_cast<const float*>(args.mean) + group);
-  const float rstd = __ldg(static_cast<const float*>(args.rstd) + group);
-  const auto map = load_affine<T>(args, sample, channel, mean, rstd);
-  const float added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
-  return make_float4(map.slope, map.offset, rstd, (added - mean) * rstd);
+  return first_coefficients<T>(args, sample, channel,
+                               __ldg(static_cast<const float*>(args.mean) + group),
+                               __ldg(static_cast<const float*>(args.rstd) + group));
 }
 
 // m = (m0, m1)
@@ -46,7 +53,7 @@ template <typename T, bool ChannelsLast, int V, typename Load, typename Keep>
 __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout,
                                                    const GroupNormTiling& tiling, int64_t channel,
                                                    int begin, int end, const float4* coefficients,
-                                                   int base, Activation activation,
+                                                   int base, const Gate gate,
                                                    float* partials, const Load& load,
                                                    const Keep& keep) {
   constexpr int A = ChannelsLast ? V : 1;
@@ -69,8 +76,7 @@ __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout
 #pragma unroll
               for (int v = a; v < V; v += A) {
                 const float x = to_float(pairs[r].x.values[v]);
-                const float dz = activation_gradient(to_float(pairs[r].grad.values[v]),
-                                                     m.x * x + m.y, activation);
+                const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.x * x + m.y);
                 const float hat = m.z * x + m.w;
                 batch.merge({dz, dz * hat, hat});
               }
@@ -87,7 +93,7 @@ template <typename T, bool ChannelsLast, int V, typename Load>
 __device__ __forceinline__ void write_grad_x(T* grad_x, const GroupNormLayout& layout,
                                              const GroupNormTiling& tiling, int64_t channel,
                                              int begin, int end, const float4* coefficients,
-                                             int base, Activation activation, const Load& load) {
+                                             int base, const Gate gate, const Load& load) {
   constexpr int A = ChannelsLast ? V : 1;
   for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
     for_batches<kGroupNormPairs>(
@@ -101,11 +107,10 @@ __device__ __forceinline__ void write_grad_x(T* grad_x, const GroupNormLayout& l
             for (int v = 0; v < V; ++v) {
               const float4 m = coefficients[item.channel - base + v % A];
               const float x = to_float(pairs[r].x.values[v]);
-              const float dz = activation_gradient(to_float(pairs[r].grad.values[v]),
-                                                   m.x * x + m.y, activation);
+              const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.x * x + m.y);
               values[v] = m.x * dz - (m.w + m.z * x);
             }
-            store_vector<V>(grad_x + item.offset + (k + r) * item.stride, values);
+            store_global(grad_x + item.offset + (k + r) * item.stride, values);
           }
         });
   });
@@ -142,14 +147,18 @@ struct GradientWorkspace {
 };
 
 // What follows from the sums of one channel of one sample: the gradients of scale and shift, and what
-// those of weight and bias are made of.
+// those of weight and bias are made of (themselves, of a single sample).
 template <typename T>
 __device__ __forceinline__ void store_channel_sums(const GroupNormSiluBackwardArgs& args,
                                                    int64_t sample, int64_t channel, float s0,
                                                    float s1) {
   const GroupNormLayout& layout = args.layout;
   const int64_t i = sample * layout.channels + channel;
-  if (args.grad_weight.data || args.grad_bias.data) {
+  if (layout.batch == 1) {
+    const float factor = 1.0f + load_operand<T>(args.scale, sample, channel, 0.0f);
+    store_gradient<T>(args.grad_bias, channel, factor * s0);
+    store_gradient<T>(args.grad_weight, channel, factor * s1);
+  } else if (args.grad_weight.data || args.grad_bias.data) {
     float* sums = GradientWorkspace(args.workspace, layout).sums;
     sums[i] = s0;
     sums[layout.batch * layout.channels + i] = s1;
@@ -189,16 +198,25 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
   const int64_t data_numel = plan.items_per_block * tiling.item_numel();
   T* data = reinterpret_cast<T*>(shared);
   float4* coefficients = shared + (2 * data_numel * int64_t{sizeof(T)} + 15) / 16;
+  // Of a group: first mean and rstd, later m0 and m1.
   float2* means = reinterpret_cast<float2*>(coefficients + tiling.channels);
   GradientSums* channels = reinterpret_cast<GradientSums*>(means + groups);
   float* partials = reinterpret_cast<float*>(channels + tiling.channels);
 
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) {
+    const int64_t group = block.sample * layout.groups + block.channel / group_channels + g;
+    means[g] = make_float2(__ldg(static_cast<const float*>(args.mean) + group),
+                           __ldg(static_cast<const float*>(args.rstd) + group));
+  }
+  __syncthreads();
   for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c);
+    const float2 s = means[c / group_channels];
+    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
   }
   __syncthreads();
   item_gradient_sums<T, ChannelsLast, V>(
-      layout, tiling, block.channel, block.begin, block.end, coefficients, 0, args.activation,
+      layout, tiling, block.channel, block.begin, block.end, coefficients, 0,
+      Gate(args.activation),
       partials,
       [&](int k, const LaneItem& item) {
         return load_pair<T, V>(args, base + item.offset + k * item.stride);
@@ -243,7 +261,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
   if (args.grad_x) {
     write_grad_x<T, ChannelsLast, V>(
         static_cast<T*>(args.grad_x) + base, layout, tiling, block.channel, block.begin, block.end,
-        coefficients, 0, args.activation, [&](int k, const LaneItem& item) {
+        coefficients, 0,
+      Gate(args.activation), [&](int k, const LaneItem& item) {
           const T* from = data + (item.slot + k * item.slot_stride) * V;
           return InputPair<T, V>{load_shared<T, V>(from), load_shared<T, V>(from + data_numel)};
         });
@@ -267,7 +286,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   __syncthreads();
   item_gradient_sums<T, ChannelsLast, V>(
       args.layout, plan.tiling, 0, block.begin, block.end, coefficients, block.channel,
-      args.activation, partials,
+      Gate(args.activation), partials,
       [&](int k, const LaneItem& item) {
         return load_pair<T, V>(args, base + item.offset + k * item.stride);
       },
@@ -343,7 +362,8 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   __syncthreads();
   write_grad_x<T, ChannelsLast, V>(
       static_cast<T*>(args.grad_x) + base, layout, plan.tiling, 0, block.begin, block.end,
-      coefficients, block.channel, args.activation, [&](int k, const LaneItem& item) {
+      coefficients, block.channel,
+      Gate(args.activation), [&](int k, const LaneItem& item) {
         return load_pair<T, V>(args, base + item.offset + k * item.stride);
       });
 }

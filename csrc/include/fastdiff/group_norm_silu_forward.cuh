@@ -82,7 +82,7 @@ template <typename T, bool ChannelsLast, int V, typename Load>
 __device__ __forceinline__ void apply_affine(T* y, const GroupNormLayout& layout,
                                              const GroupNormTiling& tiling, int64_t channel,
                                              int begin, int end, const float2* affine, int base,
-                                             Activation activation, const Load& load) {
+                                             const Gate gate, const Load& load) {
   constexpr int A = ChannelsLast ? V : 1;
   for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
     if (item.count == 0) return;
@@ -99,9 +99,9 @@ __device__ __forceinline__ void apply_affine(T* y, const GroupNormLayout& layout
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               const float2 m = map[v % A];
-              values[v] = activate(m.x * to_float(vectors[r].values[v]) + m.y, activation);
+              values[v] = gate.activate(m.x * to_float(vectors[r].values[v]) + m.y);
             }
-            store_vector<V>(y + item.offset + (k + r) * item.stride, values);
+            store_global(y + item.offset + (k + r) * item.stride, values);
           }
         });
   });
@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
       const int in_unit = g * group_channels + c;
       const float added = load_operand<T>(args.channel_bias, block.sample,
                                           block.channel + in_unit, 0.0f);
+      affine[in_unit].x = added;  // until the map takes this place
       const float2 m = channels[in_unit];
       group.merge({static_cast<float>(layout.pixels), m.x + added, m.y});
     }
@@ -167,14 +168,15 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
   __syncthreads();
   for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
     const float2 s = statistics[c / group_channels];
-    const auto map = load_affine<T>(args, block.sample, block.channel + c, s.x, s.y);
+    const auto map =
+        load_affine<T>(args, block.sample, block.channel + c, s.x, s.y, affine[c].x);
     affine[c] = make_float2(map.slope, map.offset);
   }
   __syncthreads();
 
   apply_affine<T, ChannelsLast, V>(
       static_cast<T*>(args.y) + base, layout, tiling, block.channel, block.begin, block.end, affine,
-      0, args.activation, [&](int k, const LaneItem& item) {
+      0, Gate(args.activation), [&](int k, const LaneItem& item) {
         return load_shared<T, V>(data + (item.slot + k * item.slot_stride) * V);
       });
   if (plan.cluster > 1) cluster_wait();
@@ -234,14 +236,15 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     const int64_t c = block.channel + i;
     const int64_t group = block.sample * layout.groups + c / layout.group_channels();
     const auto map = load_affine<T>(args, block.sample, c, static_cast<float*>(args.mean)[group],
-                                    static_cast<float*>(args.rstd)[group]);
+                                    static_cast<float*>(args.rstd)[group],
+                                    load_operand<T>(args.channel_bias, block.sample, c, 0.0f));
     affine[i] = make_float2(map.slope, map.offset);
   }
   __syncthreads();
   const T* x = static_cast<const T*>(args.x) + base;
   apply_affine<T, ChannelsLast, V>(
       static_cast<T*>(args.y) + base, layout, plan.tiling, 0, block.begin, block.end, affine,
-      block.channel, args.activation, [&](int k, const LaneItem& item) {
+      block.channel, Gate(args.activation), [&](int k, const LaneItem& item) {
         return load_global<T, V>(x + item.offset + k * item.stride);
       });
 }

@@ -106,6 +106,17 @@ __device__ __forceinline__ void store_shared(T* to, const Vector<T, V>& vector) 
   *reinterpret_cast<Access*>(to) = vector.packets[0];
 }
 
+// An intrinsic, because the compiler splits a plain store of 16 bytes into its elements where it
+// unrolls, and does not always join them again.
+template <int V, typename T>
+__device__ __forceinline__ void store_global(T* to, const float (&values)[V]) {
+  using Access = typename Vector<T, V>::Access;
+  Vector<T, V> vector;
+#pragma unroll
+  for (int v = 0; v < V; ++v) vector.values[v] = from_float<T>(values[v]);
+  __stwb(reinterpret_cast<Access*>(to), vector.packets[0]);
+}
+
 // ---- small operands ----
 
 // Of one channel of one sample; `neutral` if absent.
@@ -120,36 +131,45 @@ __device__ __forceinline__ float load_operand(const ChannelVector& operand, int6
   return to_float(__ldg(static_cast<const T*>(operand.data) + i));
 }
 
-// z = slope x + offset, and where in it the statistics come in.
+// The affine map of one channel of one sample, whose channel bias is `added`.
 template <typename T, typename Args>
 __device__ __forceinline__ ChannelAffine<float> load_affine(const Args& args, int64_t sample,
                                                             int64_t channel, float mean,
-                                                            float rstd) {
+                                                            float rstd, float added) {
   return channel_affine(mean, rstd, load_operand<T>(args.weight, sample, channel, 1.0f),
-                        load_operand<T>(args.bias, sample, channel, 0.0f),
-                        load_operand<T>(args.channel_bias, sample, channel, 0.0f),
+                        load_operand<T>(args.bias, sample, channel, 0.0f), added,
                         load_operand<T>(args.scale, sample, channel, 0.0f),
                         load_operand<T>(args.shift, sample, channel, 0.0f));
 }
 
 // ---- the activation ----
 
-// 1 / (1 + exp(-z)). With u = 2^-24, __expf(-z) is off by at most (1.5 |z| + 4) u and the quotient by
-// 4 u, relatively. The first goes into z sigmoid(z) times 1 - sigmoid(z): as |z| (1 - sigmoid(z))
-// < |z| exp(-z) <= 1/e for z > 0, and |z| sigmoid(z) < 1/e for z < 0, silu is off by at most
-// (0.6 |z| + 4 |z|) u. Beyond |z| = 87 the exponential over- or underflows to the right limit.
-__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
+// act(z) = z gate(z) with gate(z) = sigmoid(z) = 1 / (1 + exp(-z)), or 1 for the identity, where the
+// exponential is that of -infinity. Without a branch, on which the compiler would split loops and
+// with them 16-byte stores.
+//
+// With u = 2^-24, __expf(-z) is off by at most (1.5 |z| + 4) u and the quotient by 4 u, relatively. The
+// first goes into z sigmoid(z) times 1 - sigmoid(z). As |z| (1 - sigmoid(z)) < 0.3 for z > 0, and
+// |z| sigmoid(z) < 0.3 for z < 0, silu is off by at most (0.5 + 8) |z| u. Beyond |z| = 87 the exponential
+// over- or underflows to the right limit.
+struct Gate {
+  float slope, offset;
 
-__device__ __forceinline__ float activate(float z, Activation activation) {
-  return activation == Activation::kSilu ? z * sigmoid(z) : z;
-}
+  __device__ __forceinline__ explicit Gate(Activation activation)
+      : slope(activation == Activation::kSilu ? -1.0f : 0.0f),
+        offset(activation == Activation::kSilu ? 0.0f : -INFINITY) {}
 
-// grad act'(z)
-__device__ __forceinline__ float activation_gradient(float grad, float z, Activation activation) {
-  if (activation != Activation::kSilu) return grad;
-  const float s = sigmoid(z);
-  return grad * (s * (1.0f + z * (1.0f - s)));
-}
+  __device__ __forceinline__ float operator()(float z) const {
+    return __fdividef(1.0f, 1.0f + __expf(slope * z + offset));
+  }
+  // act(z)
+  __device__ __forceinline__ float activate(float z) const { return z * (*this)(z); }
+  // grad act'(z)
+  __device__ __forceinline__ float gradient(float grad, float z) const {
+    const float s = (*this)(z);
+    return grad * (s * (1.0f + z * (1.0f - s)));
+  }
+};
 
 // ---- sums in a fixed order ----
 

@@ -18,11 +18,12 @@ namespace fastdiff {
 constexpr int kGroupNormThreads = 512;  // at most, per block of one pass
 constexpr int kGroupNormSplitThreads = 256;
 constexpr int64_t kSectorBytes = 32;
+constexpr int kPortableCluster = 8;  // blocks that every device with clusters allows
 
 struct DeviceLimits {
   int64_t shared_bytes;  // per block, with the opt-in
   int multiprocessors;
-  int max_cluster;  // blocks per cluster; 1 where there are no clusters
+  int max_cluster;  // blocks per cluster: 1, kPortableCluster, or 16 with another opt-in
 };
 
 // The items of `channels` channels: blocks of block_channels, cut into segments of pixels.
@@ -191,12 +192,13 @@ inline GroupNormLayout canonical(GroupNormLayout layout) {
 // One pass, if the groups that share sectors fit into the shared memory of one block, or of the
 // smallest possible cluster; else split. Where clusters exist, blocks are halved further as long as
 // two of them do not fit a multiprocessor (so that one reads while the other writes), or the grid
-// leaves more than an eighth of the device idle, down to 2 KB per block.
+// leaves more than an eighth of the device idle, down to 2 KB per block and to where the operands,
+// which every block reads, come to 4 % of it. More than kPortableCluster blocks only make things fit.
 inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
                                      int64_t element_size, const GroupNormPass& pass,
                                      const DeviceLimits& device) {
   using namespace group_norm_plan;
-  constexpr int64_t kItemBytes = 2 << 10, kMaxItems = 128;
+  constexpr int64_t kItemBytes = 2 << 10, kMaxItems = 256;
   const int64_t channels = unit_channels(layout, vector, element_size);
   const int64_t units = layout.channels / channels;
   const int64_t groups = channels / layout.group_channels();
@@ -210,8 +212,9 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
       if (cluster > 1 && plan.one_pass) {
         const bool crowded = 2 * plan.shared_bytes > device.shared_bytes;
         const bool idle = layout.batch * units * plan.cluster < device.multiprocessors * 7 / 8;
-        const bool small = unit_bytes < cluster * kItemBytes || tiling.items() < cluster;
-        if (small || !(crowded || idle)) break;
+        const int64_t least = clamp(100 * channels, kItemBytes, unit_bytes);
+        const bool small = unit_bytes < cluster * least || tiling.items() < cluster;
+        if (small || cluster > kPortableCluster || !(crowded || idle)) break;
       }
       const GroupNormPlan next = one_pass(tiling, pass, groups, element_size, cluster);
       if (next.shared_bytes <= device.shared_bytes) plan = next;
