@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import re
 import shlex
 import shutil
@@ -43,6 +44,9 @@ CXX_FLAGS = [
     "-Wall",
     f"-ffile-prefix-map={ROOT}/=",  # error messages name csrc/..., not this machine's folders
 ]
+if platform.machine() == "x86_64":
+    # Whole registers in the AVX-512 clones: 10 % on Box-Muller (Zen 4). GCC's default is half.
+    CXX_FLAGS.append("-mprefer-vector-width=512")
 # GCC and clang have this one; it vectorizes the marked loops without needing an OpenMP runtime.
 SIMD_FLAG = "-fopenmp-simd"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -33,7 +34,14 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
     """
     try:
         _require(needs)
-        code = main(sys.argv[1:])
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit as stopped:  # --help
+            code = stopped.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (UserError, RunError) as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         code = error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import operator
 import pathlib
 import pkgutil
 import re
@@ -11,6 +12,7 @@ import re
 import pytest
 
 import fastdiff
+from fastdiff.samplers import Sampler
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
@@ -30,6 +32,25 @@ def _modules() -> list[str]:
 def test_docstring_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
+
+
+def _is_sampler(thing: object) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Sampler) and thing is not Sampler
+
+
+PUBLIC = [
+    *(f"ops.{name}" for name in fastdiff.ops.__all__),
+    *(f"samplers.{name}" for name, thing in vars(fastdiff.samplers).items() if _is_sampler(thing)),
+    "GaussianDiffusion",
+    "NoiseSchedule",
+    "UNet",
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstrings_have_an_example(name: str) -> None:
+    thing = operator.attrgetter(name)(fastdiff)
+    assert doctest.DocTestParser().get_examples(thing.__doc__)
 
 
 def test_readme_python() -> None:

@@ -193,6 +193,14 @@ def test_a_terminal_without_unicode_gets_the_message_too():
     assert _cli._unboxed(box) == "Unrecognized options: --stepz, 3 (did you mean --steps?)"
 
 
+def test_help_into_a_closed_pipe_is_silent():
+    command = [sys.executable, "-m", "fastdiff.train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_help_names_every_choice(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])

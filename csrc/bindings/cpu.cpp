@@ -3,10 +3,17 @@
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
 #include "eps_loss.h"
+#include "group_norm_silu.h"
 #include "philox_normal.h"
 #include "q_sample.h"
 
 namespace fastdiff {
+
+int64_t cpu::num_threads() {
+  uint32_t threads = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return threads;
+}
 
 void cpu::parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                           void* context) {
@@ -52,6 +59,27 @@ std::tuple<Tensor, Tensor> eps_loss_backward_cpu(
                            need_prediction, need_noise, cpu::eps_loss_backward);
 }
 
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(
+    const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& channel_bias,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation) {
+  return group_norm_silu(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation,
+                         [](const GroupNormSiluArgs&) { return int64_t{0}; },
+                         cpu::group_norm_silu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    int64_t num_groups, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& channel_bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t activation, bool need_x, bool need_weight,
+    bool need_bias, bool need_channel_bias, bool need_scale, bool need_shift) {
+  return group_norm_silu_backward(
+      grad, x, mean, rstd, num_groups, weight, bias, channel_bias, scale, shift, activation, need_x,
+      need_weight, need_bias, need_channel_bias, need_scale, need_shift,
+      [](const GroupNormSiluBackwardArgs&) { return int64_t{0}; }, cpu::group_norm_silu_backward);
+}
+
 }  // namespace
 }  // namespace bindings
 }  // namespace fastdiff
@@ -59,6 +87,8 @@ std::tuple<Tensor, Tensor> eps_loss_backward_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cpu));
   m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cpu));
+  m.impl("group_norm_silu", TORCH_BOX(&fastdiff::bindings::group_norm_silu_cpu));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&fastdiff::bindings::group_norm_silu_backward_cpu));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cpu));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cpu));
 }

@@ -95,6 +95,23 @@ def posterior_mean_variance(
     ------
     TypeError, ValueError, IndexError
         As `posterior_mean`.
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> tables = fastdiff.NoiseSchedule.linear(1000).tables("cpu")
+    >>> x0, x_t, t = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.tensor([0, 999])
+    >>> mean, variance, log_variance = fastdiff.ops.posterior_mean_variance(
+    ...     x0,
+    ...     x_t,
+    ...     t,
+    ...     tables.posterior_coef_x0,
+    ...     tables.posterior_coef_x_t,
+    ...     tables.posterior_variance,
+    ...     tables.posterior_log_variance_clipped,
+    ... )
+    >>> variance[0].max().item()
+    0.0
     """
     op = "posterior_mean_variance"
     num = _checks.check_tables(

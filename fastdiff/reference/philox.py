@@ -37,6 +37,13 @@ def sample_keys(
     -------
     Tensor
         int64, shape (num,): the unsigned keys' bit patterns.
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> keys = fastdiff.ops.sample_keys(0, 8)
+    >>> torch.equal(keys[5:], fastdiff.ops.sample_keys(0, 3, offset=5))
+    True
     """
     k = torch.arange(offset + 1, offset + num + 1, dtype=torch.int64, device=device)
     z = to_int64(seed) + k * to_int64(0x9E3779B97F4A7C15)

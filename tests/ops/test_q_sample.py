@@ -160,6 +160,21 @@ def test_gradients(dtype: str, layout: str, implementation: str) -> None:
         )
 
 
+GPU_IMPLEMENTATIONS = ("triton-interpreted", "triton-ptx", "cuda-ptx", "cuda", "triton")
+
+
+@pytest.mark.parametrize("implementation", implementation_params(*GPU_IMPLEMENTATIONS))
+def test_timesteps_out_of_range_are_nan(implementation: str) -> None:
+    """On a device, where raising would wait for it: nothing is read outside the tables."""
+    args = arguments(Case(shape="odd", mode="given"))
+    args["t"] = torch.tensor([-1, 7, T][: len(args["x0"])])
+    (x_t,) = evaluate("q_sample", implementation, args).outputs
+    outside = (args["t"] < 0) | (args["t"] >= T)
+    assert outside.any()
+    assert torch.equal(x_t.isnan().flatten(1).all(1), outside)
+    assert torch.equal(x_t.isnan().flatten(1).any(1), outside)
+
+
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -1,0 +1,42 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f")  // for this file only; the caller asks the CPU first
+#endif
+
+#include "philox_words.h"
+
+#if FASTDIFF_HAS_PHILOX_X86
+
+#include <immintrin.h>
+
+#include "philox_lanes.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+typedef uint64_t U64x8 __attribute__((vector_size(64)));
+
+struct WideMultiply8 {
+  FASTDIFF_HD void operator()(uint32_t m, U64x8 c, U64x8& high, U64x8& low) const {
+    low = (U64x8)_mm512_mul_epu32(_mm512_set1_epi64(m), (__m512i)c);
+    high = low >> 32;
+  }
+};
+
+}  // namespace
+
+void philox_words_avx512(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words) {
+  static_assert(kPhiloxLanes == 16);
+  const U64x8 evens{0, 2, 4, 6, 8, 10, 12, 14};
+  U64x8 even[4], odd[4];
+  philox_lanes(first, evens, stream, key, WideMultiply8{}, even);
+  philox_lanes(first + 1, evens, stream, key, WideMultiply8{}, odd);
+  for (int k = 0; k < 4; ++k) {
+    const __m512i joined =
+        _mm512_mask_blend_epi32(0xAAAA, (__m512i)even[k], (__m512i)(odd[k] << 32));
+    _mm512_storeu_si512(words.w[k], joined);
+  }
+}
+
+}  // namespace fastdiff::cpu
+
+#endif
