@@ -65,7 +65,5 @@ def group_norm_sites(network: str) -> list[GroupNormSite]:
                 layer.register_forward_pre_hook(record, with_kwargs=True)
         size = unet.config.sample_size
         unet(torch.empty(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.int64))
-    sites = [
-        GroupNormSite(**{**vars(site), "count": count}) for site, count in found.items()
-    ]
+    sites = [GroupNormSite(**{**vars(site), "count": count}) for site, count in found.items()]
     return sorted(sites, key=lambda s: (s.channels * s.height * s.width, s.operands, s.activation))

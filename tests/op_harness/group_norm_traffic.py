@@ -112,7 +112,13 @@ def measure(
         else:
             statistics = torch.ones(2, batch, num_groups)
             launchers.group_norm_silu_backward(
-                tensor(), x, *statistics, num_groups, *given, number, True,
+                tensor(),
+                x,
+                *statistics,
+                num_groups,
+                *given,
+                number,
+                True,
                 *(value is not None for value in given),
             )
     counters = [launch.counters for launch in launches]

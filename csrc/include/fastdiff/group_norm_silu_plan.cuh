@@ -191,9 +191,10 @@ inline GroupNormLayout canonical(GroupNormLayout layout) {
 //
 // One pass, if the groups that share sectors fit into the shared memory of one block, or of the
 // smallest possible cluster; else split. Where clusters exist, blocks are halved further as long as
-// two of them do not fit a multiprocessor (so that one reads while the other writes), or the grid
-// leaves more than an eighth of the device idle, down to 2 KB per block and to where the operands,
-// which every block reads, come to 4 % of it. More than kPortableCluster blocks only make things fit.
+// the grid leaves more than an eighth of the device idle, or there is more than one block per
+// multiprocessor and no room for two (so that one reads while the other writes); down to 2 KB per
+// block and to where the operands, which every block reads, come to 4 % of it. Clusters of more than kPortableCluster blocks find room
+// less easily: they are for what fits no other way, and for an idle device and 8 KB per block.
 inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
                                      int64_t element_size, const GroupNormPass& pass,
                                      const DeviceLimits& device) {
@@ -210,11 +211,14 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
     GroupNormPlan plan{};
     for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
       if (cluster > 1 && plan.one_pass) {
-        const bool crowded = 2 * plan.shared_bytes > device.shared_bytes;
-        const bool idle = layout.batch * units * plan.cluster < device.multiprocessors * 7 / 8;
-        const int64_t least = clamp(100 * channels, kItemBytes, unit_bytes);
+        const int64_t blocks = layout.batch * units * plan.cluster;
+        const bool crowded = blocks > device.multiprocessors &&
+                             2 * plan.shared_bytes > device.shared_bytes;
+        const bool idle = blocks < device.multiprocessors * 7 / 8;
+        const bool portable = cluster <= kPortableCluster;
+        const int64_t least = clamp(100 * channels, portable ? kItemBytes : 8 << 10, unit_bytes);
         const bool small = unit_bytes < cluster * least || tiling.items() < cluster;
-        if (small || cluster > kPortableCluster || !(crowded || idle)) break;
+        if (small || !(idle || (crowded && portable))) break;
       }
       const GroupNormPlan next = one_pass(tiling, pass, groups, element_size, cluster);
       if (next.shared_bytes <= device.shared_bytes) plan = next;
