@@ -21,8 +21,30 @@ from benchmarks import cubin, inspect_kernels  # noqa: E402
 from benchmarks.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
-SCALAR = {"finish_sums_kernel"}  # reads one value per chunk
-ONE_RESULT_PER_BLOCK = {"eps_loss_fwd_kernel"}
+# Second stages of reductions, which read one value per chunk or sample.
+SCALAR = {
+    "finish_sums_kernel",
+    "group_norm_silu_statistics_kernel",
+    "group_norm_silu_bwd_means_kernel",
+    "group_norm_silu_bwd_parameters_kernel",
+}
+# First stages: their stores of float32, in the code.
+PARTIAL_SUMS = {
+    "eps_loss_fwd_kernel": "1x4",
+    "group_norm_silu_moments_kernel": "4x4",
+    "group_norm_silu_bwd_sums_kernel": "6x4",
+}
+# Besides vectors, one value per channel or group: loads and stores in the code. An operand has an
+# instruction for either dtype.
+PER_CHANNEL = {
+    "group_norm_silu_fwd_kernel": (22, 2),
+    "group_norm_silu_apply_kernel": (12, 0),
+    "group_norm_silu_bwd_kernel": (18, 12),
+    "group_norm_silu_bwd_sums_kernel": (12, 0),
+    "group_norm_silu_bwd_apply_kernel": (13, 0),
+}
+# A load from another block's shared memory is a generic one in machine code.
+CLUSTERS = {"group_norm_silu_fwd_kernel", "group_norm_silu_bwd_kernel"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 
 needs_cuobjdump = pytest.mark.skipif(
@@ -56,7 +78,7 @@ def template(kernel: Kernel) -> tuple[str, list[str]]:
     if match is None:
         assert kernel.name in SCALAR, f"{kernel.name} is not a template over its vector width"
         return kernel.name, ["1"]
-    return match[1], match[2].split(",")
+    return match[1], ["1"] if match[1] in SCALAR else match[2].split(",")
 
 
 def operands(kernel: Kernel) -> list[str]:
@@ -67,6 +89,12 @@ def operands(kernel: Kernel) -> list[str]:
         "philox_normal_kernel": lambda out, v: [],
         "eps_loss_fwd_kernel": lambda prediction, noise, v: [prediction, noise],
         "eps_loss_bwd_kernel": lambda prediction, noise, v: [prediction, noise],
+        "group_norm_silu_fwd_kernel": lambda x, last, v: [x],
+        "group_norm_silu_moments_kernel": lambda x, last, v: [x],
+        "group_norm_silu_apply_kernel": lambda x, last, v: [x],
+        "group_norm_silu_bwd_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_bwd_sums_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_bwd_apply_kernel": lambda x, last, v: [x, x],
     }
     assert stem in known, f"state here what {stem} reads as vectors"
     return known[stem](*arguments)
@@ -75,16 +103,16 @@ def operands(kernel: Kernel) -> list[str]:
 def assert_stays_in_registers(kernel: Kernel) -> None:
     assert kernel.spills == 0, f"{kernel.name}: {kernel.spills} accesses to local memory"
     assert kernel.stack == kernel.local == 0, f"{kernel.name}: stack or local memory"
-    for kind in ("generic load", "generic store"):
+    clusters = kernel.name.partition("<")[0] in CLUSTERS
+    for kind in ("generic store",) if clusters else ("generic load", "generic store"):
         assert kernel.count(kind) == 0, f"{kernel.name}: a {kind} hides which memory it uses"
 
 
-def assert_wide_stores(kernel: Kernel) -> None:
+def assert_wide_stores(kernel: Kernel, narrow: int = 0) -> None:
     stores = inspect_kernels.widths(kernel, "global store")
+    wide = kernel.count("global store", 16)
     assert kernel.count("global store") > 0, f"{kernel.name} stores nothing"
-    assert kernel.count("global store") == kernel.count("global store", 16), (
-        f"{kernel.name}: global stores {stores}"
-    )
+    assert kernel.count("global store") - wide <= narrow, f"{kernel.name}: global stores {stores}"
 
 
 def assert_wide_loads(kernel: Kernel, sizes: list[int], narrow: int) -> None:
@@ -111,15 +139,17 @@ def test_cuda_kernels(arch):
     vectorized = [k for k in kernels if int(template(k)[1][-1]) > 1]
     assert vectorized
     for kernel in vectorized:
-        if template(kernel)[0] in ONE_RESULT_PER_BLOCK:
-            assert inspect_kernels.widths(kernel, "global store") == "1x4"
+        stem = template(kernel)[0]
+        loads, stores = PER_CHANNEL.get(stem, (0, 0))
+        if stem in PARTIAL_SUMS:
+            assert inspect_kernels.widths(kernel, "global store") == PARTIAL_SUMS[stem]
         else:
-            assert_wide_stores(kernel)
+            assert_wide_stores(kernel, stores)
         vector = int(template(kernel)[1][-1])
         sizes = [vector * BYTES[operand] for operand in operands(kernel)]
         # Once per block: t, two coefficients, flip, key (or grad, weight, key). A mirrored sample
         # is gathered by element.
-        assert_wide_loads(kernel, sizes, narrow=5 + vector)
+        assert_wide_loads(kernel, sizes, narrow=max(loads, 5 + vector))
 
 
 # Per name: bytes of the vectors that a thread reads, and its other loads.

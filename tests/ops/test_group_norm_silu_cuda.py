@@ -1,4 +1,4 @@
-"""group_norm_silu's CUDA kernels: every path of the plan, order independence, and what they move."""
+"""group_norm_silu's CUDA kernels: every path of the plan, independence of order, traffic."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def kernels(launches: list) -> list[str]:
         *("moments", "statistics", "bwd_sums", "bwd_means", "bwd_apply", "bwd_parameters"),
         *("apply", "fwd", "bwd"),
     )
-    return [next(k for k in known if f"{k}_kernel" in launch.kernel) for launch in launches]
+    return [next(k for k in known if f"{k}_kernel" in launch.entry) for launch in launches]
 
 
 SPLIT = ["moments", "statistics", "apply", "bwd_sums", "bwd_means", "bwd_apply"]
@@ -135,7 +135,8 @@ def check_traffic(site: GroupNormSite, batch: int, dtype, channels_last: bool, w
     assert traffic.bytes <= 1.05 * (accesses * traffic.tensor_bytes + small), traffic
     assert traffic.sectors <= 1.1, traffic
     assert traffic.narrow == 0, traffic
-    if arch != "sm_80" or accesses != bound(shape, site.num_groups, 0, False, which, arch):
+    one_pass = len(traffic.blocks) <= 2
+    if arch != "sm_80" or not one_pass:
         # A block's worth of work is 8 KB. Without clusters a group that fits has one block.
         assert max(traffic.blocks) >= min(128, traffic.tensor_bytes >> 13), traffic
 

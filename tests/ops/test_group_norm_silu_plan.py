@@ -138,7 +138,7 @@ def _shapes(draw):
 )
 def test_every_plan_is_valid(shape_and_groups, element_size, last, backward, device):
     shape, groups = shape_and_groups
-    batch, channels, pixels = shape
+    _, channels, pixels = shape
     vector = 16 // element_size
     inner = channels if last or pixels == 1 else pixels
     options = {"device": device, "last": last, "backward": backward, "vector": inner % vector == 0}
