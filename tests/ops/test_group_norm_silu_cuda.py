@@ -28,7 +28,7 @@ PATHS = {
     "split": ((1, 32, 24, 64), 1),  # 192 KB in float32
     "split rows": ((2, 4096, 2, 6), 1),  # many short rows per block
     "split odd": ((1, 3, 131, 129), 1),  # 198 KB, no vectors
-    "split wide": ((1, 520, 9, 10), 2),  # strips of 65 vectors in channels_last
+    "split wide": ((1, 1040, 9, 10), 2),  # in channels_last strips of 120 channels
     "cluster": ((1, 8, 32, 64), 1),  # 64 KB that several blocks share at batch 1
     "cluster odd": ((1, 6, 37, 41), 2),
 }
