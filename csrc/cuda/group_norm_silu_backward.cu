@@ -1,4 +1,5 @@
 #include "fastdiff/group_norm_silu_backward.cuh"
+#include "fastdiff/group_norm_silu_parameters.cuh"
 
 #include "group_norm_silu_launch.cuh"
 #include "launchers.h"
