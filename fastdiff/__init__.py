@@ -1,9 +1,18 @@
 """Fused kernels for denoising diffusion models, with a U-Net trainer and samplers."""
 
-from fastdiff import analytic, ops, parameterizations, reference, samplers
+from fastdiff import (
+    analytic,
+    ops,
+    parameterizations,
+    reference,
+    samplers,
+    timestep_samplers,
+    weightings,
+)
 from fastdiff._backends import backends, default_backend, use_backend
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
+from fastdiff.likelihood import flow_likelihood
 from fastdiff.nn import UNet
 from fastdiff.schedules import NoiseSchedule
 
@@ -18,9 +27,12 @@ __all__ = [
     "analytic",
     "backends",
     "default_backend",
+    "flow_likelihood",
     "ops",
     "parameterizations",
     "reference",
     "samplers",
+    "timestep_samplers",
     "use_backend",
+    "weightings",
 ]

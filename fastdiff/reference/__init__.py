@@ -12,6 +12,7 @@ from fastdiff.reference.philox_normal import box_muller, normals, philox_normal
 from fastdiff.reference.posterior_mean import posterior_mean
 from fastdiff.reference.q_sample import q_sample
 from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.vlb_terms import vlb_terms
 
 __all__ = [
     "StepColumn",
@@ -28,4 +29,5 @@ __all__ = [
     "q_sample",
     "sample_keys",
     "sample_words",
+    "vlb_terms",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import ops
 from fastdiff.gaussian import GaussianDiffusion, Model
 from fastdiff.guidance import Guidance
-from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.samplers.base import Callback, Run, Sampler
 from fastdiff.samplers.spacing import SPACINGS, Spacing
 from fastdiff.step_tables import encode_indices
@@ -80,7 +80,7 @@ class DDIM(Sampler):
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         output, uncond, scale = run.evaluate(x, row)
-        return ddim_step(
+        return ops.ddim_step(
             x,
             output,
             run.rows[row],
@@ -90,7 +90,8 @@ class DDIM(Sampler):
             use_clipped_model_output=self.use_clipped_model_output,
             uncond=uncond,
             guidance_scale=scale,
-            noise=None if self.deterministic else run.noise(x, stream),
+            seed=None if self.deterministic else run.keys,
+            stream=stream,
             return_pred_x0=True,
         )
 
@@ -153,7 +154,7 @@ class DDIM(Sampler):
 
     def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         output, uncond, scale = run.evaluate(x, row)
-        return ddim_step(
+        return ops.ddim_step(
             x,
             output,
             run.rows[row],

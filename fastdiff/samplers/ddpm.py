@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdiff.reference.ddpm_step import ddpm_step
+from fastdiff import ops
 from fastdiff.samplers.base import Run, Sampler
 
 
@@ -35,7 +35,7 @@ class DDPM(Sampler):
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         output, uncond, scale = run.evaluate(x, row)
-        return ddpm_step(
+        return ops.ddpm_step(
             x,
             output,
             run.rows[row],
@@ -45,6 +45,7 @@ class DDPM(Sampler):
             clip=self.clip_denoised,
             uncond=uncond,
             guidance_scale=scale,
-            noise=run.noise(x, stream),
+            seed=run.keys,
+            stream=stream,
             return_pred_x0=True,
         )
