@@ -4,6 +4,7 @@
 
 #include "../cuda/launchers.h"
 #include "eps_loss.h"
+#include "group_norm_silu.h"
 #include "philox_normal.h"
 #include "q_sample.h"
 #include "sampler_step.h"
@@ -63,6 +64,37 @@ std::tuple<Tensor, Tensor> eps_loss_backward_cuda(
                            need_prediction, need_noise, [&](const EpsLossArgs& args) {
                              launch_on(prediction, "eps_loss", fastdiff_eps_loss_backward, args);
                            });
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cuda(
+    const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& channel_bias,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return group_norm_silu(
+      x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation,
+      [](const GroupNormSiluArgs& args) { return fastdiff_group_norm_silu_workspace(&args); },
+      [&](const GroupNormSiluArgs& args) {
+        launch_on(x, "group_norm_silu", fastdiff_group_norm_silu, args);
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    int64_t num_groups, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& channel_bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t activation, bool need_x, bool need_weight,
+    bool need_bias, bool need_channel_bias, bool need_scale, bool need_shift) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return group_norm_silu_backward(
+      grad, x, mean, rstd, num_groups, weight, bias, channel_bias, scale, shift, activation, need_x,
+      need_weight, need_bias, need_channel_bias, need_scale, need_shift,
+      [](const GroupNormSiluBackwardArgs& args) {
+        return fastdiff_group_norm_silu_backward_workspace(&args);
+      },
+      [&](const GroupNormSiluBackwardArgs& args) {
+        launch_on(x, "group_norm_silu", fastdiff_group_norm_silu_backward, args);
+      });
 }
 
 std::tuple<Tensor, Tensor> ddim_step_cuda(
@@ -127,6 +159,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
   m.impl("ddpm_step", TORCH_BOX(&fastdiff::bindings::ddpm_step_cuda));
   m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cuda));
   m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cuda));
+  m.impl("group_norm_silu", TORCH_BOX(&fastdiff::bindings::group_norm_silu_cuda));
+  m.impl("group_norm_silu_backward",
+         TORCH_BOX(&fastdiff::bindings::group_norm_silu_backward_cuda));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cuda));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cuda));
   m.impl("vlb_terms", TORCH_BOX(&fastdiff::bindings::vlb_terms_cuda));

@@ -38,9 +38,9 @@ class NoiseSource(ctypes.Structure):
 
 @functools.cache
 def library(stem: str, arch: str) -> Any:
-    """The launchers of csrc/cuda/<stem>.cu: one op's kernels compile without the others'."""
+    """The launchers of csrc/cuda/<stem>*.cu: one op's kernels compile without the others'."""
     return ptx_emulator.build_launchers(
-        [_CSRC / "cuda" / f"{stem}.cu"],
+        sorted((_CSRC / "cuda").glob(f"{stem}*.cu")),
         include_dirs=[_CSRC / "include", _CSRC / "cuda"],
         arch=arch,
         flags=["-std=c++20", "--expt-relaxed-constexpr"],
