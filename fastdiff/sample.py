@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from fastdiff import _cli, ops
+from fastdiff.images import image_grid, to_uint8
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.errors import RunError, UserError, naming
-from fastdiff.training.logging import image_grid, to_uint8
 from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
 
 if TYPE_CHECKING:

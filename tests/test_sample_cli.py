@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from fastdiff import _cli, ops, sample
+from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS, UNetConfig
 from fastdiff.samplers import DDIM, DDPM
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
-from fastdiff.training.logging import image_grid, to_uint8
 
 CONFIG = TrainConfig(
     preset="tiny",

@@ -7,7 +7,16 @@ from torch import nn
 from fastdiff import ops
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
-from fastdiff.samplers import DDIM, DDPM
+from fastdiff.samplers import (
+    DDIM,
+    DDPM,
+    AnnealedLangevin,
+    DPMSolverPP,
+    Heun,
+    PredictorCorrector,
+    ProbabilityFlow,
+    ReverseSDE,
+)
 from fastdiff.schedules import NoiseSchedule
 
 SHAPE = (6, 2, 4, 4)
@@ -15,6 +24,16 @@ SAMPLERS = {
     "ddpm": lambda diffusion, **kw: DDPM(diffusion, 5, "trailing", **kw),
     "ddim": lambda diffusion, **kw: DDIM(diffusion, 5, spacing="trailing", **kw),
     "ddim_eta": lambda diffusion, **kw: DDIM(diffusion, 5, 0.8, "trailing", **kw),
+    "probability_flow": lambda diffusion, **kw: ProbabilityFlow(diffusion, 5, "trailing", **kw),
+    "heun": lambda diffusion, **kw: Heun(diffusion, 5, "trailing", **kw),
+    "dpm_solver_pp": lambda diffusion, **kw: DPMSolverPP(diffusion, 5, "trailing", **kw),
+    "reverse_sde": lambda diffusion, **kw: ReverseSDE(diffusion, 5, "trailing", **kw),
+    "langevin": lambda diffusion, **kw: AnnealedLangevin(
+        diffusion, 5, "trailing", inner_steps=2, **kw
+    ),
+    "predictor_corrector": lambda diffusion, **kw: PredictorCorrector(
+        diffusion, 5, "trailing", **kw
+    ),
 }
 
 
