@@ -1,16 +1,20 @@
 """Fused kernels for denoising diffusion models, with a U-Net trainer and samplers."""
 
-from fastdiff import analytic, ops, parameterizations, reference, samplers
+from fastdiff import analytic, guidance, ops, parameterizations, reference, samplers
 from fastdiff._backends import backends, default_backend, use_backend
+from fastdiff.categorical import CategoricalDiffusion
 from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import ClassifierFree
+from fastdiff.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
 from fastdiff.nn import UNet
 from fastdiff.schedules import NoiseSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CategoricalDiffusion",
     "ClassifierFree",
+    "ClassifierGuidance",
+    "DynamicThresholding",
     "GaussianDiffusion",
     "NoiseSchedule",
     "UNet",
@@ -18,6 +22,7 @@ __all__ = [
     "analytic",
     "backends",
     "default_backend",
+    "guidance",
     "ops",
     "parameterizations",
     "reference",

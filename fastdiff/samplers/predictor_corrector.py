@@ -33,8 +33,9 @@ class PredictorCorrector(Sampler):
 
     Corrector (Score-SDE alg. 5): x <- x + e g + sqrt(2 e) z, with g the score and
     e = 2 alpha_t (snr |z| / |g|)^2; the norms are those of each sample, so that its result does not
-    depend on the rest of the batch (they need a few dozen dimensions to be steady). The corrector knows no time, only the level; alpha_t = abar_t /
-    abar_{t-1} is that of the full sequence. The predictor brings its own reading of time;
+    depend on the rest of the batch (it takes a few dozen dimensions for them to be steady). The
+    corrector knows no time, only the level; alpha_t = abar_t / abar_{t-1} is that of the full
+    sequence. The predictor brings its own reading of time;
     "reverse_diffusion" is algorithm 3's. (1 + corrector_steps) S evaluations.
 
     Parameters

@@ -97,7 +97,7 @@ def test_errors(diffusion, known, mask):
     ddpm = DDPM(diffusion, 10)
     with pytest.raises(ValueError, match=r"mask has shape \(5,\), expected one that broadcasts"):
         Inpainting(ddpm, known, torch.zeros(5))
-    with pytest.raises(ValueError, match="known has shape .* torch.uint8"):
+    with pytest.raises(ValueError, match=r"known has shape .* torch\.uint8"):
         Inpainting(ddpm, known.to(torch.uint8), mask)
     with pytest.raises(ValueError, match="DPMSolverPP remembers earlier steps"):
         Inpainting(DPMSolverPP(diffusion, 10), known, mask, resamples=2)

@@ -79,7 +79,7 @@ def test_interpolation_goes_from_one_sample_to_the_other(diffusion, model, laten
         torch.testing.assert_close(path[end], expected, rtol=1e-5, atol=1e-5)
     middle = sampler.sample(model, x_T=slerp(*latents, 0.5), progress=False)
     torch.testing.assert_close(path[2], middle, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="decode needs a deterministic sampler.*eta=1"):
+    with pytest.raises(ValueError, match=r"decode needs a deterministic sampler.*eta=1"):
         interpolate(DDIM(diffusion, 10, 1.0), model, *latents, progress=False)
     with pytest.raises(ValueError, match="num is 1"):
         interpolate(sampler, model, *latents, num=1)
