@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,7 +67,9 @@ class Frames:
         rows = torch.stack(frames, 1).flatten(0, 1)
         image_grid(rows, columns=len(frames)).save(path)
 
-    def gif(self, path: str | Path, num: int | None = None, milliseconds: int = 100) -> None:
+    def gif(
+        self, path: str | Path | BinaryIO, num: int | None = None, milliseconds: int = 100
+    ) -> None:
         """Save an animation of the grid of samples; the last frame stays for a second."""
         pictures = [image_grid(frame) for frame in self._some(num)]
         durations = [milliseconds] * (len(pictures) - 1) + [max(1000, milliseconds)]
