@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nn.networks import SMALL
 from torch import nn
 
 import fastdiff
@@ -9,7 +10,7 @@ from fastdiff import ops
 from fastdiff.analytic import GaussianDenoiser
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
-from fastdiff.nn import NoisyClassifier, UNetConfig
+from fastdiff.nn import NoisyClassifier
 from fastdiff.parameterizations import convert
 from fastdiff.samplers import DDIM, DDPM, Heun
 from fastdiff.schedules import NoiseSchedule
@@ -17,15 +18,6 @@ from fastdiff.schedules import NoiseSchedule
 DATA = (1, 2, 2)
 SHAPE = (4, *DATA)
 PREDICTIONS = ["eps", "x0", "v", "mean"]
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +241,7 @@ def test_guidance_without_a_conditional_model_is_an_error(schedule):
     with pytest.raises(ValueError, match="this function takes no argument y"):
         sample(lambda x, t: x, free, y=y)
     with pytest.raises(ValueError, match=r"this UNet was built without classes \(num_classes=None"):
-        sample(fastdiff.UNet(TINY), free, y=y)
+        sample(fastdiff.UNet(SMALL["digits"]), free, y=y)
     with pytest.raises(ValueError, match="replaces y in model_kwargs, which has nothing"):
         sample(lambda x, t, y: x, free)
     with pytest.raises(ValueError, match="replaces nothing in model_kwargs, which has y"):
@@ -279,13 +271,13 @@ def test_errors(schedule):
 
 def test_the_noisy_classifier_learns_and_depends_on_the_time():
     torch.manual_seed(0)
-    classifier = NoisyClassifier(TINY, 2)
+    classifier = NoisyClassifier(SMALL["digits"], 2)
     schedule = NoiseSchedule.cosine(100)
     diffusion = GaussianDiffusion(schedule)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=5e-3)
     for step in range(40):
         y = torch.arange(32) % 2
-        x0 = (0.8 * (2.0 * y - 1)).reshape(-1, 1, 1, 1).expand(32, 1, 8, 8)
+        x0 = (0.8 * (2.0 * y - 1)).reshape(-1, 1, 1, 1).expand(32, 1, 4, 4)
         t = torch.randint(100, (32,))
         loss = nn.functional.cross_entropy(classifier(diffusion.q_sample(x0, t, seed=step), t), y)
         optimizer.zero_grad()
@@ -298,4 +290,4 @@ def test_the_noisy_classifier_learns_and_depends_on_the_time():
     confidence = [x.softmax(1).max(1).values.mean().item() for x in logits]
     assert confidence[1] < confidence[0] - 0.1, confidence
     with pytest.raises(ValueError, match="num_classes must be 2 or more, got 1"):
-        NoisyClassifier(TINY, 1)
+        NoisyClassifier(SMALL["digits"], 1)

@@ -12,7 +12,7 @@ from fastdiff import _cli, ops, sample
 from fastdiff.guidance import ClassifierFree, DynamicThresholding
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS, UNetConfig
-from fastdiff.samplers import DDIM, DDPM, AnnealedLangevin, DPMSolverPP
+from fastdiff.samplers import DDIM, DDPM, DPMSolverPP, PredictorCorrector
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
 CONFIG = TrainConfig(
@@ -80,8 +80,8 @@ def run_sample(monkeypatch, capfd, tmp_path, runs):
         (["--sampler", "ddpm", "--steps", "20"], lambda d: DDPM(d, steps=20)),
         (["--sampler", "dpm_solver_pp", "--steps", "5"], lambda d: DPMSolverPP(d, steps=5)),
         (
-            ["--sampler", "annealed_langevin", "--steps", "5", "--inner-steps", "2"],
-            lambda d: AnnealedLangevin(d, steps=5, inner_steps=2),
+            ["--sampler", "predictor_corrector", "--steps", "20", "--inner-steps", "2"],
+            lambda d: PredictorCorrector(d, steps=20, corrector_steps=2),
         ),
     ],
 )

@@ -18,7 +18,7 @@ from fastdiff.guidance import Guidance, check_guidance
 from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_table import StepColumn
-from fastdiff.samplers.spacing import Spacing, spaced_indices
+from fastdiff.samplers.spacing import SPACINGS, Spacing, spaced_indices
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 """callback(step, t, x_t, pred_x0): step counts from 0, x_t is the state that pred_x0 comes from."""
@@ -67,6 +67,8 @@ class Sampler(ABC):
 
     deterministic = False
     """Whether x_T alone decides the sample; then `encode` and `decode` exist."""
+    default_steps: int | None = None
+    """S of a named spacing if none is given; None: all timesteps."""
     takes_mean_shift = False
     """Whether guidance may shift the mean of the step (CG algorithm 1)."""
     use_clipped_model_output = True
@@ -80,6 +82,8 @@ class Sampler(ABC):
         *,
         clip_denoised: bool = True,
     ) -> None:
+        if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
+            steps = self.default_steps
         self.diffusion = diffusion
         self.clip_denoised = clip_denoised
         self.indices = spaced_indices(diffusion.schedule, steps, spacing)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.samplers.base import Run, Sampler
-from fastdiff.samplers.spacing import SPACINGS, Spacing
+from fastdiff.samplers.spacing import Spacing
 
 
 class DDIM(Sampler):
@@ -44,6 +44,8 @@ class DDIM(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    default_steps = 50
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -55,8 +57,6 @@ class DDIM(Sampler):
         clip_denoised: bool = True,
         use_clipped_model_output: bool = True,
     ) -> None:
-        if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
-            steps = 50
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.eta = eta
         self.sigma_hat = sigma_hat

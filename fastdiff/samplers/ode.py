@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.samplers.base import Sampler
-from fastdiff.samplers.spacing import SPACINGS, Spacing
+from fastdiff.samplers.spacing import Spacing
 
 
 class OdeSampler(Sampler):
@@ -33,6 +33,7 @@ class OdeSampler(Sampler):
         is infinite (zero terminal SNR).
     """
 
+    default_steps = 50
     deterministic = True
     finite_noise_level = True
     """Whether the first step needs sg_T to be finite."""
@@ -52,8 +53,6 @@ class OdeSampler(Sampler):
                 f"eta is {eta}, but {name} follows an ODE, which adds no noise: leave eta out, or "
                 "use DDIM(..., eta=...)"
             )
-        if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
-            steps = 50
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         if self.finite_noise_level:
             require_signal(self)

@@ -1,4 +1,4 @@
-"""Frechet distance between sets of images in the features of a small classifier.
+"""Features for a Frechet distance between sets of images: those of a small classifier.
 
 The classifier is trained on the real images by `train_classifier`: for images whose published
 Inception features mean nothing (8x8 digits), and without a download. Distances of different
@@ -61,14 +61,3 @@ def train_classifier(dataset: Dataset, steps: int, seed: int = 0) -> FeatureClas
 def features(classifier: FeatureClassifier, levels: Tensor) -> np.ndarray:
     """float64 (N, 32) of uint8 images (N, C, H, W)."""
     return torch.cat([classifier.features(part) for part in levels.split(500)]).double().numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two samples (N, D)."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr (C_a C_b)^(1/2) from the symmetric R C_b R with R^2 = C_a: real whatever the rank.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    difference = a.mean(0) - b.mean(0)
-    return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
