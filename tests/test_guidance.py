@@ -275,7 +275,7 @@ def test_the_noisy_classifier_learns_and_depends_on_the_time():
     schedule = NoiseSchedule.cosine(100)
     diffusion = GaussianDiffusion(schedule)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=5e-3)
-    for step in range(40):
+    for step in range(80):
         y = torch.arange(32) % 2
         x0 = (0.8 * (2.0 * y - 1)).reshape(-1, 1, 1, 1).expand(32, 1, 4, 4)
         t = torch.randint(100, (32,))
