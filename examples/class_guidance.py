@@ -44,8 +44,8 @@ def main() -> int:
         default="runs/class_guidance",
         help="run folder of `train --class-cond`, trained if there is none",
     )
-    parser.add_argument("--num", type=int, default=300, help="samples per number")
-    parser.add_argument("--steps", type=int, default=40, help="sampling steps")
+    parser.add_argument("--num", type=int, default=200, help="samples per number")
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--train-steps", type=int, default=700, help="of the U-Net")
     parser.add_argument("--classifier-steps", type=int, default=400, help="of the classifier")
     parser.add_argument("--picture", help="save a grid: one row per method and scale")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.gaussian import Model
-from fastdiff.reference.q_sample import per_sample
 from fastdiff.samplers.base import _device_of, _evaluating, _progress
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 from fastdiff.schedules import NoiseSchedule
@@ -88,9 +87,8 @@ class CategoricalDiffusion:
     def q_probs(self, x0: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0), (B, K, ...) float32, for classes x0 (B, ...) and timesteps t (B,)."""
         one_hot = self.one_hot(x0)
-        abar = self._column(self.schedule.alpha_bars, t, one_hot)
-        uniform = self._column(self.schedule.one_minus_alpha_bars, t, one_hot) / self.num_classes
-        return abar * one_hot + uniform
+        at = self._coefficients(t, t, one_hot)
+        return at["abar_t"] * one_hot + at["noise_t"] / self.num_classes
 
     def q_sample(
         self, x0: Tensor, t: Tensor, seed: int | Tensor | None = None, *, stream: int = 0
@@ -255,8 +253,8 @@ class CategoricalDiffusion:
     def _coefficients(self, t: Tensor, s: Tensor, like: Tensor) -> dict[str, Tensor]:
         """abar and 1 - abar at t and s, alpha = abar_t / abar_s, beta = 1 - alpha, and sigma."""
         schedule = self.schedule
-        log_t = schedule.log_alpha_bars.to(t.device)[t]
-        log_s = schedule.log_alpha_bars.to(t.device)[s.clamp(min=0)].masked_fill(s < 0, 0.0)
+        table = schedule.on_device(_log_alpha_bars, t.device)
+        log_t, log_s = table[t], table[s.clamp(min=0)].masked_fill(s < 0, 0.0)
         values = {
             "abar_t": log_t.exp(),
             "noise_t": -torch.expm1(log_t),
@@ -271,9 +269,6 @@ class CategoricalDiffusion:
             values["sigma"] = self.sigma * values["noise_s"] / values["noise_t"]
         shape = (-1, *[1] * (like.dim() - 1))
         return {name: value.float().reshape(shape) for name, value in values.items()}
-
-    def _column(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return per_sample(table.to(t.device, torch.float32), t, like)
 
     def __repr__(self) -> str:
         return (
@@ -323,6 +318,11 @@ def _validated_sigma(
             "abar_s) / (1 - abar_t): beyond it the weight of the uniform part is negative"
         )
     return sigma.clone()
+
+
+def _log_alpha_bars(schedule: NoiseSchedule, device: torch.device) -> Tensor:
+    """float64 (T,): differences of these are exact where differences of abar would cancel."""
+    return schedule.log_alpha_bars.detach().to(device)
 
 
 def _seed(seed: int | Tensor | None, x0: Tensor) -> int | Tensor:

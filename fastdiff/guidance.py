@@ -51,7 +51,7 @@ class ClassifierFree:
     Parameters
     ----------
     scale
-        0: unconditional; 1: conditional (one call); above 1: guided.
+        0: unconditional and 1: conditional, with one call each; above 1: guided.
     uncond_kwargs
         The model arguments that mean "no condition", e.g. `{"y": null_labels}`.
     rescale
@@ -113,6 +113,8 @@ class ClassifierFree:
     def __call__(
         self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, model_kwargs: Mapping[str, Any]
     ) -> Outputs:
+        if self.scale == 0:
+            return model(x_t, t, **{**model_kwargs, **self.uncond_kwargs}), None, 1.0
         cond = model(x_t, t, **model_kwargs)
         if self.scale == 1:
             return cond, None, 1.0
