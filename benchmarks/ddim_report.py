@@ -73,7 +73,7 @@ def _markdown(results: dict[str, Any]) -> str:
         "",
         f"U-Net trained for {plan['train_steps']} steps of 64 images, linear schedule, T = 1000. "
         f"Table 1: {plan['num']} samples per cell, features of a classifier with "
-        f"{results['classifier_accuracy']:.1%} accuracy; as many real images are at a distance of "
+        f"{results['classifier_accuracy']:.1%} training accuracy; as many real images are at "
         f"{results['real']:.4f} from all of them. In brackets: published FIDs on CIFAR-10, another "
         "network, other images, other features: only trends can be compared.",
         "",
