@@ -10,6 +10,7 @@ Environment
     FASTDIFF_BUILD         cpu: no CUDA; cuda: a missing nvcc is an error; none: pure Python
     CUDA_HOME              the CUDA toolkit; default: that of the nvcc on the PATH
     CXX                    the C++ compiler; default: c++, g++ or clang++ on the PATH
+    CXXFLAGS               more options for it
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: 8.0 to 12.0 as far as nvcc knows them
     MAX_JOBS               compilers at a time; default: one per core and per 3 GB of free memory
 """
@@ -218,7 +219,8 @@ class NinjaBuild(build_ext):
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             "-DUSE_CUDA" if PLAN.cuda_home else "",
         ]
-        cxx = shlex.join([*CXX_FLAGS, SIMD_FLAG, *include, *filter(None, torch_flags)])
+        more = shlex.split(os.environ.get("CXXFLAGS", ""))
+        cxx = shlex.join([*CXX_FLAGS, SIMD_FLAG, *include, *filter(None, torch_flags), *more])
         lines = [
             f"cxx = {PLAN.cxx}",
             f"cxxflags = {cxx}",

@@ -328,13 +328,18 @@ def measure_table(
     return records
 
 
-def measure_overheads(device: torch.device, rounds: int) -> list[Record]:
+def measure_overheads(
+    device: torch.device,
+    rounds: int,
+    modes: tuple[str, ...] = MODES,
+    workload: Callable[..., Workload] = workload,
+) -> list[Record]:
     """Microseconds of a call whose arithmetic takes next to none."""
     names = (OURS, "eager", "diffusers", "clone")
     print("\nus per call on a tensor of 96 elements")
     table = report.Table(["mode", *names], widths={"mode": 17, **dict.fromkeys(names, 9)})
     records = []
-    for mode in MODES:
+    for mode in modes:
         labels = {"shape": "tiny", "dtype": "fp32", "layout": "nchw", "mode": mode}
         tiny = workload(labels, device, compiled=False, tiny=True)
         # Long samples: the first calls of a few microseconds run with cold caches.
@@ -356,9 +361,15 @@ def print_wrong(records: list[Record]) -> None:
         print("\n".join(lines))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(
+    argv: list[str] | None,
+    module: str = "bench_q_sample",
+    description: str = __doc__,
+    modes: tuple[str, ...] = MODES,
+) -> argparse.Namespace:
+    """The options that the benchmarks of elementwise ops share."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_q_sample", description=__doc__.partition("\n")[0]
+        prog=f"python -m benchmarks.{module}", description=description.partition("\n")[0]
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is)")
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds: a minute")
@@ -369,7 +380,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("shapes", tuple(SHAPES)),
         ("dtypes", tuple(DTYPES)),
         ("layouts", tuple(LAYOUTS)),
-        ("modes", MODES),
+        ("modes", modes),
     ):
         parser.add_argument(
             f"--{name}", nargs="+", choices=choices, help=f"only these of: {', '.join(choices)}"
@@ -390,7 +401,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.shapes = options.shapes or (QUICK_SHAPES if options.quick else tuple(SHAPES))
     options.dtypes = options.dtypes or (("fp32", "bf16") if options.quick else tuple(DTYPES))
     options.layouts = options.layouts or (("nchw",) if options.quick else tuple(LAYOUTS))
-    options.modes = options.modes or MODES
+    options.modes = options.modes or modes
     return options
 
 

@@ -34,7 +34,7 @@ def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
     quality, errors = results["quality"], results["reconstruction"]
     steps = list(quality["0"])
     found = []
-    for S in steps[:2]:
+    for S in [S for S in steps[:2] if all(quality[eta][S] is not None for eta in ETAS)]:
         column = {eta: quality[eta][S] for eta in ETAS}
         found.append((min(column, key=column.get) == "0", f"eta = 0 is the best at S = {S}"))
         worst = max(column, key=column.get)

@@ -130,6 +130,93 @@ def _eps_loss_backward(
     )
 
 
+def _sampler_step(
+    dtype: torch.dtype,
+    output: torch.dtype | None = None,
+    seed: int | None = None,
+    channels_last: bool = False,
+    learned: bool = False,
+) -> None:
+    """A guided ddim_step, or a ddpm_step with learned variance."""
+    from fastdiff.triton_kernels.sampler_step import sampler_step
+
+    x = _empty(dtype, channels_last)
+    channels = SHAPE[1] * (1 + learned)
+    model_output = _empty(output or dtype, channels_last, (SHAPE[0], channels, *SHAPE[2:]))
+    sampler_step(
+        x,
+        None,
+        x,
+        model_output,
+        None if learned else model_output,
+        None,
+        _empty(torch.int64, shape=SHAPE[:1]),
+        _empty(torch.float32, shape=(50, 16)),
+        0,
+        True,
+        learned,
+        True,
+        3.0,
+        None,
+        seed,
+        0,
+        channels_last,
+    )
+
+
+def _group_norm_silu(
+    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool = False, backward: bool = False
+) -> None:
+    from fastdiff.triton_kernels import group_norm_silu as kernels
+
+    x, operand = _empty(dtype, channels_last, shape), _empty(torch.float32, shape=shape[1:2])
+    statistics = _empty(torch.float32, shape=(shape[0], 32))
+    small = (operand, operand, None, None, None)
+    if backward:
+        kernels.group_norm_silu_backward(
+            x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
+        )
+    else:
+        kernels.group_norm_silu(
+            x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last
+        )
+
+
+def _vlb_terms(
+    dtype: torch.dtype,
+    seed: int | None = None,
+    channels_last: bool = False,
+    learned: bool = False,
+    backward: bool = False,
+) -> None:
+    from fastdiff.triton_kernels import vlb_terms as kernels
+
+    x = _empty(dtype, channels_last)
+    shape = (SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]) if learned else SHAPE
+    output = _empty(dtype, channels_last, shape)
+    results = _empty(torch.float32, shape=(3, SHAPE[0]))
+    inputs = (
+        x,
+        x,
+        output,
+        _empty(torch.int64, shape=SHAPE[:1]),
+        _empty(torch.float32, shape=(1000, 16)),
+        x if seed is None else None,
+        None,
+        seed,
+        0,
+        0,
+        learned,
+        True,
+        False,
+        channels_last,
+    )
+    if backward:
+        kernels.vlb_terms_backward(output, results, *inputs)
+    else:
+        kernels.vlb_terms(results, *inputs)
+
+
 def representative_calls() -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     calls: dict[str, Callable[[], None]] = {}
@@ -145,9 +232,29 @@ def representative_calls() -> dict[str, Callable[[], None]]:
                 call = functools.partial(loss, dtype, channels_last=channels_last)
                 calls[f"{op} {name} {layout} given"] = call
                 calls[f"{op} {name} {layout} seed"] = functools.partial(call, seed=0)
+            step = functools.partial(_sampler_step, dtype, channels_last=channels_last)
+            calls[f"ddim_step {name} {layout} guided"] = step
+            calls[f"ddim_step {name} {layout} guided seed"] = functools.partial(step, seed=0)
+            for op, backward in (("group_norm_silu", False), ("group_norm_silu_backward", True)):
+                for case, size in (("one pass", 32), ("split", 256)):
+                    calls[f"{op} {name} {layout} {case}"] = functools.partial(
+                        _group_norm_silu, dtype, (1, 128, size, size), channels_last, backward
+                    )
+            for op, backward in (("vlb_terms", False), ("vlb_terms_backward", True)):
+                call = functools.partial(
+                    _vlb_terms, dtype, channels_last=channels_last, backward=backward
+                )
+                calls[f"{op} {name} {layout} given"] = call
+                learned = functools.partial(call, seed=0, learned=True)
+                calls[f"{op} {name} {layout} seed learned"] = learned
+        calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
+            _sampler_step, dtype, seed=0, learned=True
+        )
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)
+    mixed = functools.partial(_sampler_step, torch.float32, torch.bfloat16)
+    calls["ddim_step fp32 nchw guided bf16 output"] = mixed
     return calls
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.gaussian import Model
-from fastdiff.samplers.base import _device_of, _evaluating, _progress
+from fastdiff._models import Model, device_of, evaluating
+from fastdiff.samplers.base import _progress
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 from fastdiff.schedules import NoiseSchedule
 
@@ -229,7 +229,7 @@ class CategoricalDiffusion:
                 f"sigma was given for each of the {len(self.schedule)} timesteps, but "
                 f"{len(indices)} are visited; give sigma as a number, a share of the largest one"
             )
-        device = _device_of(model) if device is None else torch.device(device)
+        device = device_of(model) if device is None else torch.device(device)
         batch = shape[0]
         keys = seed.to(device) if isinstance(seed, Tensor) else ops.sample_keys(seed, batch)
         keys = keys.to(device)
@@ -239,7 +239,7 @@ class CategoricalDiffusion:
         else:
             x = x_T.to(device)
         times = [-1, *indices.tolist()]
-        with _evaluating(model):
+        with evaluating(model):
             for k, row in enumerate(_progress(range(len(indices), 0, -1), progress)):
                 t, s = (torch.full((batch,), times[i], device=device) for i in (row, row - 1))
                 probs, pred_x0 = self.p_probs(model, x, t, s, model_kwargs)

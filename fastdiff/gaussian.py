@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff import losses, ops
+from fastdiff import bound, losses, ops
 from fastdiff._device_cache import DeviceCache
+from fastdiff._models import Model
 from fastdiff.parameterizations import convert
 from fastdiff.reference.q_sample import per_sample
 from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import NoiseSchedule
-from fastdiff.step_tables import VARIANCES
-
-Model = Callable[..., Tensor]
-"""Any callable `model(x_t, t, **model_kwargs)` with t the 0-based int64 index (B,)."""
+from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
+from fastdiff.weightings import validated_weighting
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,20 @@ class GaussianDiffusion:
         Of p(x_{t-1} | x_t): "fixed_large" (beta), "fixed_small" (beta~), "learned" (the network's
         second half of channels is the log variance), "learned_range" (IDDPM eq. 15) (SPEC §4).
     loss
-        "mse": the squared error of the prediction; L_simple (DDPM eq. 14) for eps (SPEC §6).
+        Of the prediction: "mse" (L_simple, DDPM eq. 14, for eps), "rescaled_mse" (T times it),
+        "l1", "huber"; the bound: "kl", "rescaled_kl" (T times it); both: "hybrid" (IDDPM eq. 16).
+        Learned variances are trained with "hybrid" or the bound (SPEC §6, `fastdiff.losses`).
     weighting
-        None, or a tensor (T,) of weights per timestep (L_gamma, DDIM eq. 5).
+        Of the error of the prediction at every timestep (L_gamma, DDIM eq. 5): None, a name in
+        `fastdiff.weightings` ("min_snr", "snr", "snr_plus_one", "truncated_snr", "p2", "exact"), or
+        a tensor (T,).
 
     Raises
     ------
     ValueError
-        Unknown names (listing the known ones), a weighting of the wrong shape, or eps-prediction on
-        a schedule with zero terminal SNR: x_T = eps there, which tells nothing about x0.
+        Unknown names (listing the known ones), a weighting of the wrong shape, a loss that has no
+        use for the variance or the weighting, or eps-prediction on a schedule with zero terminal
+        SNR: x_T = eps there, which tells nothing about x0.
 
     Examples
     --------
@@ -73,7 +77,7 @@ class GaussianDiffusion:
         prediction: str = "eps",
         variance: str = "fixed_large",
         loss: str = "mse",
-        weighting: Tensor | None = None,
+        weighting: Tensor | str | None = None,
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule is {type(schedule).__name__}, expected a NoiseSchedule")
@@ -94,7 +98,8 @@ class GaussianDiffusion:
         self.prediction = prediction
         self.variance = variance
         self.loss = loss
-        self.weighting = losses.validated_weighting(weighting, schedule.num_timesteps)
+        losses.check_loss(loss, variance, weighted=weighting is not None)
+        self.weighting = validated_weighting(weighting, schedule, prediction, variance)
         self._cache = DeviceCache(self)
         self._identity_times = torch.equal(schedule.timesteps, torch.arange(schedule.num_timesteps))
 
@@ -106,7 +111,7 @@ class GaussianDiffusion:
     @property
     def learns_variance(self) -> bool:
         """Whether the network has 2C output channels, the second half for the variance."""
-        return self.variance in ("learned", "learned_range")
+        return self.variance in LEARNED_VARIANCES
 
     # ---------------------------------------------------------------- forward process
 
@@ -285,8 +290,9 @@ class GaussianDiffusion:
         Returns
         -------
         dict
-            "loss" (B,) float32, to be averaged and differentiated; and its parts ("mse", before
-            the weighting).
+            "loss" (B,) float32, to be averaged and differentiated; and what it is made of, before
+            weighting and scaling: "mse" ("l1", "huber"), and "vb", the term of the bound at t in
+            bits/dim.
 
         Raises
         ------
@@ -296,19 +302,30 @@ class GaussianDiffusion:
         if self.learns_variance and self.loss not in losses.TRAIN_VARIANCE:
             raise ValueError(
                 f"loss={self.loss!r} gives no gradient to the variance channels of "
-                f"variance={self.variance!r}; train with a fixed variance"
+                f"variance={self.variance!r}; train with "
+                f"loss={' or '.join(map(repr, sorted(losses.TRAIN_VARIANCE)))}, or a fixed variance"
             )
         if noise is None and seed is None:
             seed = _draw_keys(x0)
         x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
-        output = model(x_t, self.model_times(t), **(model_kwargs or {}))
-        output, extra = self.split_output(output, x_t)
-        batch = losses.LossInputs(self, x0, x_t, t, noise, seed, stream, flip, output, extra)
-        parts = losses.LOSSES[self.loss](batch)
+        model_output = model(x_t, self.model_times(t), **(model_kwargs or {}))
+        output, _ = self.split_output(model_output, x_t)
+        weight = None
         if self.weighting is not None:
-            weights = self._cache.get(_float32_weighting, t.device)
-            parts["loss"] = weights[t] * parts["loss"]
-        return parts
+            weight = self._cache.get(_float32_weighting, t.device)[t]
+        return losses.LOSSES[self.loss](
+            losses.LossInputs(
+                self, x0, x_t, t, noise, seed, stream, flip, model_output, output, weight
+            )
+        )
+
+    # ---------------------------------------------------------------- variational bound
+
+    bits_per_dim = bound.bits_per_dim
+
+    def bound_table(self, device: torch.device | str = "cpu") -> Tensor:
+        """What `ops.vlb_terms` reads: the DDPM step table of all T timesteps, float32 (T, K)."""
+        return self.schedule.on_device(_ddpm_table, device, self.variance)
 
     def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
         """t must be int64 (B,) where x_t is; its range is checked where that does not wait."""
@@ -337,6 +354,10 @@ class GaussianDiffusion:
 
 def _float32_weighting(diffusion: GaussianDiffusion, device: torch.device) -> Tensor:
     return diffusion.weighting.to(device, torch.float32)
+
+
+def _ddpm_table(schedule: NoiseSchedule, device: torch.device, variance: str) -> Tensor:
+    return schedule.ddpm_table(variance=variance, device=device)
 
 
 def _draw_keys(x0: Tensor) -> Tensor:

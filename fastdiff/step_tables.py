@@ -17,7 +17,8 @@ from fastdiff.reference.step_table import NUM_STEP_COLUMNS, StepColumn
 if TYPE_CHECKING:
     from fastdiff.schedules import NoiseSchedule
 
-VARIANCES = ("fixed_large", "fixed_small", "learned", "learned_range")
+LEARNED_VARIANCES = ("learned", "learned_range")
+VARIANCES = ("fixed_large", "fixed_small", *LEARNED_VARIANCES)
 
 
 @torch.no_grad()

@@ -16,7 +16,14 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks import bench_q_sample, inspect_kernels, machine, report, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_ddim_step,
+    bench_q_sample,
+    inspect_kernels,
+    machine,
+    report,
+    timing,
+)
 from benchmarks.suite import Contender, Workload, run  # noqa: E402
 from benchmarks.timing import CudaClock, Timing, measure  # noqa: E402
 
@@ -141,6 +148,22 @@ def test_right_results_pass_the_gate(mode, dtype):
         if name == "diffusers" and dtype != torch.float32 and mode == "given":
             continue  # its half-precision tables are wrong, which is for the gate to say
         assert contender.error(contender.run()) is None, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", bench_ddim_step.MODES)
+def test_the_gate_of_the_steps(mode, dtype):
+    torch.manual_seed(0)
+    work = bench_ddim_step.Inputs((16, 3, 16, 16), dtype, torch.channels_last, mode, CPU)
+    for name, contender in bench_ddim_step.contenders(work, compiled=False):
+        assert contender.error(contender.run()) is None, name
+    right = work.call()()
+    assert work.error(right * 1.02) is not None
+    for name, result in (("nan", right * float("nan")), ("dtype", right.double())):
+        assert work.error(result) is not None, name
+        assert work.error(result, peer=True) is not None, name
+    if dtype == torch.float32:
+        assert work.error(right * 1.2, peer=True) is not None
 
 
 @pytest.mark.parametrize("mode", bench_q_sample.MODES)

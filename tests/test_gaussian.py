@@ -358,8 +358,8 @@ def test_a_first_call_on_fake_tensors_leaves_none_behind(call):
     [
         ({"prediction": "noise"}, "unknown prediction 'noise'; choose from eps, x0, v, mean"),
         ({"variance": "fixed"}, "unknown variance 'fixed'; choose from fixed_large"),
-        ({"loss": "kl"}, "unknown loss 'kl'; choose from mse"),
-        ({"weighting": "min_snr"}, "unknown weighting 'min_snr'; choose None or a tensor"),
+        ({"loss": "mae"}, "unknown loss 'mae'; choose from mse"),
+        ({"weighting": "flat"}, "unknown weighting 'flat'; choose None, .*, or a tensor"),
         ({"weighting": torch.ones(3)}, r"weighting has shape \(3,\), expected \(1000,\)"),
         ({"weighting": -torch.ones(1000)}, "weighting must be finite and not negative"),
     ],

@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+from fastdiff.losses import LOSSES
 from fastdiff.schedules import SCHEDULES
 from fastdiff.step_tables import VARIANCES
+from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.weightings import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "mathematics.md").read_text()
@@ -43,3 +46,9 @@ def test_named_schedules_and_variances_are_the_implemented_ones():
     rows = re.findall(r"^\| `(\w+)`(?: \(alias `(\w+)`\))? \|", TEXT, re.MULTILINE)
     names = {name for row in rows for name in row if name}
     assert set(SCHEDULES) | set(VARIANCES) <= names
+
+
+def test_named_losses_weightings_and_timestep_samplers_are_the_implemented_ones():
+    section = TEXT.split("## 6. ")[1].split("## 7. ")[0]
+    named = set(re.findall(r"`(?:loss=\")?(\w+)\"?`", section))
+    assert set(LOSSES) | set(WEIGHTINGS) | set(TIMESTEP_SAMPLERS) <= named

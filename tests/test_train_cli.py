@@ -18,6 +18,9 @@ from fastdiff.losses import LOSSES
 from fastdiff.nn import PRESETS, UNetConfig
 from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import SCHEDULES
+from fastdiff.step_tables import VARIANCES
+from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.weightings import WEIGHTINGS
 
 TINY = UNetConfig(
     sample_size=8,
@@ -131,7 +134,11 @@ def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_pa
         (["--schedule", "sine"], ["--schedule", "'sine'", "linear", "cosine"]),
         (["--prediction", "noise"], ["--prediction noise: give one of eps, x0, v, mean"]),
         (["--variance", "huge"], ["--variance huge: give one of fixed_large, fixed_small"]),
-        (["--loss", "mae"], ["--loss mae: give one of mse"]),
+        (["--loss", "mae"], ["--loss mae: give one of mse, rescaled_mse, kl, "]),
+        (["--loss", "hybrid"], ["--loss", "variance='fixed_large' is fixed"]),
+        (["--variance", "learned"], ["--variance learned", "choose --loss hybrid or kl"]),
+        (["--weighting", "snrr"], ["--weighting snrr: give one of None, min_snr"]),
+        (["--timestep-sampler", "x"], ["--timestep-sampler x: give one of uniform, loss_sec"]),
         (["--schedule", "jsd"], ["--schedule jsd", "choose --prediction v or x0"]),
         (["--data", ""], ['--data ""', "digits, fashion-mnist"]),
         (["--config"], ["--config: expected one argument"]),
@@ -209,7 +216,10 @@ def test_help_names_every_choice(capsys):
     for heading, names in (
         ("Noise schedule:", SCHEDULES),
         ("What the U-Net predicts:", PREDICTIONS),
+        ("Variance of the reverse step:", VARIANCES),
         ("Training loss:", LOSSES),
+        ("Weight of the error at each timestep:", WEIGHTINGS),
+        ("How timesteps are drawn:", TIMESTEP_SAMPLERS),
     ):
         choices = text.split(heading)[1].split(".")[0]
         assert set(re.findall(r"\w+", choices)) >= set(names), heading

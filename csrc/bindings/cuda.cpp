@@ -6,6 +6,8 @@
 #include "eps_loss.h"
 #include "philox_normal.h"
 #include "q_sample.h"
+#include "sampler_step.h"
+#include "vlb_terms.h"
 
 namespace fastdiff::bindings {
 namespace {
@@ -63,12 +65,70 @@ std::tuple<Tensor, Tensor> eps_loss_backward_cuda(
                            });
 }
 
+std::tuple<Tensor, Tensor> ddim_step_cuda(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step,
+    const Tensor& table, int64_t prediction, bool clip, bool use_clipped_model_output,
+    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    bool return_pred_x0) {
+  const torch::stable::accelerator::DeviceGuard guard(x_t.get_device_index());
+  return sampler_step(false, x_t, model_output, step, table, prediction, clip, use_clipped_model_output, uncond,
+                      guidance_scale, noise, keys, seed, stream, return_pred_x0,
+                      [&](const char* op, const SamplerStepArgs& args) {
+                        launch_on(x_t, op, fastdiff_ddim_step, args);
+                      });
+}
+
+std::tuple<Tensor, Tensor> ddpm_step_cuda(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step,
+    const Tensor& table, int64_t prediction, bool clip, bool learned_range,
+    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    bool return_pred_x0) {
+  const torch::stable::accelerator::DeviceGuard guard(x_t.get_device_index());
+  return sampler_step(true, x_t, model_output, step, table, prediction, clip, learned_range, uncond,
+                      guidance_scale, noise, keys, seed, stream, return_pred_x0,
+                      [&](const char* op, const SamplerStepArgs& args) {
+                        launch_on(x_t, op, fastdiff_ddpm_step, args);
+                      });
+}
+
+Tensor vlb_terms_cuda(const Tensor& x0, const Tensor& x_t, const Tensor& model_output, const Tensor& t,
+    const Tensor& table, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, int64_t prediction, bool learned, bool clip,
+    bool detach_mean) {
+  const torch::stable::accelerator::DeviceGuard guard(x_t.get_device_index());
+  return vlb_terms({x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned, clip,
+                    detach_mean},
+                   [](const VlbTermsArgs& args) { return fastdiff_vlb_terms_partials(&args); },
+                   [&](const VlbTermsArgs& args) {
+                     launch_on(x_t, "vlb_terms", fastdiff_vlb_terms, args);
+                   });
+}
+
+Tensor vlb_terms_backward_cuda(
+    const Tensor& grad, const Tensor& x0, const Tensor& x_t, const Tensor& model_output, const Tensor& t,
+    const Tensor& table, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, int64_t prediction, bool learned, bool clip,
+    bool detach_mean) {
+  const torch::stable::accelerator::DeviceGuard guard(x_t.get_device_index());
+  return vlb_terms_backward(grad, {x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned, clip,
+                    detach_mean},
+                            [&](const VlbTermsArgs& args) {
+                              launch_on(x_t, "vlb_terms", fastdiff_vlb_terms_backward, args);
+                            });
+}
+
 }  // namespace
 }  // namespace fastdiff::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CUDA, m) {
+  m.impl("ddim_step", TORCH_BOX(&fastdiff::bindings::ddim_step_cuda));
+  m.impl("ddpm_step", TORCH_BOX(&fastdiff::bindings::ddpm_step_cuda));
   m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cuda));
   m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cuda));
   m.impl("philox_normal_", TORCH_BOX(&fastdiff::bindings::philox_normal_cuda));
   m.impl("q_sample", TORCH_BOX(&fastdiff::bindings::q_sample_cuda));
+  m.impl("vlb_terms", TORCH_BOX(&fastdiff::bindings::vlb_terms_cuda));
+  m.impl("vlb_terms_backward", TORCH_BOX(&fastdiff::bindings::vlb_terms_backward_cuda));
 }

@@ -12,4 +12,14 @@ FASTDIFF_HD uint32_t round_to_bfloat16(float value) {
   return value == value ? rounded : bits | 0x400000u;
 }
 
+// Two bfloat16 of one array, at any address.
+typedef uint32_t Pair __attribute__((aligned(2), may_alias));
+
+FASTDIFF_HD float low(uint32_t pair) { return bits_to_float(pair << 16); }
+FASTDIFF_HD float high(uint32_t pair) { return bits_to_float(pair & 0xFFFF0000u); }
+
+FASTDIFF_HD uint32_t bfloat16_pair(float low_value, float high_value) {
+  return (round_to_bfloat16(low_value) >> 16) | (round_to_bfloat16(high_value) & 0xFFFF0000u);
+}
+
 }  // namespace fastdiff::cpu

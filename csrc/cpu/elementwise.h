@@ -27,9 +27,10 @@ void for_each_tile(const SampleLayout& layout, int64_t elements_per_thread, cons
 }
 
 // Per-thread memory that grows to the largest tile seen: channels_last tiles grow with the channels.
-inline float* thread_scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+template <typename F = float>
+F* thread_scratch(int64_t size) {
+  thread_local std::vector<F> memory;
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
   return memory.data();
 }
 

@@ -1,5 +1,6 @@
 #include "fastdiff/eps_loss.h"
 
+#include "bfloat16.h"
 #include "elementwise.h"
 #include "kernels.h"
 #include "simd.h"
@@ -39,6 +40,43 @@ FASTDIFF_CLONES void slopes_l1(float c, const float* p, const float* e, float* o
 }
 FASTDIFF_CLONES void slopes_huber(float c, const float* p, const float* e, float* out, int64_t n) {
   slopes<LossKind::kHuber>(c, p, e, out, n);
+}
+
+// The training default, mse of two bfloat16 arrays, two values in a word so that nothing is widened
+// or packed; the general path converts tile by tile.
+bool two_bfloat16(const EpsLossArgs& args) {
+  return args.kind == LossKind::kMse && args.mode == NoiseMode::kGiven &&
+         args.prediction_type == DType::kBFloat16 && args.noise_type == DType::kBFloat16;
+}
+
+FASTDIFF_CLONES float sum_mse_bfloat16(const uint16_t* p, const uint16_t* e, int64_t n) {
+  const Pair* p_pairs = reinterpret_cast<const Pair*>(p);
+  const Pair* e_pairs = reinterpret_cast<const Pair*>(e);
+  float low_sum = 0.0f, high_sum = 0.0f;
+#pragma omp simd reduction(+ : low_sum, high_sum)
+  for (int64_t i = 0; i < n / 2; ++i) {
+    low_sum += loss_term<LossKind::kMse>(low(p_pairs[i]) - low(e_pairs[i]));
+    high_sum += loss_term<LossKind::kMse>(high(p_pairs[i]) - high(e_pairs[i]));
+  }
+  if (n % 2) low_sum += loss_term<LossKind::kMse>(low(p[n - 1]) - low(e[n - 1]));
+  return low_sum + high_sum;
+}
+
+FASTDIFF_CLONES void slopes_mse_bfloat16(float c, const uint16_t* p, const uint16_t* e,
+                                         uint16_t* out, int64_t n) {
+  const Pair* __restrict p_pairs = reinterpret_cast<const Pair*>(p);
+  const Pair* __restrict e_pairs = reinterpret_cast<const Pair*>(e);
+  Pair* __restrict out_pairs = reinterpret_cast<Pair*>(out);
+#pragma omp simd
+  for (int64_t i = 0; i < n / 2; ++i) {
+    const uint32_t a = p_pairs[i], b = e_pairs[i];
+    out_pairs[i] = bfloat16_pair(c * loss_slope<LossKind::kMse>(low(a) - low(b)),
+                                 c * loss_slope<LossKind::kMse>(high(a) - high(b)));
+  }
+  if (n % 2) {
+    const float y = c * loss_slope<LossKind::kMse>(low(p[n - 1]) - low(e[n - 1]));
+    out[n - 1] = static_cast<uint16_t>(round_to_bfloat16(y) >> 16);
+  }
 }
 
 float tile_sum(LossKind kind, const float* p, const float* e, int64_t n) {
@@ -135,9 +173,16 @@ void eps_loss(const EpsLossArgs& args) {
   std::vector<float> partials(layout.batch * per_sample);
   const bool generated = args.mode == NoiseMode::kGenerated;
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
+    const int64_t offset = sample * layout.numel + first;
+    if (two_bfloat16(args)) {
+      partials[sample * per_sample + first / size] =
+          sum_mse_bfloat16(static_cast<const uint16_t*>(args.prediction) + offset,
+                           static_cast<const uint16_t*>(args.noise) + offset, n);
+      return;
+    }
     float* buffer = thread_scratch(size + normal_scratch(layout));
-    const float* prediction = load_tile(args.prediction_type, args.prediction,
-                                        sample * layout.numel + first, n, buffer);
+    const float* prediction =
+        load_tile(args.prediction_type, args.prediction, offset, n, buffer);
     const float* noise = noise_tile(args, sample, first, n, buffer + size);
     partials[sample * per_sample + first / size] = tile_sum(args.kind, prediction, noise, n);
   });
@@ -154,13 +199,27 @@ void eps_loss_backward(const EpsLossArgs& args) {
     const int64_t offset = sample * layout.numel + first;
     const float factor = factor_of<float>(args, sample);
     float* buffer = thread_scratch(2 * size + normal_scratch(layout));
-    float* result = buffer + size;
+    if (two_bfloat16(args)) {
+      const auto write = [&](void* grad, float c) {
+        if (!grad) return;
+        uint16_t* out = static_cast<uint16_t*>(grad) + offset;
+        uint16_t* result = stream ? reinterpret_cast<uint16_t*>(buffer) : out;
+        slopes_mse_bfloat16(c, static_cast<const uint16_t*>(args.prediction) + offset,
+                            static_cast<const uint16_t*>(args.noise) + offset, result, n);
+        if (stream) stream_bytes(out, result, 2 * n);
+      };
+      write(args.grad_prediction, factor);
+      write(args.grad_noise, -factor);
+      return;
+    }
     const float* prediction = load_tile(args.prediction_type, args.prediction, offset, n, buffer);
     const float* noise = noise_tile(args, sample, first, n, buffer + 2 * size);
     const auto write = [&](void* grad, DType type, float c) {
       if (!grad) return;
+      const bool in_place = type == DType::kFloat32 && !stream;
+      float* result = in_place ? static_cast<float*>(grad) + offset : buffer + size;
       tile_slopes(args.kind, c, prediction, noise, result, n);
-      store_tile(type, grad, offset, n, result, stream);
+      if (!in_place) store_tile(type, grad, offset, n, result, stream);
     };
     write(args.grad_prediction, args.prediction_type, factor);
     write(args.grad_noise, args.noise_type, -factor);

@@ -19,12 +19,6 @@ FASTDIFF_CLONES void scaled(float a, const float* x0, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = a * x0[i];
 }
 
-// Two bfloat16 of one array, at any address.
-typedef uint32_t Pair __attribute__((aligned(2), may_alias));
-
-FASTDIFF_HD float low(uint32_t pair) { return bits_to_float(pair << 16); }
-FASTDIFF_HD float high(uint32_t pair) { return bits_to_float(pair & 0xFFFF0000u); }
-
 // All three arrays in bfloat16: a word holds two values, so that nothing is widened or packed. The
 // general path converts tile by tile and takes three times as long, more than memory does.
 FASTDIFF_CLONES void noised_bfloat16(float a, float b, const uint16_t* x0, const uint16_t* noise,
@@ -35,9 +29,8 @@ FASTDIFF_CLONES void noised_bfloat16(float a, float b, const uint16_t* x0, const
 #pragma omp simd
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint32_t x = x_pairs[i], z = noise_pairs[i];
-    const uint32_t y_low = round_to_bfloat16(fastdiff::q_sample(a, b, low(x), low(z)));
-    const uint32_t y_high = round_to_bfloat16(fastdiff::q_sample(a, b, high(x), high(z)));
-    out_pairs[i] = (y_low >> 16) | (y_high & 0xFFFF0000u);
+    out_pairs[i] = bfloat16_pair(fastdiff::q_sample(a, b, low(x), low(z)),
+                                 fastdiff::q_sample(a, b, high(x), high(z)));
   }
   if (n % 2) {
     const float y = fastdiff::q_sample(a, b, low(x0[n - 1]), low(noise[n - 1]));

@@ -5,6 +5,7 @@
 
 #include "bfloat16.h"
 #include "fastdiff/q_sample.h"
+#include "float16.h"
 #include "philox_words.h"
 #include "simd.h"
 
@@ -20,17 +21,9 @@ FASTDIFF_CLONES void from_bfloat16(const uint16_t* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = bits_to_float(static_cast<uint32_t>(in[i]) << 16);
 }
 
-// Scaling by 2^112 moves the exponent from half's bias to float's and normalizes subnormals.
 FASTDIFF_CLONES void from_float16(const uint16_t* in, float* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t h = in[i];
-    const uint32_t magnitude = (h & 0x7FFFu) << 13;
-    const float finite = bits_to_float(magnitude) * 0x1p112f;
-    const uint32_t special = magnitude | 0x7F800000u;
-    const uint32_t bits = magnitude >= 0x0F800000u ? special : float_to_bits(finite);
-    out[i] = bits_to_float(bits | ((h & 0x8000u) << 16));
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = float16_to_float(in[i]);
 }
 
 FASTDIFF_CLONES void from_uint8(const uint8_t* in, float* out, int64_t n) {
@@ -43,21 +36,9 @@ FASTDIFF_CLONES void to_bfloat16(const float* in, uint16_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(round_to_bfloat16(in[i]) >> 16);
 }
 
-// Round to nearest even. Subnormal halves come from a float addition that aligns the mantissa.
 FASTDIFF_CLONES void to_float16(const float* in, uint16_t* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = float_to_bits(in[i]);
-    const uint32_t magnitude = bits & 0x7FFFFFFFu;
-    const uint32_t normal =
-        (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-    const uint32_t subnormal =
-        float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
-    const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x477FF000u ? special : half;
-    out[i] = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = round_to_float16(in[i]);
 }
 
 // The counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.

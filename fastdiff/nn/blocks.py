@@ -5,10 +5,38 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
+
+
+def norm_conv(
+    norm: GroupNormSiLU,
+    conv: nn.Module,
+    x: torch.Tensor,
+    *,
+    dropout: nn.Dropout | None = None,
+    recompute: bool = False,
+    **operands: torch.Tensor,
+) -> torch.Tensor:
+    """``conv(dropout(norm(x, **operands)))``.
+
+    With `recompute` the convolution's input is not kept for the backward pass but normalized again
+    from `x`, which the normalization keeps anyway: one forward pass of the normalization more, and
+    one activation less. The convolution itself does not run again.
+    """
+
+    def run(x: torch.Tensor, **operands: torch.Tensor) -> torch.Tensor:
+        h = norm(x, **operands)
+        return conv(h if dropout is None else dropout(h))
+
+    if not (recompute and torch.is_grad_enabled()):
+        return run(x, **operands)
+    # The second run ends, by checkpoint's early stop, when the convolution has got its input.
+    random = dropout is not None and dropout.training and dropout.p > 0
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=random, **operands)
 
 
 class ResnetBlock(nn.Module):
@@ -19,7 +47,10 @@ class ResnetBlock(nn.Module):
     IDDPM's code and arXiv 2105.05233 eq. 6). Both are arguments of the one fused op.
 
     `temb` (B, 4 * config.channels) has already gone through SiLU: it is the same in all blocks.
+    With `recompute`, the inputs of both convolutions are computed again in the backward pass.
     """
+
+    recompute = False
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -39,14 +70,21 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(self.norm1(x))
+        h = norm_conv(self.norm1, self.conv1, x, recompute=self.recompute)
         time = self.time_emb_proj(temb)
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
+            operands = dict(zip(("scale", "shift"), time.chunk(2, dim=1), strict=True))
         else:
-            h = self.norm2(h, channel_bias=time)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(h))
+            operands = {"channel_bias": time}
+        h = norm_conv(
+            self.norm2,
+            self.conv2,
+            h,
+            dropout=self.dropout,
+            recompute=self.recompute,
+            **operands,
+        )
+        return self.conv_shortcut(x) + h
 
 
 class Downsample(nn.Module):

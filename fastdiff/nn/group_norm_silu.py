@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastdiff.reference.group_norm_silu import ACTIVATIONS, group_norm_silu
+from fastdiff import ops
+from fastdiff.reference.group_norm_silu import ACTIVATIONS
 
 
 class GroupNormSiLU(nn.Module):
@@ -13,7 +14,7 @@ class GroupNormSiLU(nn.Module):
 
     Takes the place of a `torch.nn.GroupNorm` and the SiLU behind it, and has the same state dict
     (``weight`` and ``bias`` of shape (C,)), so checkpoints load either way. The formula, shapes and
-    dtypes are those of `fastdiff.reference.group_norm_silu.group_norm_silu`.
+    dtypes are those of `fastdiff.ops.group_norm_silu`, which runs it.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ class GroupNormSiLU(nn.Module):
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Normalize `x` (B, C, *spatial); `channel_bias`, `scale` and `shift` are (B, C)."""
-        return group_norm_silu(
+        return ops.group_norm_silu(
             x,
             self.num_groups,
             self.weight,

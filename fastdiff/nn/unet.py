@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock
+from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock, norm_conv
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
@@ -48,6 +48,8 @@ class UNet(nn.Module):
     >>> eps.shape
     torch.Size([2, 1, 8, 8])
     """
+
+    recompute = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -143,6 +145,18 @@ class UNet(nn.Module):
 
         return diffusers_format.to_module(self)
 
+    def set_recompute(self, enabled: bool = True) -> UNet:
+        """Whether the normalized activations are computed again in the backward pass.
+
+        The input of every convolution behind a normalization is then not kept, which is half of
+        what residual blocks keep (docs/performance.md); the gradients are the same bit for bit. Off
+        at first, and not part of the config: it changes nothing that is computed.
+        """
+        for module in self.modules():
+            if isinstance(module, (ResnetBlock, UNet)):
+                module.recompute = enabled
+        return self
+
     def reset_parameters(self) -> None:
         """Initialise all parameters anew (see the class notes)."""
         for module in self.modules():
@@ -196,7 +210,7 @@ class UNet(nn.Module):
         h = self.mid_block(skips[-1], temb)
         for block in self.up_blocks:
             h = block(h, skips, temb)
-        return self.conv_out(self.conv_norm_out(h))
+        return norm_conv(self.conv_norm_out, self.conv_out, h, recompute=self.recompute)
 
     def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> None:
         config = self.config

@@ -4,17 +4,25 @@ The public functions check their arguments, choose a backend (`fastdiff.backends
 `fastdiff.use_backend`) and call `torch.ops.fastdiff.<name>`.
 """
 
+from fastdiff.ops.ddim_step import ddim_step
+from fastdiff.ops.ddpm_step import ddpm_step
 from fastdiff.ops.eps_loss import eps_loss
+from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.vlb_terms import vlb_terms
 from fastdiff.reference.philox import sample_keys
 
 __all__ = [
+    "ddim_step",
+    "ddpm_step",
     "eps_loss",
+    "group_norm_silu",
     "philox_normal",
     "posterior_mean",
     "posterior_mean_variance",
     "q_sample",
     "sample_keys",
+    "vlb_terms",
 ]

@@ -31,7 +31,7 @@ def check_float(
         raise _dtype_error(op, name, dtype, expected)
 
 
-def _check_device(op: str, name: str, given: torch.device, device: torch.device) -> None:
+def check_device(op: str, name: str, given: torch.device, device: torch.device) -> None:
     if given != device:
         raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
 
@@ -66,7 +66,7 @@ def check_per_sample(
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)}, expected ({batch},), one value per sample"
         )
-    _check_device(op, name, x.device, device)
+    check_device(op, name, x.device, device)
 
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -76,7 +76,25 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> N
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)} as {like_name}"
         )
-    _check_device(op, name, x.device, like.device)
+    check_device(op, name, x.device, like.device)
+
+
+def check_operand(
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    meaning: str,
+    device: torch.device,
+) -> None:
+    """`x` must be floating point, of `shape` (called `meaning` in the message), on `device`."""
+    check_tensor(op, name, x)
+    check_float(op, name, x.dtype)
+    if x.shape != shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {meaning} = {tuple(shape)}"
+        )
+    check_device(op, name, x.device, device)
 
 
 def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
@@ -92,7 +110,7 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
                 f"{op}: {name} has shape {tuple(table.shape)}, expected (T,), one value per "
                 "timestep"
             )
-        _check_device(op, name, table.device, device)
+        check_device(op, name, table.device, device)
         if length not in (None, table.shape[0]):
             raise ValueError(
                 f"{op}: {name} has {table.shape[0]} entries, expected {length} as in the other "
@@ -102,14 +120,16 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
     return length
 
 
-def check_timestep_range(op: str, t: Tensor, num: int) -> None:
+def check_timestep_range(
+    op: str, t: Tensor, num: int, name: str = "t", of: str = "length of the tables"
+) -> None:
     """0 <= t < num, where that costs no synchronization (CPU) or FASTDIFF_DEBUG=1 asks for it."""
     if torch.compiler.is_compiling() or not (t.device.type == "cpu" or DEBUG):
         return
     if t.numel() and bool(((t < 0) | (t >= num)).any()):
         raise IndexError(
-            f"{op}: t has values from {int(t.min())} to {int(t.max())}, "
-            f"expected 0 <= t < {num}, the length of the tables"
+            f"{op}: {name} has values from {int(t.min())} to {int(t.max())}, "
+            f"expected 0 <= {name} < {num}, the {of}"
         )
 
 

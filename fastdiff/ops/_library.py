@@ -41,11 +41,12 @@ def _needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 class Op(NamedTuple):
-    """The overloads of one op, and the argument check of its public function."""
+    """The overloads of one op, its autograd kernel, and its public function's argument check."""
 
     default: Callable
     triton: Callable
     check: Callable | None
+    autograd: Callable | None
 
     def call(
         self, backend: str, arguments: tuple, differentiable: tuple[torch.Tensor | None, ...]
@@ -56,7 +57,8 @@ class Op(NamedTuple):
         ----------
         differentiable
             The tensor arguments that may need a gradient. If none does, the call skips the Python
-            kernel at the Autograd key, which costs microseconds even when it has nothing to do.
+            kernel at the Autograd key, which costs microseconds even when it has nothing to do; if
+            one does, it calls that kernel itself, which saves the way there through the dispatcher.
         """
         overload = self.triton if backend == "triton" else self.default
         if torch.compiler.is_compiling():
@@ -67,9 +69,10 @@ class Op(NamedTuple):
         if backend == "triton" or _checks.DEBUG:
             self.check(*arguments, check_range=True)
         guard = None
-        if not (torch.is_grad_enabled() and _needs_grad(differentiable)):
-            guard = torch._C._AutoDispatchBelowAutograd()
         try:
+            if torch.is_grad_enabled() and _needs_grad(differentiable):
+                return self.autograd(overload, *arguments)
+            guard = torch._C._AutoDispatchBelowAutograd()
             return overload(*arguments)
         except RuntimeError:
             self.check(*arguments, check_range=True)
@@ -104,18 +107,17 @@ def define(
     check
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
-    overloads = {
-        "": _default_kernels(reference, triton),
-        ".triton": {"CPU": triton, "CUDA": triton},
-    }
-    for overload, kernels in overloads.items():
+    for overload in ("", ".triton"):
         _library.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{name}{overload}"
+        kernels = {"CPU": triton, "CUDA": triton}
+        if not overload:
+            kernels = _default_kernels(qualified, reference, triton)
         for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
-    op = Op(packet.default, packet.triton, check)
+    op = Op(packet.default, packet.triton, check, autograd)
     if autograd is not None:
         _library.impl(name, _bind(autograd, op.default), "Autograd")
         _library.impl(f"{name}.triton", _bind(autograd, op.triton), "Autograd")
@@ -129,12 +131,17 @@ def _bind(autograd: Callable, op: Callable) -> Callable:
     return autograd_kernel
 
 
-def _default_kernels(reference: Callable, triton: Callable) -> dict[str, Callable]:
-    """Python kernels for the device keys that no compiled library serves."""
+def _default_kernels(name: str, reference: Callable, triton: Callable) -> dict[str, Callable]:
+    """Python kernels of the defined op for the device keys that no compiled library serves."""
+
+    def is_compiled(key: str) -> bool:
+        _native.load(key.lower())
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{name}", key)
+
     kernels = {}
-    if _native.load("cpu") is not None:
+    if not is_compiled("CPU"):
         kernels["CPU"] = reference
-    if _native.load("cuda") is not None:
+    if not is_compiled("CUDA"):
         has_triton = importlib.util.find_spec("triton") is not None
         kernels["CUDA"] = triton if has_triton else reference
     return kernels

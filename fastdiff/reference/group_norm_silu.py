@@ -54,7 +54,8 @@ def group_norm_silu(
     TypeError
         `x` or a parameter is not a floating point tensor.
     ValueError
-        A shape does not fit, `num_groups` does not divide C, or `activation` is unknown.
+        A shape does not fit, `num_groups` does not divide C, `eps` is not positive, or
+        `activation` is unknown.
 
     Notes
     -----
@@ -66,8 +67,8 @@ def group_norm_silu(
     Wu & He 2018, arXiv 1803.08494 (GroupNorm); Dhariwal & Nichol 2021, arXiv 2105.05233, eq. 6
     (AdaGN, here as ``1 + scale`` like its code).
     """
-    _check(x, num_groups, weight, bias, channel_bias, scale, shift, activation)
-    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    _check(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation)
+    compute_dtype = compute_dtype_of(x)
     memory_format = memory_format_of(x)
 
     def cast(parameter: torch.Tensor | None) -> torch.Tensor | None:
@@ -77,9 +78,7 @@ def group_norm_silu(
         return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
 
     # Other strides are copied first: torch.group_norm would choose its kernel by a rule of its own.
-    h = x.to(compute_dtype).contiguous(memory_format=memory_format)
-    if channel_bias is not None:
-        h = h + per_channel(channel_bias)
+    h = _biased(x.contiguous(memory_format=memory_format), channel_bias)
     if memory_format != torch.contiguous_format and h.device.type == "cpu":
         # PyTorch's channels_last kernel on the CPU computes E[x^2] - E[x]^2: with mean 100 and
         # standard deviation 0.01 it is off by 10. The op does not see a constant added to a
@@ -96,6 +95,111 @@ def group_norm_silu(
     return y.to(x.dtype).contiguous(memory_format=memory_format)
 
 
+def group_statistics(
+    x: torch.Tensor, num_groups: int, eps: float, channel_bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and ``1 / sqrt(var + eps)`` of each group of ``x + channel_bias``: (B, G) each.
+
+    float32, or float64 for float64 `x`; zeros for groups without elements.
+    """
+    h = _biased(x, channel_bias).flatten(2)
+    h = h.unflatten(1, (num_groups, h.shape[1] // num_groups)).flatten(2)
+    if h.numel() == 0:
+        return h.new_zeros(h.shape[:2]), h.new_zeros(h.shape[:2])
+    variance, mean = torch.var_mean(h, dim=2, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def group_norm_silu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    channel_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, ...]:
+    r"""Gradients of x, weight, bias, channel_bias, scale and shift, written out.
+
+    With ``h_hat = (x + channel_bias - mean) rstd``, ``gamma = weight (1 + scale)``, ``dz = grad
+    act'(z)``, per channel of a sample ``s0 = sum dz``, ``s1 = sum dz h_hat``, ``s2 = sum h_hat``,
+    and per group of N elements ``m0 = sum gamma s0 / N``, ``m1 = sum gamma s1 / N``::
+
+        dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = sum of dx over positions
+        dshift = s0                                dscale = weight s1 + bias s0
+        dbias = sum over B of (1 + scale) s0       dweight = sum over B of (1 + scale) s1
+
+    Parameters
+    ----------
+    grad : (B, C, \*spatial)
+        Gradient of the result.
+    mean, rstd : (B, G)
+        Those of `group_statistics`.
+    others
+        As in `group_norm_silu`.
+
+    Returns
+    -------
+    tuple of six tensors
+        In float32 (float64 for float64 `x`), those of absent operands too.
+    """
+    compute_dtype = compute_dtype_of(x)
+    batch, channels = x.shape[:2]
+    size = channels // num_groups
+
+    def operand(parameter: torch.Tensor | None, neutral: float) -> torch.Tensor:
+        if parameter is None:
+            return x.new_full((batch, channels, 1), neutral, dtype=compute_dtype)
+        return parameter.to(compute_dtype).expand(batch, channels)[..., None]
+
+    def per_group(values: torch.Tensor) -> torch.Tensor:
+        return values.to(compute_dtype).repeat_interleave(size, dim=1)[..., None]
+
+    def group_mean(sums: torch.Tensor) -> torch.Tensor:
+        groups = sums.unflatten(1, (num_groups, size)).sum(2)
+        return groups.repeat_interleave(size, dim=1) / (size * max(1, positions))
+
+    weight, bias = operand(weight, 1), operand(bias, 0)
+    factor, shift = 1 + operand(scale, 0), operand(shift, 0)
+    gamma, rstd = weight * factor, per_group(rstd)
+    h_hat = (_biased(x, channel_bias).flatten(2) - per_group(mean)) * rstd
+    positions = h_hat.shape[2]
+    dz = grad.to(compute_dtype).flatten(2)
+    if activation == "silu":
+        z = h_hat * gamma + bias * factor + shift
+        sigmoid = torch.sigmoid(z)
+        dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+    s0, s1 = dz.sum(2, keepdim=True), (dz * h_hat).sum(2, keepdim=True)
+    m0, m1 = group_mean(gamma * s0), group_mean(gamma * s1)
+    dx = rstd * (gamma * dz - m0 - h_hat * m1)
+    s2 = h_hat.sum(2, keepdim=True)
+    d_channel_bias = rstd * (gamma * s0 - positions * m0 - s2 * m1)
+    return (
+        dx.reshape(x.shape),
+        (factor * s1).sum((0, 2)),
+        (factor * s0).sum((0, 2)),
+        d_channel_bias[..., 0],
+        (weight * s1 + bias * s0)[..., 0],
+        s0[..., 0],
+    )
+
+
+def compute_dtype_of(x: torch.Tensor) -> torch.dtype:
+    """What statistics and arithmetic are in: float32, or float64 for float64 `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _biased(x: torch.Tensor, channel_bias: torch.Tensor | None) -> torch.Tensor:
+    h = x.to(compute_dtype_of(x))
+    if channel_bias is None:
+        return h
+    return h + channel_bias.to(h.dtype)[(...,) + (None,) * (x.dim() - 2)]
+
+
 def _group_mean(h: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Mean of each group, repeated for its channels: (B, C)."""
     group_size = h.shape[1] // num_groups
@@ -103,7 +207,7 @@ def _group_mean(h: torch.Tensor, num_groups: int) -> torch.Tensor:
     return means.expand(-1, -1, group_size).flatten(1)
 
 
-def _check(x, num_groups, weight, bias, channel_bias, scale, shift, activation) -> None:
+def _check(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating point tensor, got {given}")
@@ -114,6 +218,8 @@ def _check(x, num_groups, weight, bias, channel_bias, scale, shift, activation) 
     batch, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
     per_channel = (channels,)
     per_sample = (batch, channels)
     for name, parameter, shape, meaning in (

@@ -45,8 +45,16 @@ def sample_keys(
     >>> torch.equal(keys[5:], fastdiff.ops.sample_keys(0, 3, offset=5))
     True
     """
-    k = torch.arange(offset + 1, offset + num + 1, dtype=torch.int64, device=device)
-    z = to_int64(seed) + k * to_int64(0x9E3779B97F4A7C15)
+    k = torch.arange(offset, offset + num, dtype=torch.int64, device=device)
+    return derived_keys(to_int64(seed), k)
+
+
+def derived_keys(key: int | Tensor, k: Tensor) -> Tensor:
+    """Output number k + 1 of SplitMix64 started at `key`, int64 (SPEC §9).
+
+    With the key of a sample: one key for each of its timesteps k.
+    """
+    z = key + (k + 1) * to_int64(0x9E3779B97F4A7C15)
     z = (z ^ _shift_right(z, 30)) * to_int64(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * to_int64(0x94D049BB133111EB)
     return z ^ _shift_right(z, 31)
@@ -80,8 +88,10 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def sample_words(keys: Tensor, numel: int, stream: int = 0) -> Tensor:
-    """The words of elements 0 .. numel - 1 of every sample, in logical (C, H, W) order.
+def sample_words(keys: Tensor, numel: int, stream: int = 0, first: int = 0) -> Tensor:
+    """The words of `numel` elements of every sample from element `first` (a multiple of 4) on.
+
+    Elements are counted in logical (C, H, W) order.
 
     Element e takes word e mod 4 of the block with counter
     (lo(e div 4), hi(e div 4), lo(stream), hi(stream)) and key (lo(key), hi(key)) (SPEC §9).
@@ -92,7 +102,7 @@ def sample_words(keys: Tensor, numel: int, stream: int = 0) -> Tensor:
         int64, shape (B, numel), values in [0, 2**32).
     """
     stream = to_int64(stream)
-    block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device)
+    block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device) + first // 4
     zero = torch.zeros_like(block)
     counter = (
         block & _MASK32,

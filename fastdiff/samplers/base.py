@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.gaussian import GaussianDiffusion, Model
+from fastdiff._models import Model, device_of, dtype_of, evaluating
+from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import Guidance, check_guidance
-from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.spacing import SPACINGS, Spacing, spaced_indices
@@ -127,7 +126,7 @@ class Sampler(ABC):
         z is the noise of `stream`, or any tensor `extra`: so a step of several terms is one call.
         """
         output, uncond, scale = outputs
-        return ddim_step(
+        return ops.ddim_step(
             x,
             output,
             run.rows[row],
@@ -137,7 +136,9 @@ class Sampler(ABC):
             use_clipped_model_output=self.use_clipped_model_output,
             uncond=uncond,
             guidance_scale=scale,
-            noise=extra if stream is None else run.noise(x, stream),
+            noise=extra,
+            seed=None if stream is None else run.keys,
+            stream=stream or 0,
             return_pred_x0=True,
         )
 
@@ -278,7 +279,7 @@ class Sampler(ABC):
         callback: Callback | None,
     ) -> Tensor:
         times = timesteps.tolist()
-        with _evaluating(model):
+        with evaluating(model):
             for k, row in enumerate(_progress(rows, progress)):
                 x_next, pred_x0 = step(run, x, row, k + 1)
                 if callback is not None:
@@ -308,7 +309,7 @@ class Sampler(ABC):
         if len(shape) < 2:
             raise ValueError(f"shape is {shape}, expected (B, C, ...)")
         if device is None:
-            device = _device_of(model)
+            device = device_of(model)
         if isinstance(seed, Tensor):
             seed = seed.to(device)
         return ops.philox_normal(shape, seed, device=device).to(dtype or torch.float32)
@@ -328,7 +329,7 @@ class Sampler(ABC):
         shift = check_guidance(guidance, model, kwargs, type(self).__name__, self.takes_mean_shift)
         times = table[:, StepColumn.TIMESTEP].long().to(device)
         times = times[:, None].repeat(1, batch)
-        model_dtype = _dtype_of(model)
+        model_dtype = dtype_of(model)
 
         def evaluate(x: Tensor, row: int) -> tuple[Tensor, Tensor | None, float]:
             x = x.to(model_dtype or x.dtype)
@@ -350,38 +351,6 @@ class Sampler(ABC):
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
         mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
         return Run(evaluate, table.to(device), rows, keys, mean_shift)
-
-
-def _device_of(model: Model) -> torch.device:
-    """Where a module's first parameter or buffer lives; the CPU for any other callable."""
-    if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
-            return tensor.device
-    return torch.device("cpu")
-
-
-def _dtype_of(model: Model) -> torch.dtype | None:
-    """What a module computes in: its first floating-point parameter's dtype. None: anything."""
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return None
-
-
-@contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode inside; every submodule's own training flag is restored after."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _progress(rows: Sequence[int], show: bool) -> Iterable[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdiff.reference.ddpm_step import ddpm_step
+from fastdiff import ops
 from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 
@@ -38,11 +38,12 @@ class DDPM(Sampler):
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         output, uncond, scale = run.evaluate(x, row)
-        noise = run.noise(x, stream)
+        noise = None
         if run.mean_shift is not None:
             # mu + Sigma g + sigma z = mu + sigma (z + sigma g), for any sigma the step may use.
+            noise = run.noise(x, stream)
             noise += self._sigma(run, x, output, row) * run.mean_shift(x, row).to(noise.dtype)
-        return ddpm_step(
+        return ops.ddpm_step(
             x,
             output,
             run.rows[row],
@@ -53,6 +54,8 @@ class DDPM(Sampler):
             uncond=uncond,
             guidance_scale=scale,
             noise=noise,
+            seed=run.keys if noise is None else None,
+            stream=stream,
             return_pred_x0=True,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.gaussian import Model
+from fastdiff._models import Model
 from fastdiff.samplers.base import Run, Sampler
 
 # Streams of the noise that inpainting adds to the inner sampler's, which counts from 1.

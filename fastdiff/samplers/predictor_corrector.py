@@ -91,6 +91,7 @@ class PredictorCorrector(Sampler):
             diffusion, None, self.indices, clip_denoised=clip_denoised
         )
         self.corrector_steps = corrector_steps
+        self._alphas = diffusion.schedule.alphas[self.indices].tolist()
         self.snr = snr
 
     def _table(self) -> Tensor:
@@ -109,9 +110,8 @@ class PredictorCorrector(Sampler):
         score = self._update(run, x, run.evaluate(x, row), self.steps + row)[0]
         noise = run.noise(x, stream)
         score = score.to(noise.dtype)
-        alpha = float(self.diffusion.schedule.alphas[self.indices[row]])
         ratio = _norm(noise) / _norm(score).clamp(min=torch.finfo(noise.dtype).tiny)
-        step = 2 * alpha * (self.snr * ratio) ** 2
+        step = 2 * self._alphas[row] * (self.snr * ratio) ** 2
         return (x + step * score + (2 * step).sqrt() * noise).to(x.dtype)
 
 

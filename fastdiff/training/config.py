@@ -47,9 +47,17 @@ class TrainConfig:
     prediction: str = "eps"
     """What the U-Net predicts: eps, x0, v, mean."""
     variance: str = "fixed_large"
-    """Variance of the reverse step: fixed_large, fixed_small."""
+    """Variance of the reverse step: fixed_large, fixed_small; or from the U-Net, which then has
+    twice the output channels: learned, learned_range (train these with --loss hybrid)."""
     loss: str = "mse"
-    """Training loss: mse."""
+    """Training loss: mse, rescaled_mse, l1, huber; the variational bound: kl, rescaled_kl; mse and
+    the bound's gradient for the variance: hybrid."""
+    weighting: str | None = None
+    """Weight of the error at each timestep: min_snr, snr, snr_plus_one, truncated_snr, p2, exact;
+    None: the same everywhere."""
+    timestep_sampler: str = "uniform"
+    """How timesteps are drawn: uniform, or loss_second_moment (more often where the loss is large,
+    with weights that make up for it; meant for --loss kl)."""
 
     steps: int = 700
     """Optimizer steps of the whole run."""

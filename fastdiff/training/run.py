@@ -146,14 +146,18 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
     from fastdiff.reference.step_table import PREDICTIONS
     from fastdiff.schedules import NoiseSchedule
     from fastdiff.step_tables import VARIANCES
+    from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
+    from fastdiff.weightings import WEIGHTINGS
 
     for flag, value, known in (
         ("--prediction", config.prediction, PREDICTIONS),
         ("--variance", config.variance, VARIANCES),
         ("--loss", config.loss, losses.LOSSES),
+        ("--weighting", config.weighting, (None, *WEIGHTINGS)),
+        ("--timestep-sampler", config.timestep_sampler, TIMESTEP_SAMPLERS),
     ):
         if value not in known:
-            raise UserError(f"{flag} {value}: give one of {', '.join(known)}")
+            raise UserError(f"{flag} {value}: give one of {', '.join(map(str, known))}")
     with naming("--schedule"):
         schedule = NoiseSchedule.from_name(config.schedule, config.timesteps)
     if config.prediction == "eps" and schedule.has_zero_terminal_snr:
@@ -162,14 +166,15 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
             "nothing of the image at the last timestep; choose --prediction v or x0, or another "
             "--schedule"
         )
-    diffusion = GaussianDiffusion(
-        schedule, prediction=config.prediction, variance=config.variance, loss=config.loss
-    )
+    with naming("--loss, --variance or --weighting"):
+        diffusion = GaussianDiffusion(
+            schedule, config.prediction, config.variance, config.loss, config.weighting
+        )
     if diffusion.learns_variance and config.loss not in losses.TRAIN_VARIANCE:
-        trainable = ", ".join(sorted(losses.TRAIN_VARIANCE)) or "no loss here"
         raise UserError(
-            f"--loss {config.loss} does not train the variances of --variance {config.variance} "
-            f"({trainable} does); choose --variance fixed_large or fixed_small"
+            f"--loss {config.loss} does not train the variances of --variance {config.variance}; "
+            f"choose --loss {' or '.join(sorted(losses.TRAIN_VARIANCE))}, or --variance "
+            "fixed_large or fixed_small"
         )
     return diffusion
 

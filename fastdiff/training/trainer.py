@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.images import image_grid, to_uint8
+from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
@@ -60,6 +61,7 @@ class Trainer:
         self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, self._seed_grid = keys
 
         self.diffusion = build_diffusion(config)
+        self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
         self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
         if config.channels_last:
             self.unet.to(memory_format=torch.channels_last)
@@ -136,6 +138,7 @@ class Trainer:
         seen = self.step * config.batch_size
         size = config.batch_size // config.grad_accum
         loss = torch.zeros((), device=self.device)
+        drawn: list[tuple[Tensor, Tensor]] = []
         for start in range(0, config.batch_size, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
@@ -144,7 +147,7 @@ class Trainer:
             flip = None
             if config.flip:
                 flip = self._uniform(self._seed_flip, size, seen + start) < 0.5
-            t = self._keys(self._seed_t, size, seen + start).remainder(config.timesteps)
+            t, weight = self.timesteps.sample(size, self._keys(self._seed_t, size, seen + start))
             model_kwargs = {}
             if config.class_cond:
                 y = self._to_device(labels[part])
@@ -158,13 +161,16 @@ class Trainer:
                 model_kwargs=model_kwargs,
                 flip=flip,
             )
-            part_loss = losses["loss"].sum() / config.batch_size
+            part_loss = (weight * losses["loss"]).sum() / config.batch_size
             part_loss.backward()
             loss += part_loss.detach()
+            drawn.append((t, losses["loss"].detach()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
+        # After the whole batch: how it is split must not change what is drawn in it.
+        self.timesteps.update(*map(torch.cat, zip(*drawn, strict=True)))
         self._pending[self._num_pending] = torch.stack((loss, norm))
         self._num_pending += 1
         self.step += 1
@@ -221,6 +227,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "ema_updates": self.ema.num_updates,
                 "samples_seen": self.step * self.config.batch_size,
+                "timesteps": self.timesteps.state_dict(),
                 "random": random,
             },
         )
@@ -258,6 +265,7 @@ class Trainer:
         self.ema.model.load_state_dict(checkpoint.ema)
         self.ema.num_updates = checkpoint.state["ema_updates"]
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self.timesteps.load_state_dict(checkpoint.state["timesteps"])
         torch.set_rng_state(checkpoint.state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in checkpoint.state["random"]:
             torch.cuda.set_rng_state(checkpoint.state["random"]["cuda"], self.device)

@@ -150,7 +150,7 @@ def test_channels_last_everywhere(name):
     # B * 4 * width at the lowest resolution and more above.
     small = 2 * len(x_t) * max(unet.config.widths)
     clones = [e.input_shapes[0] for e in profile.events() if e.name == "aten::clone"]
-    assert clones, "the profiler saw nothing"
+    assert any(e.name == "aten::conv2d" for e in profile.events()), "the profiler saw nothing"
     assert not [shape for shape in clones if torch.Size(shape).numel() > small]
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops
 from fastdiff.gaussian import GaussianDiffusion
@@ -253,6 +255,69 @@ def test_the_loop_never_waits_for_the_device(diffusion, name):
     assert calls == ["cuda"] * 5
     expected = SAMPLERS[name](diffusion).sample(net.cpu(), SHAPE, seed=3, progress=False)
     torch.testing.assert_close(samples.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts what brings a value from the device to the host, or a tensor across devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0]
+        reads = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "_to_cpu")
+        if name.removeprefix("aten::") in reads:
+            self.seen.append(name)
+        out = func(*args, **(kwargs or {}))
+        moved = {x.device for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)}
+        if len(moved) > 1:
+            self.seen.append(f"{name} between {moved}")
+        if name.startswith("fastdiff::"):
+            self.shapes.add((name, *(x.shape for x in args if isinstance(x, torch.Tensor))))
+        return out
+
+
+def test_host_reads_are_found():
+    x = torch.tensor([1.0, 0.0])
+    for read in (lambda: float(x[0]), lambda: bool((x > 0).any()), lambda: x.nonzero()):
+        with _HostReads() as reads:
+            read()
+        assert reads.seen
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_loop_reads_nothing_on_the_host_and_has_static_shapes(diffusion, name, guided):
+    """What a CUDA graph needs: one fused op per step, the same shapes in every one."""
+    reads = _HostReads()
+
+    def conditional(x_t, t, y):
+        return model(x_t, t) + y
+
+    def enter(step, t, x_t, pred_x0):
+        if step == 0:  # after the first step, so that all that happens once is over
+            reads.__enter__()
+
+    guidance = ClassifierFree(2.0, {"y": 0.0}) if guided else None
+    SAMPLERS[name](diffusion).sample(
+        conditional,
+        SHAPE,
+        seed=3,
+        guidance=guidance,
+        model_kwargs={"y": 0.1},
+        progress=False,
+        callback=enter,
+    )
+    reads.__exit__(None, None, None)
+    assert reads.seen == []
+    op = "fastdiff::ddpm_step" if name == "ddpm" else "fastdiff::ddim_step"
+    # The corrector's step size depends on its noise, which must be in memory.
+    more = {"fastdiff::philox_normal"} if name == "predictor_corrector" else set()
+    assert {op} | more == {op_name for op_name, *_ in reads.shapes}
+    if name not in ("heun", "dpm_solver_pp", "predictor_corrector"):  # updates of several kinds
+        assert len(reads.shapes) == 1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

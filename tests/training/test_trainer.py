@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastdiff import _backends
 from fastdiff.images import image_grid, to_uint8
+from fastdiff.nn import PRESETS
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset
@@ -59,12 +60,23 @@ def everything(trainer):
     tensors |= {f"ema.{name}": value for name, value in trainer.ema.model.state_dict().items()}
     for index, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    tensors |= {f"timesteps.{k}": value for k, value in trainer.timesteps.state_dict().items()}
     tensors["random"] = torch.get_rng_state()
     tensors["counters"] = torch.tensor([trainer.step, trainer.ema.num_updates])
     return tensors
 
 
-@pytest.mark.parametrize("changes", [{}, {"grad_accum": 2}, {"channels_last": True}])
+# Of 4 timesteps every one has been seen often enough, at the half-way, to be drawn by its losses.
+BY_LOSS = {
+    "timestep_sampler": "loss_second_moment",
+    "timesteps": 4,
+    "loss": "kl",
+    "variance": "learned_range",
+    "batch_size": 16,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_accum": 2}, {"channels_last": True}, BY_LOSS])
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dataset, changes):
     whole = trainer(tmp_path / "whole", dataset, **changes)
     assert whole.train()
@@ -311,10 +323,40 @@ def test_a_config_json_that_holds_no_settings_is_named(tmp_path, text):
 
 
 def test_a_learned_variance_needs_a_loss_that_trains_it():
-    with pytest.raises(UserError, match=r"--loss mse .*--variance learned_range .*; choose "):
+    with pytest.raises(UserError, match=r"--loss mse .*--variance learned_range; choose --loss hy"):
         build_diffusion(dataclasses.replace(SMALL, variance="learned_range"))
+    with pytest.raises(UserError, match=r"--loss, --variance or --weighting: loss='hybrid' adds"):
+        build_diffusion(dataclasses.replace(SMALL, loss="hybrid"))
     # A preset made for learned variances follows --variance.
     assert build_unet(SMALL, (8, 8, 1), num_classes=3).config.out_channels == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_twice_the_channels_for_a_learned_variance(preset):
+    size = PRESETS[preset].sample_size
+    for variance, factor in (("learned", 2), ("learned_range", 2), ("fixed_small", 1)):
+        config = dataclasses.replace(SMALL, preset=preset, variance=variance)
+        with torch.device("meta"):
+            unet = build_unet(config, (size, size, 3), num_classes=3)
+        assert unet.config.out_channels == 3 * factor
+        assert unet.conv_out.out_channels == 3 * factor
+
+
+def test_losses_decide_which_timesteps_are_drawn_however_a_batch_is_split(tmp_path, dataset):
+    runs = []
+    for accum in (1, 4):
+        run = trainer(tmp_path / str(accum), dataset, **BY_LOSS, grad_accum=accum)
+        for module in run.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        run.train()
+        runs.append(run)
+    states = [run.timesteps.state_dict() for run in runs]
+    assert torch.equal(states[0]["count"], states[1]["count"])
+    assert int(states[0]["count"].sum()) == 12 * 16
+    torch.testing.assert_close(states[0]["history"], states[1]["history"], rtol=1e-3, atol=1e-5)
+    p = runs[0].timesteps.probabilities()
+    assert float(p.max() / p.min()) > 1.5
 
 
 def test_a_preset_at_another_size_keeps_its_attention_levels():

@@ -30,13 +30,26 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The sum over a block of whole warps, in every lane of the first one.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float warps[32];
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+// N sums over a block of whole warps, in every lane of the first one. Once per kernel: a second call
+// would need a barrier before it.
+template <int N>
+__device__ __forceinline__ void block_sums(float (&x)[N]) {
+  __shared__ float warps[N][32];
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    x[k] = warp_sum(x[k]);
+    if (lane == 0) warps[k][threadIdx.x / 32] = x[k];
+  }
   __syncthreads();
-  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0f);
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = warp_sum(lane < blockDim.x / 32 ? warps[k][lane] : 0.0f);
+}
+
+__device__ __forceinline__ float block_sum(float x) {
+  float sums[1] = {x};
+  block_sums(sums);
+  return sums[0];
 }
 
 // Second stage: out[k] = scale weight[k] (sum of partials[k, :]), or with `total` one value, their

@@ -56,6 +56,7 @@ struct LaunchConfig {  // mirrored by launch.py
   u64 racecheck;  // enum RaceLevel
   u64 stack_bytes;
   double timeout;  // seconds, 0: none
+  u64 last_blocks;  // run only these, 0: all
 };
 
 struct LaunchReport {  // mirrored by launch.py
@@ -236,8 +237,10 @@ static void run_clusters(const LaunchConfig* config) {
   const bool shuffled = config->shuffle != 0;
   const u64 block_count = (u64)launch.grid[0] * launch.grid[1] * launch.grid[2];
   const u64 cluster_count = block_count / launch.cluster_size;
+  const u64 wanted = (config->last_blocks + launch.cluster_size - 1) / launch.cluster_size;
+  const u64 first = wanted && wanted < cluster_count ? cluster_count - wanted : 0;
   u64* clusters = shuffled ? ordered_indices<u64>(cluster_count, true, &random) : nullptr;
-  for (u64 i = 0; i < cluster_count && !launch.fault; i++) {
+  for (u64 i = first; i < cluster_count && !launch.fault; i++) {
     const int thread_count = launch.thread_count * launch.cluster_size;
     int* threads = ordered_indices<int>(thread_count, shuffled, &random);
     begin_cluster(clusters ? clusters[i] : i);

@@ -1,0 +1,272 @@
+#include "group_norm_silu.h"
+
+#include <cmath>
+
+#include "kernels.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+// Elements whose mean is the center of a group's sums.
+constexpr int64_t kCenterElements = 256;
+
+// Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean of
+// some of the group's elements, is within sqrt(N / kCenterElements) standard deviations of the mean
+// whatever the data: what E[h^2] - E[h]^2 loses for large means is not lost here.
+template <typename F>
+class Forward {
+ public:
+  explicit Forward(const GroupNormSiluArgs& args)
+      : args_(args),
+        layout_(args.layout),
+        size_(size_of(args.x_type)),
+        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {}
+
+  void run() const { layout_.channels_last ? run_pixels() : run_rows(); }
+
+ private:
+  // Groups are runs of rows: one per channel, or a single one if nothing differs between channels.
+  void run_rows() const {
+    const int64_t depth = layout_.group_channels(), numel = layout_.group_numel();
+    const int64_t units = layout_.batch * layout_.groups;
+    const int64_t rows = args_.channel_bias.data ? depth : 1;
+    const Pieces in(numel / rows, kPiece), out(layout_.pixels, kPiece);
+    const int64_t in_count = rows * in.per_run, out_count = depth * out.per_run;
+    if (one_thread_each(units, numel)) {
+      parallel_items(units, numel, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(2 * in_count + 8 * depth);
+        F *sums = memory + 8 * depth, *squares = sums + in_count;
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const Operands<F> operands = group_operands(unit, memory);
+          F* coefficients = memory + Operands<F>::kCount * depth;
+          const F center =
+              sum_pieces(unit, in, 0, in_count, operands, coefficients, sums, squares);
+          finish(unit, center, in_count, sums, squares);
+          apply_pieces(unit, out, 0, out_count, operands, coefficients);
+        }
+        finish_streaming();
+      });
+      return;
+    }
+    std::vector<F> sums(2 * in_count);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      F center = 0;
+      parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(8 * depth);
+        const F found = sum_pieces(unit, in, begin, end, group_operands(unit, memory),
+                                   memory + Operands<F>::kCount * depth, sums.data() + begin,
+                                   sums.data() + in_count + begin);
+        if (begin == 0) center = found;
+      });
+      finish(unit, center, in_count, sums.data(), sums.data() + in_count);
+      parallel_items(out_count, out.length, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(8 * depth);
+        apply_pieces(unit, out, begin, end, group_operands(unit, memory),
+                     memory + Operands<F>::kCount * depth);
+        finish_streaming();
+      });
+    }
+  }
+
+  Operands<F> group_operands(int64_t unit, F* memory) const {
+    const int64_t depth = layout_.group_channels();
+    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth, memory};
+  }
+
+  const char* x_of(int64_t element) const {
+    return static_cast<const char*>(args_.x) + element * size_;
+  }
+  char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
+
+  // Sums of the pieces [begin, end) of a group's rows; returns the center.
+  F sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+               const Operands<F>& operands, F* k, F* sums, F* squares) const {
+    const int64_t depth = layout_.group_channels(), first = unit * layout_.group_numel();
+    const int64_t sampled = std::min(pieces.run, kCenterElements);
+    F zero = 0, sum, square;
+    kernels_.row_sums(x_of(first), 1, sampled, &zero, &sum, &square);
+    const F center = sum / static_cast<F>(sampled) + operands.channel_bias[0];
+    for (int64_t c = 0; c < depth; ++c) k[c] = center - operands.channel_bias[c];
+    if (pieces.per_run == 1) {
+      kernels_.row_sums(x_of(first + begin * pieces.run), end - begin, pieces.run, k + begin, sums,
+                        squares);
+      return center;
+    }
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / pieces.per_run;
+      kernels_.row_sums(x_of(first + row * pieces.run + pieces.begin(piece)), 1,
+                        pieces.size(piece), k + row, sums + (piece - begin),
+                        squares + (piece - begin));
+    }
+    return center;
+  }
+
+  // Mean and rstd of a group from sums about its center.
+  void finish(int64_t unit, F center, int64_t count, const F* sums, const F* squares) const {
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      sum += sums[i];
+      square += squares[i];
+    }
+    store_statistics(unit, center, sum, square);
+  }
+
+  void store_statistics(int64_t unit, double center, double sum, double square) const {
+    const double numel = static_cast<double>(layout_.group_numel());
+    const double mean = sum / numel;
+    const double variance = std::max(0.0, square / numel - mean * mean);
+    static_cast<F*>(args_.mean)[unit] = static_cast<F>(center + mean);
+    static_cast<F*>(args_.rstd)[unit] = static_cast<F>(1.0 / std::sqrt(variance + args_.eps));
+  }
+
+  void set_affine(const Operands<F>& operands, int64_t unit, int64_t first, F* slope,
+                  F* offset) const {
+    const F mean = static_cast<const F*>(args_.mean)[unit];
+    const F rstd = static_cast<const F*>(args_.rstd)[unit];
+    for (int64_t c = first; c < first + layout_.group_channels(); ++c) {
+      const ChannelAffine<F> affine = operands.affine(c, mean, rstd, operands.channel_bias[c]);
+      slope[c] = affine.slope;
+      offset[c] = affine.offset;
+    }
+  }
+
+  // `memory`: 2 per channel.
+  void apply_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+                    const Operands<F>& operands, F* memory) const {
+    const int64_t first = unit * layout_.group_numel();
+    F *slope = memory, *offset = memory + layout_.group_channels();
+    set_affine(operands, unit, 0, slope, offset);
+    if (pieces.per_run == 1) {
+      const int64_t start = first + begin * pieces.run;
+      write_parts(y_of(start), end - begin, pieces.run, size_, stream_,
+                  [&](char* y, int64_t row, int64_t rows) {
+                    kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run,
+                                       slope + begin + row, offset + begin + row);
+                  });
+      return;
+    }
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / pieces.per_run;
+      const int64_t start = first + row * pieces.run + pieces.begin(piece);
+      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_,
+                  [&](char* y, int64_t, int64_t) {
+                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), slope + row,
+                                       offset + row);
+                  });
+    }
+  }
+
+  // Channels_last: pieces are runs of pixels, with sums per channel.
+  void run_pixels() const {
+    const int64_t channels = layout_.channels, numel = channels * layout_.pixels;
+    const Pieces pieces(layout_.pixels, piece_pixels(channels));
+    if (one_thread_each(layout_.batch, numel)) {
+      parallel_items(layout_.batch, numel, [&](int64_t begin, int64_t end) {
+        std::vector<F> sums(2 * channels * pieces.per_run);
+        for (int64_t sample = begin; sample < end; ++sample) {
+          F* memory = thread_scratch<F>(9 * channels);
+          const F* centers = sum_pixels(sample, pieces, 0, pieces.per_run, memory, sums.data());
+          finish_pixels(sample, centers, pieces.per_run, sums.data());
+          apply_pixels(sample, pieces, 0, pieces.per_run, memory);
+        }
+      });
+      return;
+    }
+    std::vector<F> sums(2 * channels * pieces.per_run), centers(channels);
+    const int64_t elements = pieces.length * channels;
+    for (int64_t sample = 0; sample < layout_.batch; ++sample) {
+      parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(9 * channels);
+        const F* found = sum_pixels(sample, pieces, begin, end, memory, sums.data());
+        if (begin == 0) std::copy(found, found + channels, centers.data());
+      });
+      finish_pixels(sample, centers.data(), pieces.per_run, sums.data());
+      parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
+        apply_pixels(sample, pieces, begin, end, thread_scratch<F>(9 * channels));
+      });
+    }
+  }
+
+  // Sums of pieces [begin, end) of a sample into rows of `sums`; returns the groups' centers.
+  const F* sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end, F* memory,
+                      F* sums) const {
+    const int64_t channels = layout_.channels, depth = layout_.group_channels();
+    const int64_t first = sample * channels * layout_.pixels;
+    const Operands<F> operands(args_, sample, 0, channels, memory);
+    F* k = memory + Operands<F>::kCount * channels;
+    F *centers = k + channels, *sum = centers + channels, *square = sum + channels;
+    const int64_t sampled = std::min(layout_.pixels, 1 + kCenterElements / depth);
+    std::fill(k, k + channels, F(0));
+    kernels_.pixel_sums(x_of(first), sampled, channels, k, sum, square);
+    for (int64_t g = 0; g < layout_.groups; ++g) {
+      F total = 0;
+      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
+        total += sum[c] / static_cast<F>(sampled) + operands.channel_bias[c];
+      }
+      centers[g] = total / static_cast<F>(depth);
+      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
+        k[c] = centers[g] - operands.channel_bias[c];
+      }
+    }
+    for (int64_t piece = begin; piece < end; ++piece) {
+      F* row = sums + 2 * channels * piece;
+      kernels_.pixel_sums(x_of(first + pieces.begin(piece) * channels), pieces.size(piece),
+                          channels, k, row, row + channels);
+    }
+    return centers;
+  }
+
+  void finish_pixels(int64_t sample, const F* centers, int64_t count, const F* sums) const {
+    const int64_t channels = layout_.channels, depth = layout_.group_channels();
+    std::vector<double> totals(2 * channels);
+    for (int64_t piece = 0; piece < count; ++piece) {
+      const F* row = sums + 2 * channels * piece;
+      for (int64_t i = 0; i < 2 * channels; ++i) totals[i] += row[i];
+    }
+    for (int64_t g = 0; g < layout_.groups; ++g) {
+      double sum = 0, square = 0;
+      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
+        sum += totals[c];
+        square += totals[channels + c];
+      }
+      store_statistics(sample * layout_.groups + g, centers[g], sum, square);
+    }
+  }
+
+  void apply_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
+                    F* memory) const {
+    const int64_t channels = layout_.channels, first = sample * channels * layout_.pixels;
+    const Operands<F> operands(args_, sample, 0, channels, memory);
+    F* slope = memory + Operands<F>::kCount * channels;
+    F* offset = slope + channels;
+    for (int64_t g = 0; g < layout_.groups; ++g) {
+      set_affine(operands, sample * layout_.groups + g, g * layout_.group_channels(), slope,
+                 offset);
+    }
+    // Backwards: what the sums read last is still in the cache.
+    for (int64_t piece = end - 1; piece >= begin; --piece) {
+      const int64_t start = first + pieces.begin(piece) * channels;
+      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_,
+                  [&](char* y, int64_t pixel, int64_t pixels) {
+                    kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, slope,
+                                         offset);
+                  });
+    }
+    finish_streaming();
+  }
+
+  const GroupNormSiluArgs& args_;
+  const GroupNormLayout& layout_;
+  const int64_t size_;  // bytes of an element
+  const bool stream_;
+  const GroupNormKernels<F> kernels_;
+};
+
+}  // namespace
+
+void group_norm_silu(const GroupNormSiluArgs& args) {
+  args.x_type == DType::kFloat64 ? Forward<double>(args).run() : Forward<float>(args).run();
+}
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,144 @@
+#pragma once
+
+// The loops of group_norm_silu over elements, per dtype of x and compiled for several instruction sets;
+// group_norm_silu.cpp and group_norm_silu_backward.cpp walk tensors with them.
+
+#include <algorithm>
+
+#include "elementwise.h"
+#include "fastdiff/group_norm_silu.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace fastdiff::cpu {
+
+// Elements per piece of work: sums over one are taken in F, sums of pieces in double.
+constexpr int64_t kPiece = 4096;
+
+// F is float, or double for float64 tensors. "Rows" are runs of one channel: `rows` of them, of `n`
+// adjacent elements each, with one coefficient per row. "Pixels" are runs of all channels, with one
+// coefficient per channel. With h = x + channel_bias, `k` is such that d = x - k = h - center: sums
+// are taken of d, which is small where means are large.
+template <typename F>
+struct GroupNormKernels {
+  // Per row (first array index) or channel: sum of d, sum of d^2.
+  void (*row_sums)(const void* x, int64_t rows, int64_t n, const F* k, F* sum, F* square);
+  void (*pixel_sums)(const void* x, int64_t pixels, int64_t channels, const F* k, F* sum,
+                     F* square);
+  // y = act(slope x + offset)
+  void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
+                    const F* offset);
+  void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
+                      const F* offset);
+  // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
+  void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
+                        const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
+  void (*pixel_grad_sums)(const void* x, const void* grad, int64_t pixels, int64_t channels,
+                          const F* k, const F* slope, const F* offset, F* kept, F* s0, F* s1,
+                          F* s2);
+  // grad_x = a dz + b d + c; dz from `kept` if not null.
+  void (*row_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t rows,
+                     int64_t n, const F* k, const F* slope, const F* offset, const F* a, const F* b,
+                     const F* c);
+  void (*pixel_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t pixels,
+                       int64_t channels, const F* k, const F* slope, const F* offset, const F* a,
+                       const F* b, const F* c);
+};
+
+template <typename F>
+GroupNormKernels<F> group_norm_kernels(DType x_type, Activation activation);
+
+// How the elements of a tensor are cut into pieces, depending on nothing but the shape, so that sums
+// do not depend on batch or threads. A sample's pieces are numbered in memory order.
+struct Pieces {
+  int64_t per_run;  // pieces per row, or per sample if channels_last
+  int64_t length;   // elements of a row, or pixels, per piece; the last one of a run is shorter
+  int64_t run;      // elements of a row, or pixels of a sample
+
+  Pieces(int64_t run_length, int64_t piece_length)
+      : per_run(std::max<int64_t>(1, (run_length + piece_length - 1) / piece_length)),
+        length(std::min(run_length, piece_length)),
+        run(run_length) {}
+
+  int64_t begin(int64_t piece) const { return piece % per_run * length; }
+  int64_t size(int64_t piece) const { return std::min(length, run - begin(piece)); }
+};
+
+// Pixels of a piece of a channels_last sample: a multiple of 4.
+inline int64_t piece_pixels(int64_t channels) {
+  return std::max<int64_t>(4, 4 * kPiece / channels / 4 * 4);
+}
+
+// Work below which another thread does not pay, in elements.
+constexpr int64_t kElementsPerThread = 8192;
+
+// Runs body(begin, end) over `items` of `elements` each.
+template <typename Body>
+void parallel_items(int64_t items, int64_t elements, const Body& body) {
+  parallel_for(0, items, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements)),
+               body);
+}
+
+// Whether each of `units` independent units (groups, or channels_last samples) is one thread's work;
+// otherwise all threads share a unit.
+inline bool one_thread_each(int64_t units, int64_t elements) {
+  const int64_t threads = num_threads();
+  return units >= 8 * threads || threads == 1 || units * elements <= 2 * kElementsPerThread ||
+         (units >= threads && units % threads == 0);
+}
+
+// Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`
+// parts of `length` elements of `size` bytes each. `to` is the place in `out`, or if `stream` a tile in
+// the L1 cache that is then written past the caches: reading the lines of a result that is about to be
+// overwritten costs a third of the traffic.
+template <typename Write>
+void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream,
+                 const Write& write) {
+  if (!stream || length > kPiece) return write(out, int64_t{0}, count);
+  alignas(64) char tile[kPiece * sizeof(double)];
+  const int64_t step = kPiece / length;
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t n = std::min(step, count - first);
+    write(tile, first, n);
+    stream_bytes(out + first * length * size, tile, n * length * size);
+  }
+}
+
+// The small operands of channels [first, first + n) of a sample, as F; absent ones are neutral.
+template <typename F>
+struct Operands {
+  const F *weight, *bias, *channel_bias, *scale, *shift;
+
+  static constexpr int64_t kCount = 5;
+
+  // `memory` has kCount * n elements.
+  template <typename Args>
+  Operands(const Args& args, int64_t sample, int64_t first, int64_t n, F* memory)
+      : weight(read(args.weight, sample, first, n, F(1), memory)),
+        bias(read(args.bias, sample, first, n, F(0), memory + n)),
+        channel_bias(read(args.channel_bias, sample, first, n, F(0), memory + 2 * n)),
+        scale(read(args.scale, sample, first, n, F(0), memory + 3 * n)),
+        shift(read(args.shift, sample, first, n, F(0), memory + 4 * n)) {}
+
+  // The coefficients of z in x, if `added` is the channel's bias, and in d = h - mean if it is mean.
+  ChannelAffine<F> affine(int64_t c, F mean, F rstd, F added) const {
+    return channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
+  }
+
+ private:
+  static const F* read(const ChannelVector& vector, int64_t sample, int64_t first, int64_t n,
+                       F neutral, F* memory) {
+    if (!vector.data) {
+      std::fill(memory, memory + n, neutral);
+      return memory;
+    }
+    const int64_t offset = sample * vector.row_stride + first;
+    if constexpr (sizeof(F) == 8) {
+      return static_cast<const double*>(vector.data) + offset;
+    } else {
+      return load_tile(vector.type, vector.data, offset, n, memory);
+    }
+  }
+};
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,330 @@
+#include <cmath>
+
+#include "bfloat16.h"
+#include "float16.h"
+#include "group_norm_silu.h"
+#include "kernels.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+// A group up to this size keeps dz for its second pass in a core's L2 cache, rather than computing
+// the activation's slope twice.
+constexpr int64_t kKeptElements = 65536;
+
+template <typename F>
+void store(const ChannelGradient& gradient, int64_t index, F value) {
+  switch (gradient.type) {
+    case DType::kBFloat16:
+      static_cast<uint16_t*>(gradient.data)[index] =
+          static_cast<uint16_t>(round_to_bfloat16(static_cast<float>(value)) >> 16);
+      return;
+    case DType::kFloat16:
+      static_cast<uint16_t*>(gradient.data)[index] = round_to_float16(static_cast<float>(value));
+      return;
+    case DType::kFloat64:
+      static_cast<double*>(gradient.data)[index] = static_cast<double>(value);
+      return;
+    default:
+      static_cast<float*>(gradient.data)[index] = static_cast<float>(value);
+  }
+}
+
+// Two passes over x and grad: the sums s0, s1, s2 of group_norm_silu.h per channel, of d = h - mean
+// in place of h_hat = d rstd; then grad_x = a dz + b d + c.
+template <typename F>
+class Backward {
+ public:
+  explicit Backward(const GroupNormSiluBackwardArgs& args)
+      : args_(args),
+        layout_(args.layout),
+        size_(size_of(args.x_type)),
+        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
+    if (args.grad_weight.data) of_weight_.resize(layout_.batch * layout_.channels);
+    if (args.grad_bias.data) of_bias_.resize(layout_.batch * layout_.channels);
+  }
+
+  void run() {
+    layout_.channels_last ? run_pixels() : run_rows();
+    sum_over_batch(args_.grad_weight, of_weight_);
+    sum_over_batch(args_.grad_bias, of_bias_);
+  }
+
+ private:
+  // Coefficients per channel, in memory of kCount values per channel.
+  struct Coefficients {
+    static constexpr int64_t kCount = 6 + Operands<F>::kCount;
+    F *k, *slope, *offset, *a, *b, *c;
+    Operands<F> operands;
+
+    Coefficients(const GroupNormSiluBackwardArgs& args, int64_t sample, int64_t first, int64_t n,
+                 F* memory)
+        : k(memory),
+          slope(memory + n),
+          offset(memory + 2 * n),
+          a(memory + 3 * n),
+          b(memory + 4 * n),
+          c(memory + 5 * n),
+          operands(args, sample, first, n, memory + 6 * n) {}
+  };
+
+  const char* x_of(int64_t i) const { return static_cast<const char*>(args_.x) + i * size_; }
+  const char* grad_of(int64_t i) const { return static_cast<const char*>(args_.grad) + i * size_; }
+  char* out_of(int64_t i) const { return static_cast<char*>(args_.grad_x) + i * size_; }
+  F mean(int64_t unit) const { return static_cast<const F*>(args_.mean)[unit]; }
+  F rstd(int64_t unit) const { return static_cast<const F*>(args_.rstd)[unit]; }
+
+  // What the first pass needs for the channels of one group, from index `first` of the coefficients.
+  void prepare(int64_t unit, int64_t first, const Coefficients& to) const {
+    for (int64_t c = first; c < first + layout_.group_channels(); ++c) {
+      const ChannelAffine<F> affine = to.operands.affine(c, mean(unit), rstd(unit), mean(unit));
+      to.k[c] = mean(unit) - to.operands.channel_bias[c];
+      to.slope[c] = affine.slope;
+      to.offset[c] = affine.offset;
+    }
+  }
+
+  // From the sums of a group's channels: the coefficients of the second pass, and all gradients
+  // but that of x. sums: s0, then s1, then s2, `stride` apart.
+  void finish(int64_t unit, int64_t first, const double* sums, int64_t stride,
+              const Coefficients& to) {
+    const int64_t depth = layout_.group_channels();
+    const double r = rstd(unit), pixels = static_cast<double>(layout_.pixels);
+    double m0 = 0, m1 = 0;
+    for (int64_t c = first; c < first + depth; ++c) {
+      const double gamma = to.operands.weight[c] * (F(1) + to.operands.scale[c]);
+      m0 += gamma * sums[c];
+      m1 += gamma * r * sums[stride + c];
+    }
+    m0 /= static_cast<double>(layout_.group_numel());
+    m1 /= static_cast<double>(layout_.group_numel());
+    const int64_t base = unit * depth - first;  // unit * depth: the group's first in (B, C)
+    for (int64_t c = first; c < first + depth; ++c) {
+      const double factor = F(1) + to.operands.scale[c], weight = to.operands.weight[c];
+      const double gamma = weight * factor;
+      const double s0 = sums[c], s1 = r * sums[stride + c], s2 = r * sums[2 * stride + c];
+      to.a[c] = static_cast<F>(r * gamma);
+      to.b[c] = static_cast<F>(-r * r * m1);
+      to.c[c] = static_cast<F>(-r * m0);
+      const int64_t index = base + c;
+      if (args_.grad_channel_bias.data) {
+        store(args_.grad_channel_bias, index, r * (gamma * s0 - pixels * m0 - s2 * m1));
+      }
+      if (args_.grad_scale.data) {
+        store(args_.grad_scale, index, weight * s1 + to.operands.bias[c] * s0);
+      }
+      if (args_.grad_shift.data) store(args_.grad_shift, index, s0);
+      if (!of_weight_.empty()) of_weight_[index] = factor * s1;
+      if (!of_bias_.empty()) of_bias_[index] = factor * s0;
+    }
+  }
+
+  void sum_over_batch(const ChannelGradient& gradient, const std::vector<double>& samples) const {
+    if (!gradient.data) return;
+    const int64_t channels = layout_.channels;
+    std::vector<double> sums(samples.begin(), samples.begin() + channels);
+    for (int64_t k = 1; k < layout_.batch; ++k) {
+      for (int64_t c = 0; c < channels; ++c) sums[c] += samples[k * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c) store(gradient, c, sums[c]);
+  }
+
+  // Groups are runs of rows, one per channel.
+  void run_rows() {
+    const int64_t depth = layout_.group_channels(), numel = layout_.group_numel();
+    const int64_t units = layout_.batch * layout_.groups;
+    const Pieces pieces(layout_.pixels, kPiece);
+    const int64_t count = depth * pieces.per_run, per_channel = Coefficients::kCount * depth;
+    if (one_thread_each(units, numel)) {
+      const bool keep = numel <= kKeptElements && args_.grad_x;
+      parallel_items(units, numel, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(per_channel + 3 * count + (keep ? numel : 0));
+        F *sums = memory + per_channel, *kept = keep ? sums + 3 * count : nullptr;
+        std::vector<double> totals(3 * depth);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const Coefficients coefficients = group_coefficients(unit, memory);
+          prepare(unit, 0, coefficients);
+          sum_pieces(unit, pieces, 0, count, coefficients, kept, sums, count);
+          add_pieces(pieces, sums, count, totals.data());
+          finish(unit, 0, totals.data(), depth, coefficients);
+          if (args_.grad_x) write_pieces(unit, pieces, 0, count, coefficients, kept);
+        }
+      });
+      return;
+    }
+    std::vector<F> memory(per_channel), sums(3 * count);
+    std::vector<double> totals(3 * depth);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const Coefficients coefficients = group_coefficients(unit, memory.data());
+      prepare(unit, 0, coefficients);
+      parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
+        sum_pieces(unit, pieces, begin, end, coefficients, nullptr, sums.data() + begin, count);
+      });
+      add_pieces(pieces, sums.data(), count, totals.data());
+      finish(unit, 0, totals.data(), depth, coefficients);
+      if (!args_.grad_x) continue;
+      parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
+        write_pieces(unit, pieces, begin, end, coefficients, nullptr);
+      });
+    }
+  }
+
+  Coefficients group_coefficients(int64_t unit, F* memory) const {
+    const int64_t depth = layout_.group_channels();
+    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth, memory};
+  }
+
+  // Calls body(first element within the group, row, rows, elements per row, piece) for the pieces
+  // [begin, end): whole rows at once if they are one piece each.
+  template <typename Body>
+  static void for_each_run(const Pieces& pieces, int64_t begin, int64_t end, const Body& body) {
+    if (pieces.per_run == 1) {
+      body(begin * pieces.run, begin, end - begin, pieces.run, begin);
+      return;
+    }
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / pieces.per_run;
+      body(row * pieces.run + pieces.begin(piece), row, int64_t{1}, pieces.size(piece), piece);
+    }
+  }
+
+  void sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+                  const Coefficients& from, F* kept, F* sums, int64_t stride) const {
+    const int64_t base = unit * layout_.group_numel();
+    for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
+                                         int64_t piece) {
+      F* to = sums + (piece - begin);
+      kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n, from.k + row,
+                             from.slope + row, from.offset + row, kept ? kept + first : nullptr, to,
+                             to + stride, to + 2 * stride);
+    });
+  }
+
+  void add_pieces(const Pieces& pieces, const F* sums, int64_t count, double* totals) const {
+    const int64_t depth = layout_.group_channels();
+    for (int64_t i = 0; i < 3 * depth; ++i) {
+      const F* of_row = sums + i / depth * count + i % depth * pieces.per_run;
+      totals[i] = 0;
+      for (int64_t piece = 0; piece < pieces.per_run; ++piece) totals[i] += of_row[piece];
+    }
+  }
+
+  void write_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+                    const Coefficients& from, const F* kept) const {
+    const int64_t base = unit * layout_.group_numel();
+    for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
+                                         int64_t) {
+      write_parts(out_of(base + first), rows, n, size_, stream_,
+                  [&](char* out, int64_t part, int64_t parts) {
+                    const int64_t i = first + part * n, c = row + part;
+                    kernels_.row_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr,
+                                        out, parts, n, from.k + c, from.slope + c, from.offset + c,
+                                        from.a + c, from.b + c, from.c + c);
+                  });
+    });
+    finish_streaming();
+  }
+
+  // Channels_last: pieces are runs of pixels, with sums per channel.
+  void run_pixels() {
+    const int64_t channels = layout_.channels, numel = channels * layout_.pixels;
+    const Pieces pieces(layout_.pixels, piece_pixels(channels));
+    const int64_t count = pieces.per_run, per_channel = Coefficients::kCount * channels;
+    if (one_thread_each(layout_.batch, numel)) {
+      const bool keep = numel <= kKeptElements && args_.grad_x;
+      parallel_items(layout_.batch, numel, [&](int64_t begin, int64_t end) {
+        F* memory = thread_scratch<F>(per_channel + 3 * channels * count + (keep ? numel : 0));
+        F* sums = memory + per_channel;
+        F* kept = keep ? sums + 3 * channels * count : nullptr;
+        for (int64_t sample = begin; sample < end; ++sample) {
+          const Coefficients coefficients(args_, sample, 0, channels, memory);
+          prepare_sample(sample, coefficients);
+          sum_pixels(sample, pieces, 0, count, coefficients, kept, sums);
+          finish_sample(sample, count, sums, coefficients);
+          if (args_.grad_x) write_pixels(sample, pieces, 0, count, coefficients, kept);
+        }
+      });
+      return;
+    }
+    std::vector<F> memory(per_channel), sums(3 * channels * count);
+    const int64_t elements = pieces.length * channels;
+    for (int64_t sample = 0; sample < layout_.batch; ++sample) {
+      const Coefficients coefficients(args_, sample, 0, channels, memory.data());
+      prepare_sample(sample, coefficients);
+      parallel_items(count, elements, [&](int64_t begin, int64_t end) {
+        sum_pixels(sample, pieces, begin, end, coefficients, nullptr, sums.data());
+      });
+      finish_sample(sample, count, sums.data(), coefficients);
+      if (!args_.grad_x) continue;
+      parallel_items(count, elements, [&](int64_t begin, int64_t end) {
+        write_pixels(sample, pieces, begin, end, coefficients, nullptr);
+      });
+    }
+  }
+
+  void prepare_sample(int64_t sample, const Coefficients& to) const {
+    for (int64_t g = 0; g < layout_.groups; ++g) {
+      prepare(sample * layout_.groups + g, g * layout_.group_channels(), to);
+    }
+  }
+
+  void finish_sample(int64_t sample, int64_t count, const F* sums, const Coefficients& to) {
+    const int64_t channels = layout_.channels;
+    std::vector<double> totals(3 * channels);
+    for (int64_t piece = 0; piece < count; ++piece) {
+      const F* row = sums + 3 * channels * piece;
+      for (int64_t i = 0; i < 3 * channels; ++i) totals[i] += row[i];
+    }
+    for (int64_t g = 0; g < layout_.groups; ++g) {
+      finish(sample * layout_.groups + g, g * layout_.group_channels(), totals.data(), channels,
+             to);
+    }
+  }
+
+  void sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
+                  const Coefficients& from, F* kept, F* sums) const {
+    const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = pieces.begin(piece) * channels;
+      F* to = sums + 3 * channels * piece;
+      kernels_.pixel_grad_sums(x_of(base + first), grad_of(base + first), pieces.size(piece),
+                               channels, from.k, from.slope, from.offset,
+                               kept ? kept + first : nullptr, to, to + channels,
+                               to + 2 * channels);
+    }
+  }
+
+  // Backwards: what the sums read last is still in the cache.
+  void write_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
+                    const Coefficients& from, const F* kept) const {
+    const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
+    for (int64_t piece = end - 1; piece >= begin; --piece) {
+      const int64_t first = pieces.begin(piece) * channels;
+      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
+                  [&](char* out, int64_t pixel, int64_t pixels) {
+                    const int64_t i = first + pixel * channels;
+                    kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
+                                          kept ? kept + i : nullptr, out, pixels, channels, from.k,
+                                          from.slope, from.offset, from.a, from.b, from.c);
+                  });
+    }
+    finish_streaming();
+  }
+
+  const GroupNormSiluBackwardArgs& args_;
+  const GroupNormLayout& layout_;
+  const int64_t size_;  // bytes of an element
+  const bool stream_;
+  const GroupNormKernels<F> kernels_;
+  // (B, C): what a sample adds to the gradients of weight and bias.
+  std::vector<double> of_weight_, of_bias_;
+};
+
+}  // namespace
+
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
+  args.x_type == DType::kFloat64 ? Backward<double>(args).run() : Backward<float>(args).run();
+}
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,305 @@
+#include <cstring>
+
+#include "bfloat16.h"
+#include "fastdiff/sigmoid.h"
+#include "float16.h"
+#include "group_norm_silu.h"
+#include "simd.h"
+
+namespace fastdiff::cpu {
+namespace {
+
+// How x lies in memory: Type there, F in registers.
+template <typename T>
+struct Plain {
+  using Type = T;
+  using F = T;
+  static FASTDIFF_HD F load(T value) { return value; }
+  static FASTDIFF_HD T store(F value) { return value; }
+};
+
+struct BFloat16 {
+  using Type = uint16_t;
+  using F = float;
+  static FASTDIFF_HD F load(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+  static FASTDIFF_HD uint16_t store(F value) {
+    return static_cast<uint16_t>(round_to_bfloat16(value) >> 16);
+  }
+};
+
+struct Float16 {
+  using Type = uint16_t;
+  using F = float;
+  static FASTDIFF_HD F load(uint16_t bits) { return float16_to_float(bits); }
+  static FASTDIFF_HD uint16_t store(F value) { return round_to_float16(value); }
+};
+
+struct SiLU {
+  template <typename F>
+  static FASTDIFF_HD F value(F z) { return silu(z); }
+  template <typename F>
+  static FASTDIFF_HD F slope(F z) { return silu_slope(z); }
+};
+
+struct Identity {
+  template <typename F>
+  static FASTDIFF_HD F value(F z) { return z; }
+  template <typename F>
+  static FASTDIFF_HD F slope(F) { return F(1); }
+};
+
+template <typename S>
+using In = const typename S::Type* __restrict;
+template <typename S>
+using Out = typename S::Type* __restrict;
+
+template <typename S, typename F>
+FASTDIFF_HD void row_sums(const void* x_data, int64_t rows, int64_t n, const F* k, F* sum,
+                          F* square) {
+  for (int64_t row = 0; row < rows; ++row) {
+    In<S> x = static_cast<In<S>>(x_data) + row * n;
+    const F center = k[row];
+    F s = 0, q = 0;
+#pragma omp simd reduction(+ : s, q)
+    for (int64_t i = 0; i < n; ++i) {
+      const F d = S::load(x[i]) - center;
+      s += d;
+      q += d * d;
+    }
+    sum[row] = s;
+    square[row] = q;
+  }
+}
+
+// Four pixels at a time: the sums are loaded and stored once for them.
+template <typename S, typename F>
+FASTDIFF_HD void pixel_sums(const void* x_data, int64_t pixels, int64_t channels, const F* k,
+                            F* __restrict sum, F* __restrict square) {
+  In<S> x = static_cast<In<S>>(x_data);
+  for (int64_t c = 0; c < channels; ++c) sum[c] = square[c] = 0;
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4, x += 4 * channels) {
+    In<S> x1 = x + channels;
+    In<S> x2 = x1 + channels;
+    In<S> x3 = x2 + channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const F center = k[c];
+      const F d0 = S::load(x[c]) - center, d1 = S::load(x1[c]) - center;
+      const F d2 = S::load(x2[c]) - center, d3 = S::load(x3[c]) - center;
+      sum[c] += (d0 + d1) + (d2 + d3);
+      square[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+  }
+  for (; p < pixels; ++p, x += channels) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const F d = S::load(x[c]) - k[c];
+      sum[c] += d;
+      square[c] += d * d;
+    }
+  }
+}
+
+template <typename S, typename A, typename F>
+FASTDIFF_HD void row_apply(const void* x_data, void* y_data, int64_t rows, int64_t n,
+                           const F* slope, const F* offset) {
+  for (int64_t row = 0; row < rows; ++row) {
+    In<S> x = static_cast<In<S>>(x_data) + row * n;
+    Out<S> y = static_cast<Out<S>>(y_data) + row * n;
+    const F a = slope[row], b = offset[row];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = S::store(A::value(a * S::load(x[i]) + b));
+  }
+}
+
+template <typename S, typename A, typename F>
+FASTDIFF_HD void pixel_apply(const void* x_data, void* y_data, int64_t pixels, int64_t channels,
+                             const F* slope, const F* offset) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    In<S> x = static_cast<In<S>>(x_data) + p * channels;
+    Out<S> y = static_cast<Out<S>>(y_data) + p * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      y[c] = S::store(A::value(slope[c] * S::load(x[c]) + offset[c]));
+    }
+  }
+}
+
+template <typename S, typename A, bool Keep, typename F>
+FASTDIFF_HD void row_grad_sums(const void* x_data, const void* grad_data, int64_t rows, int64_t n,
+                               const F* k, const F* slope, const F* offset, F* kept_data, F* s0,
+                               F* s1, F* s2) {
+  for (int64_t row = 0; row < rows; ++row) {
+    In<S> x = static_cast<In<S>>(x_data) + row * n;
+    In<S> grad = static_cast<In<S>>(grad_data) + row * n;
+    F* __restrict kept = kept_data + row * n;
+    const F center = k[row], a = slope[row], b = offset[row];
+    F t0 = 0, t1 = 0, t2 = 0;
+#pragma omp simd reduction(+ : t0, t1, t2)
+    for (int64_t i = 0; i < n; ++i) {
+      const F d = S::load(x[i]) - center;
+      const F dz = S::load(grad[i]) * A::slope(a * d + b);
+      if constexpr (Keep) kept[i] = dz;
+      t0 += dz;
+      t1 += dz * d;
+      t2 += d;
+    }
+    s0[row] = t0;
+    s1[row] = t1;
+    s2[row] = t2;
+  }
+}
+
+template <typename S, typename A, bool Keep, typename F>
+FASTDIFF_HD void pixel_grad_sums(const void* x_data, const void* grad_data, int64_t pixels,
+                                 int64_t channels, const F* k, const F* slope, const F* offset,
+                                 F* kept_data, F* __restrict s0, F* __restrict s1,
+                                 F* __restrict s2) {
+  for (int64_t c = 0; c < channels; ++c) s0[c] = s1[c] = s2[c] = 0;
+  for (int64_t p = 0; p < pixels; ++p) {
+    In<S> x = static_cast<In<S>>(x_data) + p * channels;
+    In<S> grad = static_cast<In<S>>(grad_data) + p * channels;
+    F* __restrict kept = kept_data + p * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const F d = S::load(x[c]) - k[c];
+      const F dz = S::load(grad[c]) * A::slope(slope[c] * d + offset[c]);
+      if constexpr (Keep) kept[c] = dz;
+      s0[c] += dz;
+      s1[c] += dz * d;
+      s2[c] += d;
+    }
+  }
+}
+
+template <typename S, typename A, bool Kept, typename F>
+FASTDIFF_HD void row_grad_x(const void* x_data, const void* grad_data, const F* kept_data,
+                            void* out_data, int64_t rows, int64_t n, const F* k, const F* slope,
+                            const F* offset, const F* a, const F* b, const F* c) {
+  for (int64_t row = 0; row < rows; ++row) {
+    In<S> x = static_cast<In<S>>(x_data) + row * n;
+    In<S> grad = static_cast<In<S>>(grad_data) + row * n;
+    const F* __restrict kept = kept_data + row * n;
+    Out<S> out = static_cast<Out<S>>(out_data) + row * n;
+    const F center = k[row], s = slope[row], o = offset[row];
+    const F of_dz = a[row], of_d = b[row], constant = c[row];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const F d = S::load(x[i]) - center;
+      F dz;
+      if constexpr (Kept) {
+        dz = kept[i];
+      } else {
+        dz = S::load(grad[i]) * A::slope(s * d + o);
+      }
+      out[i] = S::store(of_dz * dz + (of_d * d + constant));
+    }
+  }
+}
+
+template <typename S, typename A, bool Kept, typename F>
+FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F* kept_data,
+                              void* out_data, int64_t pixels, int64_t channels, const F* k,
+                              const F* slope, const F* offset, const F* a, const F* b,
+                              const F* constant) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    In<S> x = static_cast<In<S>>(x_data) + p * channels;
+    In<S> grad = static_cast<In<S>>(grad_data) + p * channels;
+    const F* __restrict kept = kept_data + p * channels;
+    Out<S> out = static_cast<Out<S>>(out_data) + p * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const F d = S::load(x[c]) - k[c];
+      F dz;
+      if constexpr (Kept) {
+        dz = kept[c];
+      } else {
+        dz = S::load(grad[c]) * A::slope(slope[c] * d + offset[c]);
+      }
+      out[c] = S::store(a[c] * dz + (b[c] * d + constant[c]));
+    }
+  }
+}
+
+// GCC clones only functions that are not templates: a struct of them per dtype and activation.
+#define FASTDIFF_GROUP_NORM_KERNELS(NAME, CLONES, S, A)                                          \
+  struct NAME {                                                                                  \
+    using F = S::F;                                                                              \
+    CLONES static void sums(const void* x, int64_t rows, int64_t n, const F* k, F* s, F* q) {    \
+      row_sums<S>(x, rows, n, k, s, q);                                                          \
+    }                                                                                            \
+    CLONES static void pixel_sums_(const void* x, int64_t p, int64_t n, const F* k, F* s, F* q) {\
+      pixel_sums<S>(x, p, n, k, s, q);                                                           \
+    }                                                                                            \
+    CLONES static void apply(const void* x, void* y, int64_t rows, int64_t n, const F* a,        \
+                             const F* b) {                                                       \
+      row_apply<S, A>(x, y, rows, n, a, b);                                                      \
+    }                                                                                            \
+    CLONES static void pixel_apply_(const void* x, void* y, int64_t p, int64_t n, const F* a,    \
+                                    const F* b) {                                                \
+      pixel_apply<S, A>(x, y, p, n, a, b);                                                       \
+    }                                                                                            \
+    CLONES static void grad_sums(const void* x, const void* g, int64_t rows, int64_t n,          \
+                                 const F* k, const F* a, const F* b, F* kept, F* s0, F* s1,      \
+                                 F* s2) {                                                        \
+      if (kept) return row_grad_sums<S, A, true>(x, g, rows, n, k, a, b, kept, s0, s1, s2);      \
+      row_grad_sums<S, A, false>(x, g, rows, n, k, a, b, kept, s0, s1, s2);                      \
+    }                                                                                            \
+    CLONES static void pixel_grad_sums_(const void* x, const void* g, int64_t p, int64_t n,      \
+                                        const F* k, const F* a, const F* b, F* kept, F* s0,      \
+                                        F* s1, F* s2) {                                          \
+      if (kept) return pixel_grad_sums<S, A, true>(x, g, p, n, k, a, b, kept, s0, s1, s2);       \
+      pixel_grad_sums<S, A, false>(x, g, p, n, k, a, b, kept, s0, s1, s2);                       \
+    }                                                                                            \
+    CLONES static void grad_x(const void* x, const void* g, const F* kept, void* out,            \
+                              int64_t rows, int64_t n, const F* k, const F* s, const F* o,       \
+                              const F* a, const F* b, const F* c) {                              \
+      if (kept) return row_grad_x<S, A, true>(x, g, kept, out, rows, n, k, s, o, a, b, c);       \
+      row_grad_x<S, A, false>(x, g, kept, out, rows, n, k, s, o, a, b, c);                       \
+    }                                                                                            \
+    CLONES static void pixel_grad_x_(const void* x, const void* g, const F* kept, void* out,     \
+                                     int64_t p, int64_t n, const F* k, const F* s, const F* o,   \
+                                     const F* a, const F* b, const F* c) {                       \
+      if (kept) return pixel_grad_x<S, A, true>(x, g, kept, out, p, n, k, s, o, a, b, c);        \
+      pixel_grad_x<S, A, false>(x, g, kept, out, p, n, k, s, o, a, b, c);                        \
+    }                                                                                            \
+  };
+
+FASTDIFF_GROUP_NORM_KERNELS(Float32SiLU, FASTDIFF_CLONES, Plain<float>, SiLU)
+FASTDIFF_GROUP_NORM_KERNELS(Float32Identity, FASTDIFF_CLONES, Plain<float>, Identity)
+FASTDIFF_GROUP_NORM_KERNELS(BFloat16SiLU, FASTDIFF_CLONES, BFloat16, SiLU)
+FASTDIFF_GROUP_NORM_KERNELS(BFloat16Identity, FASTDIFF_CLONES, BFloat16, Identity)
+FASTDIFF_GROUP_NORM_KERNELS(Float16SiLU, FASTDIFF_CLONES, Float16, SiLU)
+FASTDIFF_GROUP_NORM_KERNELS(Float16Identity, FASTDIFF_CLONES, Float16, Identity)
+FASTDIFF_GROUP_NORM_KERNELS(Float64SiLU, , Plain<double>, SiLU)
+FASTDIFF_GROUP_NORM_KERNELS(Float64Identity, , Plain<double>, Identity)
+#undef FASTDIFF_GROUP_NORM_KERNELS
+
+template <typename K>
+GroupNormKernels<typename K::F> table() {
+  return {K::sums,      K::pixel_sums_,      K::apply,  K::pixel_apply_,
+          K::grad_sums, K::pixel_grad_sums_, K::grad_x, K::pixel_grad_x_};
+}
+
+}  // namespace
+
+template <>
+GroupNormKernels<float> group_norm_kernels<float>(DType x_type, Activation activation) {
+  const bool silu = activation == Activation::kSilu;
+  switch (x_type) {
+    case DType::kBFloat16:
+      return silu ? table<BFloat16SiLU>() : table<BFloat16Identity>();
+    case DType::kFloat16:
+      return silu ? table<Float16SiLU>() : table<Float16Identity>();
+    default:
+      return silu ? table<Float32SiLU>() : table<Float32Identity>();
+  }
+}
+
+template <>
+GroupNormKernels<double> group_norm_kernels<double>(DType, Activation activation) {
+  return activation == Activation::kSilu ? table<Float64SiLU>() : table<Float64Identity>();
+}
+
+}  // namespace fastdiff::cpu

@@ -1,0 +1,87 @@
+#include "fastdiff/vlb_terms.cuh"
+
+#include "dispatch.cuh"
+#include "launchers.h"
+
+namespace fastdiff::cuda {
+namespace {
+
+int vector_elements(const VlbTermsArgs& args) {
+  const int V = static_cast<int>(16 / size_of(args.output_type));
+  const auto fits = [V](const void* pointer, DType type) { return vector_aligned(pointer, type, V); };
+  const bool vectors =
+      args.layout.numel % V == 0 && fits(args.x0, args.noise_type) &&
+      fits(args.x_t, args.noise_type) && fits(args.noise, args.noise_type) &&
+      fits(args.model_output, args.output_type) && fits(args.grad_output, args.output_type) &&
+      (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout));
+  return vectors ? V : 1;
+}
+
+ChunkPlan forward_plan(const VlbTermsArgs& args) {
+  return plan_reduction(args.layout, vector_elements(args), args.mode == NoiseMode::kGenerated);
+}
+
+struct Forward {
+  template <typename Data, typename Output>
+  static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(Output);
+    const ChunkPlan plan = forward_plan(args);
+    const auto kernel = vector_elements(args) > 1 ? vlb_terms_fwd_kernel<Data, Output, V>
+                                                  : vlb_terms_fwd_kernel<Data, Output, 1>;
+    if (plan.per_sample > 0) {
+      if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
+      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
+                                                                                             plan);
+      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    }
+    SampleLayout results = args.layout;  // three sums per sample
+    results.batch *= 3;
+    return finish_sums(args.out, args.partials, nullptr, results, plan,
+                       1.0 / static_cast<double>(args.layout.numel), false, stream);
+  }
+};
+
+struct Backward {
+  template <typename Data, typename Output>
+  static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(Output);
+    const int vector = vector_elements(args);
+    const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
+    if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
+    const auto kernel = vector > 1 ? vlb_terms_bwd_kernel<Data, Output, V>
+                                   : vlb_terms_bwd_kernel<Data, Output, 1>;
+    kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
+                                                                                           plan);
+    return cudaGetLastError();
+  }
+};
+
+// x0, x_t and noise are float32 or of the output's type.
+template <typename Pass>
+cudaError_t dispatch(const VlbTermsArgs& args, cudaStream_t stream) {
+  return dispatch_float(args.output_type, [&](auto output) {
+    using Output = typename decltype(output)::type;
+    if (args.noise_type == DType::kFloat32) {
+      return Pass::template launch<float, Output>(args, stream);
+    }
+    if (args.noise_type != args.output_type) return cudaErrorInvalidValue;
+    return Pass::template launch<Output, Output>(args, stream);
+  });
+}
+
+}  // namespace
+}  // namespace fastdiff::cuda
+
+extern "C" int64_t fastdiff_vlb_terms_partials(const fastdiff::VlbTermsArgs* args) {
+  return 3 * args->layout.batch * fastdiff::cuda::forward_plan(*args).per_sample;
+}
+
+extern "C" cudaError_t fastdiff_vlb_terms(const fastdiff::VlbTermsArgs* args,
+                                          cudaStream_t stream) {
+  return fastdiff::cuda::dispatch<fastdiff::cuda::Forward>(*args, stream);
+}
+
+extern "C" cudaError_t fastdiff_vlb_terms_backward(const fastdiff::VlbTermsArgs* args,
+                                                   cudaStream_t stream) {
+  return fastdiff::cuda::dispatch<fastdiff::cuda::Backward>(*args, stream);
+}

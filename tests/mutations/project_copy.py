@@ -1,0 +1,64 @@
+"""A copy of the project in which sources may be changed and tests run."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDERS = ("csrc", "triton_kernels", "fastdiff", "benchmarks", "tests")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pytest said."""
+
+    code: int
+    output: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether tests ran and failed: not an error of collection, nor a crash."""
+        return self.code == 1
+
+
+class ProjectCopy:
+    """The sources, tests and built libraries in `folder`."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        for name in FOLDERS:
+            skip = shutil.ignore_patterns("__pycache__", "triton_kernels")
+            shutil.copytree(ROOT / name, folder / name, ignore=skip)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        # An installed package has the kernels there; without this the original's would be imported.
+        (folder / "fastdiff/triton_kernels").symlink_to(folder / "triton_kernels")
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        """Change the one place of `file` that reads `old`."""
+        path = self.folder / file
+        text = path.read_text()
+        found = text.count(old)
+        assert found == 1, f"{file} has {found} places that read {old!r}: update the mutant"
+        path.write_text(text.replace(old, new))
+
+    def restore(self, file: str) -> None:
+        shutil.copy(ROOT / file, self.folder / file)
+
+    def run(self, *tests: str, timeout: float = 600) -> Outcome:
+        """Run these tests in the copy, until the first failure."""
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Outcome(done.returncode, done.stdout + done.stderr)

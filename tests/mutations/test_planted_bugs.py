@@ -1,0 +1,163 @@
+"""Bugs of the kinds that GPU code has, planted one at a time: the suite must catch each.
+
+Every mutant changes one place of a copy of the project and runs the tests that are meant to see it.
+`pytest -m slow tests/mutations` plants them all; the default run a few.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+
+from .project_copy import ProjectCopy
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in `file`; `tests` (arguments of pytest) must fail, saying `message`."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    message: str
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return self.bug
+
+
+def cuda(op: str, expression: str) -> tuple[str, ...]:
+    return f"tests/ops/test_{op}.py", "-k", f"cuda-ptx and {expression}"
+
+
+def triton(op: str, expression: str) -> tuple[str, ...]:
+    return f"tests/ops/test_{op}.py", "-k", f"triton-ptx and {expression}"
+
+
+MUTANTS = [
+    Mutant(
+        "off by one in a tail mask (Triton)",
+        "triton_kernels/q_sample.py",
+        "mask = i < numel",
+        "mask = i <= numel",
+        triton("q_sample", "test_forward and odd"),
+        "OutOfBounds",
+        quick=True,
+    ),
+    Mutant(
+        "off by one in a tail (CUDA)",
+        "csrc/include/fastdiff/elementwise.cuh",
+        "chunk.count = min(plan.elements, layout.numel - chunk.begin);",
+        "chunk.count = min(plan.elements, layout.numel - chunk.begin + 1);",
+        cuda("q_sample", "test_forward and odd"),
+        "OutOfBounds",
+    ),
+    Mutant(
+        "a missing __syncthreads",
+        "csrc/include/fastdiff/reduce.cuh",
+        "  __syncthreads();\n  return warp_sum(threadIdx.x % 32 <",
+        "  return warp_sum(threadIdx.x % 32 <",
+        cuda("eps_loss", "test_forward"),
+        "RaceError",
+        quick=True,
+    ),
+    Mutant(
+        "a race in the reduction: warps share one slot",
+        "csrc/include/fastdiff/reduce.cuh",
+        "warps[threadIdx.x / 32] = x;",
+        "warps[0] = x;",
+        cuda("eps_loss", "test_forward"),
+        "RaceError",
+    ),
+    Mutant(
+        "a race in the reduction: blocks share one partial sum",
+        "csrc/include/fastdiff/eps_loss.cuh",
+        "static_cast<float*>(args.partials)[blockIdx.x] = sum;",
+        "static_cast<float*>(args.partials)[0] = sum;",
+        cuda("eps_loss", "test_forward"),
+        "RaceError",
+    ),
+    Mutant(
+        "a wrong gradient factor",
+        "csrc/include/fastdiff/eps_loss.h",
+        "return T(2) * d;",
+        "return d;",
+        cuda("eps_loss", "test_gradients"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "swapped strides for channels_last",
+        "csrc/include/fastdiff/layout.h",
+        "(i % inner) * (numel / inner) + i / inner",
+        "(i / inner) * inner + i % inner",
+        cuda("q_sample", "test_forward and channels_last and seed and many"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "int32 overflow in an offset",
+        "csrc/include/fastdiff/elementwise.cuh",
+        "chunk.begin = (blockIdx.x - chunk.sample * plan.per_sample) * plan.elements;",
+        "chunk.begin = static_cast<int>((blockIdx.x - chunk.sample * plan.per_sample) *"
+        " plan.elements);",
+        ("tests/ops/test_large_tensors.py", "-k", "cuda-ptx and q_sample"),
+        "OutOfBounds",
+    ),
+    Mutant(
+        "a kernel reading its input twice",
+        "csrc/include/fastdiff/q_sample.cuh",
+        "      load_vector<V>(x0 + i, x);\n",
+        "      load_vector<V>(x0 + i, x);\n"
+        "      const volatile X0* again = x0 + i;\n"
+        "      for (int v = 0; v < V; ++v) x[v] += 0 * to_float(again[v]);\n",
+        cuda("q_sample", "test_traffic"),
+        "AssertionError",
+    ),
+    Mutant(
+        "an output element that nobody writes",
+        "csrc/include/fastdiff/elementwise.cuh",
+        "chunk.count = min(plan.elements, layout.numel - chunk.begin);",
+        "chunk.count = min(plan.elements, layout.numel - chunk.begin - 1);",
+        cuda("q_sample", "test_forward and odd"),
+        "an element was not written",
+    ),
+    Mutant(
+        "noise of the wrong stream",
+        "csrc/include/fastdiff/philox.h",
+        "static_cast<uint32_t>(stream >> 32)};",
+        "static_cast<uint32_t>(stream)};",
+        cuda("philox_normal", "test"),
+        "assert",
+    ),
+    Mutant(
+        "coefficients rounded to half precision",
+        "triton_kernels/q_sample.py",
+        "    y = a * x\n",
+        "    a = a.to(tl.bfloat16).to(tl.float32)\n    y = a * x\n",
+        triton("q_sample", "test_forward and vectors"),
+        "error exceeds the bound",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectCopy:
+    return ProjectCopy(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA mutants need nvcc")
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=[] if m.quick else [pytest.mark.slow], id=str(m)) for m in MUTANTS],
+)
+def test_planted_bug_is_caught(project: ProjectCopy, mutant: Mutant) -> None:
+    project.replace(mutant.file, mutant.old, mutant.new)
+    try:
+        outcome = project.run(*mutant.tests)
+    finally:
+        project.restore(mutant.file)
+    assert outcome.failed, f"nothing failed (exit code {outcome.code}):\n{outcome.output[-3000:]}"
+    assert mutant.message in outcome.output, outcome.output[-3000:]

@@ -1,0 +1,253 @@
+"""The Triton kernels of group_norm_silu: values, choice of kernels, traffic, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_harness import assert_close, available, evaluate, implementation_params
+from op_harness.group_norm_silu import (
+    OPERANDS,
+    Case,
+    Exact,
+    arguments,
+    grad_output,
+    operations,
+)
+from ptx_emulator.counters import Requests
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastdiff.triton_kernels import group_norm_silu_tiles as tiles
+
+CASES = [
+    *(
+        Case(layout=layout, dtype=dtype)
+        for layout, dtype in (
+            ("contiguous", "bf16"),
+            ("channels_last", "bf16"),
+            ("channels_last", "fp32"),
+        )
+    ),
+    Case(dtype="fp16", operand_dtype="bf16", chunked=True),
+    Case(operand_dtype="fp64", operands=("weight", "bias"), activation="identity"),
+    Case(shape="odd", operands=()),
+    Case(shape="odd", layout="misaligned", dtype="fp16"),
+    Case(shape="odd", layout="channels_last", values="constant", dtype="bf16"),
+    Case(shape="odd", values="mean 1e4", operands=("weight", "bias", "channel_bias")),
+    Case(shape="G = C", layout="channels_last"),
+    Case(shape="G = 1"),
+    Case(shape="HW = 1"),
+    Case(shape="batch 0"),
+    Case(shape="3-D"),
+    Case(shape="5-D", layout="channels_last"),
+    Case(shape="wide"),
+]
+SPLIT_CASES = [
+    Case(layout="channels_last", dtype="bf16"),
+    Case(shape="odd"),
+    Case(shape="odd", layout="channels_last", values="mean 1e4", operands=("weight", "bias")),
+    Case(shape="G = 1"),
+    Case(shape="large group", layout="channels_last", dtype="bf16", operands=("scale", "shift")),
+]
+
+ptx = pytest.mark.skipif(
+    available("triton-ptx") is not None, reason=f"triton-ptx: {available('triton-ptx')}"
+)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits in registers, tiles are small, and a program of a reduction adds up several."""
+    monkeypatch.setattr(tiles, "HELD", 0)
+    monkeypatch.setattr(tiles, "HELD_WIDE", 0)
+    monkeypatch.setattr(tiles, "SPLIT_ELEMENTS", 512)
+    monkeypatch.setattr(tiles, "REDUCTION_PROGRAMS", 4)
+
+
+def check(case: Case, implementation: str) -> list:
+    """Outputs and gradients against float64; the launches."""
+    args = arguments(case)
+    names = ("x", *(name for name in OPERANDS if args[name] is not None))
+    grad = grad_output(case, args["x"])
+    result = evaluate("group_norm_silu", implementation, args, gradients=names, grad_output=grad)
+    exact = Exact(args)
+    results = dict(zip(("y", "mean", "rstd"), result.outputs, strict=True)) | result.gradients
+    expected = dict(zip(("mean", "rstd"), exact.statistics(), strict=True))
+    expected |= {"y": exact.forward()} | exact.backward(grad, names)
+    for name, (value, size) in expected.items():
+        actual = results[name]
+        if actual.dtype == torch.float64:
+            assert torch.equal(actual, actual.float().double())  # computed in float32
+            actual = actual.float()
+        assert_close(
+            actual,
+            value,
+            magnitude=size,
+            operations=(2 if name in names else 1) * operations(args),
+            implementation=implementation,
+        )
+    return result.launches
+
+
+@pytest.mark.parametrize(
+    "implementation", implementation_params("triton-interpreted", "triton-ptx")
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: Case, implementation: str) -> None:
+    check(case, implementation)
+
+
+@ptx
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_split_values(case: Case) -> None:
+    launches = check(case, "triton-ptx")
+    assert len(launches) >= 6  # moments, merge, apply; sums, finish, apply
+
+
+def random_arguments(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    last = torch.channels_last if channels_last else torch.contiguous_format
+    weight, bias = torch.randn(2, shape[1], generator=generator)
+    return {
+        "x": x.contiguous(memory_format=last),
+        "num_groups": 32,
+        "weight": weight,
+        "bias": bias,
+        "eps": 1e-6,
+        "channel_bias": torch.randn(shape[:2], generator=generator),
+        "scale": None,
+        "shift": None,
+        "activation": 0,
+    }
+
+
+NAMES = ("x", "weight", "bias", "channel_bias")
+
+
+@ptx
+@pytest.mark.parametrize(
+    ("layout", "kernels"), [("contiguous", "one pass"), ("channels_last", "split")]
+)
+def test_a_sample_does_not_depend_on_the_batch(
+    layout: str, kernels: str, request: pytest.FixtureRequest
+) -> None:
+    if kernels == "split":
+        request.getfixturevalue("split")
+    args = random_arguments((3, 64, 8, 8), torch.bfloat16, layout == "channels_last")
+    grad = torch.randn_like(args["x"])
+    options = {"gradients": NAMES, "grad_output": grad}
+    batch = evaluate("group_norm_silu", "triton-ptx", args, **options)
+    # Another order of blocks and threads: the same bits.
+    again = evaluate("group_norm_silu", "triton-ptx", args, **options, seed=1)
+    for name in NAMES:
+        assert torch.equal(batch.gradients[name], again.gradients[name])
+    alone = args | {name: args[name][1:2] for name in ("x", "channel_bias")}
+    options["grad_output"] = grad[1:2]
+    sample = evaluate("group_norm_silu", "triton-ptx", alone, **options)
+    for one, many in zip(sample.outputs, batch.outputs, strict=True):
+        assert torch.equal(one, many[1:2])
+    for name in ("x", "channel_bias"):
+        assert torch.equal(sample.gradients[name], batch.gradients[name][1:2])
+
+
+SITES = [
+    ((1, 128, 32, 32), "bf16", "channels_last"),
+    ((1, 256, 16, 16), "fp32", "contiguous"),
+    ((1, 128, 64, 64), "bf16", "channels_last"),  # split
+]
+# ddpm_cifar10's, and of ddpm_256 and a latent VAE what the emulator does in minutes.
+SLOW_SITES = [
+    ((batch, *shape), dtype, layout)
+    for batch, shapes in (
+        (1, [(128, 32, 32), (256, 32, 32), (384, 32, 32), (128, 16, 16), (256, 16, 16)]),
+        (1, [(384, 16, 16), (512, 16, 16), (256, 8, 8), (512, 8, 8), (256, 4, 4), (512, 4, 4)]),
+        (16, [(128, 32, 32), (256, 8, 8)]),
+        (1, [(128, 256, 256), (256, 128, 128), (512, 16, 16), (1024, 8, 8), (512, 64, 64)]),
+    )
+    for shape in shapes
+    for dtype in ("fp32", "bf16")
+    for layout in ("contiguous", "channels_last")
+]
+
+
+@ptx
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    [*SITES, *(pytest.param(*site, marks=pytest.mark.slow) for site in SLOW_SITES)],
+    ids=str,
+)
+def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
+    """Tensor-sized accesses, 16 bytes each, of whole sectors; blocks that fill a GPU."""
+    element = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    args = random_arguments(shape, element, layout == "channels_last")
+    x = args["x"]
+    size = x.numel() * x.element_size()
+    small = sum(args[name].numel() * args[name].element_size() for name in NAMES[1:])
+    statistics = 2 * 4 * shape[0] * 32
+    # Each sample's share in dweight and dbias, written and read.
+    shares = 4 * 4 * shape[0] * shape[1] if shape[0] > 1 else 0
+    options = {"count": True, "racecheck": False}
+    forward = evaluate("group_norm_silu", "triton-ptx", args, **options)
+    grad = torch.randn_like(x)
+    both = evaluate(
+        "group_norm_silu", "triton-ptx", args, gradients=NAMES, grad_output=grad, **options
+    )
+    backward = both.launches[len(forward.launches) :]
+    pixels = x[0, 0].numel()
+    for launches, arrays, (held, split_accesses), extra in (
+        (forward.launches, 1, (2, 3), small + statistics),
+        (backward, 2, (3, 5), 2 * small + statistics + shares),
+    ):
+        plan = tiles.plan(shape[1], 32, pixels, x.element_size(), layout == "channels_last", arrays)
+        touched = [array for launch in launches for array in launch.counters.arrays]
+        large = [array for array in touched if array.size >= size]
+        moved = sum(array.loaded_bytes + array.stored_bytes for array in large)
+        # Every thread reads the small operands it needs; the caches serve all but the first.
+        moved += sum(
+            array.unique_loaded_bytes + array.unique_stored_bytes
+            for array in touched
+            if array.size < size
+        )
+        bound = (held if plan.one_pass else split_accesses) * size
+        assert moved <= 1.05 * (bound + extra)
+        requests = sum((a.load_requests + a.store_requests for a in large), Requests())
+        assert set(requests.widths) == {16}
+        # Two groups of 12 channels in channels_last begin in the middle of a sector.
+        waste = 1.4 if shape[1] == 384 and layout == "channels_last" else 1.1
+        assert requests.sectors <= waste * requests.min_sectors
+        blocks = plan.channel_tiles(shape[1], 32) * shape[0]
+        if not plan.one_pass:
+            blocks *= -(-pixels // (plan.pixels * plan.rounds))
+            assert blocks >= 128
+
+
+def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -> tuple:
+    channels, groups, pixels = shape
+    chosen = tiles.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays)
+    return chosen[:5]
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "layout", "arrays", "expected"),
+    [
+        ((128, 32, 1024), 2, "contiguous", 1, (True, 1, 4, 1024, 1)),
+        # 4 groups of 4 channels fill a sector of 16 bfloat16, 2 one of 8 float32.
+        ((128, 32, 1024), 2, "channels_last", 1, (True, 4, 16, 1024, 1)),
+        ((128, 32, 1024), 4, "channels_last", 1, (True, 2, 8, 1024, 1)),
+        # Groups of 12 are padded to 16; two of them, 1.5 sectors, are better than three accesses.
+        ((384, 32, 1024), 2, "channels_last", 1, (True, 2, 32, 1024, 1)),
+        ((384, 32, 1024), 2, "channels_last", 2, (False, 8, 128, 32, 1)),
+        # 65536 elements a group: at most 512 programs a sample add up several tiles each.
+        ((512, 32, 4096), 2, "contiguous", 1, (False, 1, 1, 4096, 1)),
+        ((128, 32, 262144), 2, "contiguous", 1, (False, 1, 1, 4096, 16)),
+        ((128, 32, 65536), 2, "channels_last", 1, (False, 16, 64, 64, 4)),
+        # A group of all channels is cut.
+        ((1024, 1, 256), 4, "contiguous", 1, (False, 1, 16, 256, 1)),
+        ((7, 7, 1), 4, "channels_last", 1, (True, 7, 8, 1, 1)),
+    ],
+)
+def test_plan(shape, itemsize, layout, arrays, expected) -> None:
+    """One pass or two, groups in a span, channels and pixels of a tile, tiles in a reduction."""
+    assert plan(shape, itemsize, layout, arrays) == expected

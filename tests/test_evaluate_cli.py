@@ -1,0 +1,191 @@
+"""`python -m fastdiff.evaluate`, through its real front door."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import _cli, evaluate
+from fastdiff.likelihood import flow_likelihood
+from fastdiff.nn import PRESETS
+from fastdiff.samplers import DDIM
+from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
+
+CONFIG = TrainConfig(
+    preset="tiny",
+    steps=3,
+    batch_size=8,
+    timesteps=12,
+    schedule="linear",
+    num_samples=4,
+    sample_steps=2,
+    device="cpu",
+    lr=1e-2,
+    warmup=0,
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run, and a class-conditional one with learned variance, hardly trained."""
+    patch = pytest.MonkeyPatch()
+    tiny = PRESETS["digits"].replace(channels=8, num_groups=4)
+    patch.setitem(PRESETS, "tiny", tiny)
+    folder = tmp_path_factory.mktemp("runs")
+    learned = {"class_cond": True, "variance": "learned_range", "loss": "hybrid"}
+    for name, changes in (("plain", {}), ("learned", learned)):
+        run = RunFolder(folder / name)
+        config = dataclasses.replace(CONFIG, **changes)
+        run.create(config)
+        Trainer(config, load_dataset("digits"), run, torch.device("cpu")).train()
+    patch.undo()  # from here on a run must describe itself
+    return folder
+
+
+@pytest.fixture
+def run_evaluate(monkeypatch, capfd, tmp_path, runs):
+    """Call the command in this process; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "learned"):
+        (tmp_path / name).symlink_to(runs / name)
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdiff.evaluate", *argv, "--device", "cpu"])
+        with pytest.raises(SystemExit) as stopped:
+            _cli.run(evaluate.PROGRAM, evaluate.main, evaluate.NEEDS)
+        return stopped.value.code, *capfd.readouterr()
+
+    threads = torch.get_num_threads()
+    yield call
+    torch.set_num_threads(threads)
+
+
+def chosen(num, seed):
+    """The images that --num and --seed stand for, and their classes."""
+    dataset = load_dataset("digits")
+    indices = np.random.default_rng(seed).permutation(len(dataset))[:num]
+    x0 = torch.from_numpy(dataset.images[indices]).permute(0, 3, 1, 2)
+    return x0, torch.from_numpy(dataset.labels[indices])
+
+
+@pytest.mark.parametrize("name", ["plain", "learned"])
+def test_bits_per_dim_in_table_file_and_plot(run_evaluate, runs, name):
+    code, out, error = run_evaluate(name, "--bpd", "--num", "5", "--seed", "3", "--batch-size", "7")
+    assert code == 0
+    run = load_run(runs / name)
+    x0, labels = chosen(5, 3)
+    kwargs = {"y": labels} if name == "learned" else {}
+    bits = run.diffusion.bits_per_dim(run.unet, x0, 3, model_kwargs=kwargs, progress=False)
+    folder = runs / name / "evaluation"
+    values = json.loads((folder / "bpd.json").read_text())
+    # Another batch size may take other matrix kernels.
+    assert values["bits_per_dim"] == pytest.approx(float(bits.total.mean()), rel=1e-4)
+    standard_error = float(bits.total.std()) / math.sqrt(5)
+    assert values["standard_error"] == pytest.approx(standard_error, rel=1e-3)
+    assert values["vb"] == pytest.approx(bits.vb.mean(0).tolist(), rel=1e-3)
+    assert values["decoder"] == values["vb"][0]
+    assert values["prior"] + sum(values["vb"]) == pytest.approx(values["bits_per_dim"])
+    assert values["terminal_snr"] == run.diffusion.schedule.terminal_snr
+    assert values["rate"][-1] == pytest.approx(values["bits_per_dim"])
+    assert len(values["rate"]) == len(values["distortion"]) == 13
+    facts = {"metric": "bpd", "step": 3, "data": "digits", "num": 5, "seed": 3}
+    assert values.items() >= {**facts, "training_images": True}.items()
+    assert f"{values['bits_per_dim']:.4f} +- {values['standard_error']:.4f}" in out
+    assert "which it was trained on" in error
+    assert Image.open(folder / "rate_distortion.png").width > 300
+
+
+def test_likelihood_and_reconstruction(run_evaluate, runs):
+    argv = ["learned", "--likelihood", "--reconstruction", "--num", "3", "--batch-size", "4"]
+    code, out, _ = run_evaluate(
+        *argv, "--steps", "3", "6", "13", "--probes", "2", "--tolerance", "1e-2"
+    )
+    assert code == 0
+    folder = runs / "learned" / "evaluation"
+    run = load_run(runs / "learned")
+    x0, labels = chosen(3, 0)
+
+    values = json.loads((folder / "likelihood.json").read_text())
+    flow = flow_likelihood(
+        run.diffusion,
+        run.unet,
+        x0,
+        0,
+        probes=2,
+        dequantize=True,
+        rtol=1e-2,
+        atol=1e-2,
+        model_kwargs={"y": labels},
+        progress=False,
+    )
+    assert values["bits_per_dim"] == pytest.approx(float(flow.bits_per_dim.mean()), rel=1e-3)
+    of_the_probes = float(flow.standard_error.square().sum().sqrt()) / 3
+    assert values["standard_error_of_the_probes"] == pytest.approx(of_the_probes, rel=1e-2)
+
+    values = json.loads((folder / "reconstruction.json").read_text())
+    assert values["steps"] == [3, 6]  # there are 12 timesteps
+    pixels = x0.float() / 127.5 - 1
+    for steps, mse in zip(values["steps"], values["mse"], strict=True):
+        sampler = DDIM(run.diffusion, steps=steps, clip_denoised=False)
+        kwargs = {"model_kwargs": {"y": labels}, "progress": False}
+        x_T = sampler.encode(run.unet, pixels, **kwargs)
+        again = sampler.sample(run.unet, x_T=x_T, **kwargs)
+        assert mse == pytest.approx(float(((again - pixels) / 2).square().mean()), rel=1e-3)
+        assert f"{steps} steps" in out
+    assert not (folder / "frechet.json").exists()
+
+
+def test_without_a_flag_every_metric_is_evaluated_anew(run_evaluate, runs, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images[..., None])
+    argv = ["plain", "--num", "2", "--steps", "2", "--probes", "1", "--tolerance", "1e-2"]
+    for data in ([], ["--data", "images.npz"]):
+        assert run_evaluate(*argv, *data)[0] == 0
+    folder = runs / "plain" / "evaluation"
+    for name in evaluate.METRICS:
+        values = json.loads((folder / f"{name}.json").read_text())
+        assert (values["data"], values["training_images"]) == ("images.npz", False)
+    assert (
+        json.loads((folder / "likelihood.json").read_text())["standard_error_of_the_probes"] is None
+    )
+
+
+def test_every_metric_has_a_flag():
+    flags = {f.name for f in dataclasses.fields(evaluate.EvaluateConfig) if f.type == "bool"}
+    assert flags == set(evaluate.METRICS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["nowhere"], ["RUN: nowhere holds no run"]),
+        ([], ["Missing", "Run folder"]),
+        (["plain", "--bdp"], ["--bdp", "did you mean --bpd"]),
+        (["plain", "--num", "0"], ["--num 0"]),
+        (["plain", "--num", "5000"], ["--num 5000: there are 1797 images"]),
+        (["plain", "--batch-size", "1"], ["--batch-size 1", "at least 2"]),
+        (["plain", "--probes", "0"], ["--probes 0"]),
+        (["plain", "--tolerance", "0"], ["--tolerance 0.0"]),
+        (["plain", "--steps", "0"], ["--steps 0"]),
+        (["plain", "--steps", "13"], ["--steps 13: ", "1..12"]),
+        (["plain", "--data", "digit"], ["--data digit", "digits, fashion-mnist"]),
+        (["plain", "--data", "large.npz"], ["--data large.npz: images of 9x9x1", "8x8x1"]),
+        (["learned", "--data", "small.npz"], ["--data small.npz", "class-conditional"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(run_evaluate, runs, tmp_path, argv, fragments):
+    np.savez(tmp_path / "large.npz", np.zeros((80, 9, 9, 1), np.uint8))
+    np.savez(tmp_path / "small.npz", np.zeros((80, 8, 8, 1), np.uint8))
+    if "--steps" not in argv:
+        argv = [*argv, "--steps", "4"]
+    code, out, error = run_evaluate(*argv)
+    assert (code, out) == (2, "")
+    assert error.startswith("python -m fastdiff.evaluate: error: ")
+    assert error.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in error

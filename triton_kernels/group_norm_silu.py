@@ -1,0 +1,327 @@
+"""group_norm_silu forward in Triton: one pass while a program holds its groups, else two reads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from .group_norm_silu_backward import group_norm_silu_backward
+from .group_norm_silu_tiles import (
+    activate,
+    affine,
+    channels_of,
+    load_channels,
+    load_groups,
+    load_tile,
+    members,
+    plan,
+    row_stride,
+    spread,
+    sum_groups,
+    sum_products,
+    tile_offsets,
+    workspace,
+)
+
+__all__ = ["group_norm_silu", "group_norm_silu_backward"]
+
+
+@triton.jit
+def tile_moments(b_h, m_tile, m_member):
+    """Of each group the elements in the tile, their mean, the sum of squares of the deviations.
+
+    And the deviations.
+    """
+    n = sum_groups(tl.sum(m_tile.to(tl.float32), axis=1), m_member)
+    mean = sum_groups(tl.sum(b_h, axis=1), m_member) / tl.maximum(n, 1.0)
+    b_d = b_h - spread(mean, m_member)[:, None]
+    return n, mean, sum_groups(sum_products(b_d, b_d, m_tile), m_member), b_d
+
+
+@triton.jit(do_not_specialize=["eps"])
+def group_norm_silu_fwd_kernel(
+    y,
+    mean,
+    rstd,
+    x,
+    weight,
+    bias,
+    channel_bias,
+    scale,
+    shift,
+    channel_bias_stride,
+    scale_stride,
+    shift_stride,
+    pixels,
+    eps,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """One span of whole groups of one sample, held in registers: x is read once."""
+    tile = tl.program_id(0).to(tl.int64)
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    base, offsets, m_tile = tile_offsets(
+        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
+    )
+    i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
+    b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+
+    b_h = load_tile(x + base, offsets, m_tile)
+    if channel_bias is not None:
+        b_h = tl.where(m_tile, b_h + b_bias[:, None], 0.0)
+    n, b_mean, square, b_d = tile_moments(b_h, m_tile, m_member)
+    b_rstd = 1.0 / tl.sqrt(square / tl.maximum(n, 1.0) + eps)
+    p_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
+    tl.store(mean + p_group, b_mean, mask=m_g)
+    tl.store(rstd + p_group, b_rstd, mask=m_g)
+
+    slope = spread(b_rstd, m_member) * gamma
+    z = b_d * slope[:, None] + beta[:, None]
+    b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + base + offsets, b_y, mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["chunks", "rounds"])
+def group_norm_silu_fwd_moments_kernel(
+    numbers,
+    means,
+    squares,
+    x,
+    channel_bias,
+    channel_bias_stride,
+    pixels,
+    chunks,
+    rounds,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """Moments of each group over one channel tile and one chunk of pixels, `rounds` tiles long."""
+    PARTS: tl.constexpr = (GROUPS * GROUP_CHANNELS + CH - 1) // CH
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // chunks
+    chunk = program - tile * chunks
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
+    b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+
+    n = tl.zeros(i_g.shape, tl.float32)
+    b_mean = tl.zeros(i_g.shape, tl.float32)
+    square = tl.zeros(i_g.shape, tl.float32)
+    for r in range(rounds):
+        base, offsets, m_tile = tile_offsets(
+            i_b,
+            first,
+            (chunk * rounds + r) * PIX,
+            m_c,
+            pixels,
+            CHANNELS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+        )
+        b_h = load_tile(x + base, offsets, m_tile)
+        if channel_bias is not None:
+            b_h = tl.where(m_tile, b_h + b_bias[:, None], 0.0)
+        n_tile, tile_mean, tile_square, _ = tile_moments(b_h, m_tile, m_member)
+        # Chan, Golub & LeVeque 1979: the moments of a union.
+        together = tl.maximum(n + n_tile, 1.0)
+        d = tile_mean - b_mean
+        b_mean += d * (n_tile / together)
+        square += tile_square + d * d * (n * n_tile / together)
+        n += n_tile
+
+    i_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
+    i_part = (i_group * PARTS + tile % PARTS) * chunks + chunk
+    tl.store(numbers + i_part, n, mask=m_g)
+    tl.store(means + i_part, b_mean, mask=m_g)
+    tl.store(squares + i_part, square, mask=m_g)
+
+
+@triton.jit(do_not_specialize=["parts", "eps"])
+def group_norm_silu_fwd_merge_kernel(
+    mean, rstd, numbers, means, squares, parts, eps, BLOCK: tl.constexpr
+):
+    """mean and rstd of one group from the moments of its parts: the mean first, then deviations."""
+    i_g = tl.program_id(0).to(tl.int64)
+    n = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    # Relative to one of the means, so that no digits of a large one are lost.
+    pivot = tl.load(means + i_g * parts)
+    for k in range(0, parts, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        b_n = tl.load(numbers + i_g * parts + i, mask=i < parts, other=0.0)
+        b_mean = tl.load(means + i_g * parts + i, mask=i < parts, other=0.0)
+        n += b_n
+        total += b_n * (b_mean - pivot)
+    number = tl.sum(n, axis=0)
+    group_mean = pivot + tl.sum(total, axis=0) / number
+    square = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, parts, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        b_n = tl.load(numbers + i_g * parts + i, mask=i < parts, other=0.0)
+        d = tl.load(means + i_g * parts + i, mask=i < parts, other=0.0) - group_mean
+        square += tl.load(squares + i_g * parts + i, mask=i < parts, other=0.0) + b_n * d * d
+    tl.store(mean + i_g, group_mean)
+    tl.store(rstd + i_g, 1.0 / tl.sqrt(tl.sum(square, axis=0) / number + eps))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def group_norm_silu_fwd_apply_kernel(
+    y,
+    mean,
+    rstd,
+    x,
+    weight,
+    bias,
+    channel_bias,
+    scale,
+    shift,
+    channel_bias_stride,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """y of one tile, with the moments known."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // chunks
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    base, offsets, m_tile = tile_offsets(
+        i_b,
+        first,
+        (program - tile * chunks) * PIX,
+        m_c,
+        pixels,
+        CHANNELS,
+        CHANNELS_LAST,
+        CH,
+        PIX,
+    )
+    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+    slope = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS) * gamma
+
+    b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
+    z = b_d * slope[:, None] + beta[:, None]
+    b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + base + offsets, b_y, mask=m_tile)
+
+
+def group_norm_silu(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    channels_last: bool,
+) -> None:
+    """Fill `y`, as `x`, and `mean` and `rstd`, (B, G) float32.
+
+    `x` is (B, C, *spatial), dense, contiguous or channels_last. `weight` and `bias` are (C,), the
+    other small operands (B, C) with adjacent channels and any row stride; each of any float dtype.
+    """
+    if x.numel() == 0:
+        return
+    batch, channels = x.shape[:2]
+    pixels = x[0, 0].numel()
+    # One pixel: both formats are the same, and the channels are adjacent.
+    channels_last = channels_last or pixels == 1
+    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, arrays=1)
+    tiles = batch * cut.channel_tiles(channels, num_groups)
+    shape = cut.constants(channels, num_groups, channels_last)
+    operands = (
+        y,
+        mean,
+        rstd,
+        x,
+        weight,
+        bias,
+        channel_bias,
+        scale,
+        shift,
+        row_stride(channel_bias),
+        row_stride(scale),
+        row_stride(shift),
+        pixels,
+    )
+    if cut.one_pass:
+        _launch.launch(
+            group_norm_silu_fwd_kernel,
+            tiles,
+            x.device,
+            *operands,
+            eps,
+            ACTIVATION=activation,
+            **shape,
+        )
+        return
+
+    chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
+    parts = cut.parts(channels, num_groups) * chunks
+    numbers, means, squares = (workspace(x, mean.numel() * parts) for _ in range(3))
+    _launch.launch(
+        group_norm_silu_fwd_moments_kernel,
+        tiles * chunks,
+        x.device,
+        numbers,
+        means,
+        squares,
+        x,
+        channel_bias,
+        row_stride(channel_bias),
+        pixels,
+        chunks,
+        cut.rounds,
+        **shape,
+    )
+    _launch.launch(
+        group_norm_silu_fwd_merge_kernel,
+        mean.numel(),
+        x.device,
+        mean,
+        rstd,
+        numbers,
+        means,
+        squares,
+        parts,
+        eps,
+        BLOCK=256,
+        num_warps=2,
+    )
+    chunks = triton.cdiv(pixels, cut.pixels)
+    _launch.launch(
+        group_norm_silu_fwd_apply_kernel,
+        tiles * chunks,
+        x.device,
+        *operands,
+        chunks,
+        ACTIVATION=activation,
+        **shape,
+    )

@@ -1,0 +1,377 @@
+"""The kernels of group_norm_silu's backward pass.
+
+With dz = grad act'(z) and, per channel of a sample, s0 = sum dz, s1 = sum dz h_hat, s2 = sum h_hat
+over its pixels, and per group, gamma = weight (1 + scale), N elements, m0 = sum gamma s0 / N,
+m1 = sum gamma s1 / N:
+
+    dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = rstd (gamma s0 - pixels m0 - s2 m1)
+    dshift = s0                                dscale = weight s1 + bias s0
+    dbias = sum over samples of (1 + scale) s0
+    dweight = sum over samples of (1 + scale) s1
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .group_norm_silu_tiles import (
+    activation_slope,
+    affine,
+    channels_of,
+    load_channels,
+    load_groups,
+    load_tile,
+    masked,
+    members,
+    spread,
+    store_if_wanted,
+    sum_groups,
+    sum_products,
+    tile_offsets,
+)
+
+
+@triton.jit
+def load_gradient(
+    grad,
+    x,
+    base,
+    offsets,
+    m_tile,
+    center,
+    b_rstd,
+    gamma,
+    beta,
+    ACTIVATION: tl.constexpr,
+):
+    """h_hat and dz of a tile, 0 outside of it."""
+    b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
+    h_hat = masked(b_d * b_rstd[:, None], m_tile)
+    z = h_hat * gamma[:, None] + beta[:, None]
+    dz = load_tile(grad + base, offsets, m_tile) * activation_slope(z, ACTIVATION)
+    return h_hat, masked(dz, m_tile)
+
+
+@triton.jit
+def store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma):
+    slope, m0, m1 = b_rstd * gamma, b_rstd * m0, b_rstd * m1
+    b_dx = slope[:, None] * dz - m0[:, None] - m1[:, None] * h_hat
+    tl.store(grad_x + base + offsets, b_dx.to(grad_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def store_channel_gradients(
+    weight_sums,
+    bias_sums,
+    grad_channel_bias,
+    grad_scale,
+    grad_shift,
+    weight,
+    bias,
+    scale,
+    scale_stride,
+    pixels,
+    s0,
+    s1,
+    s2,
+    m0,
+    m1,
+    b_rstd,
+    gamma,
+    i_b,
+    i_c,
+    m_c,
+    CHANNELS: tl.constexpr,
+):
+    """What the sums over a sample's pixels say about the small operands."""
+    i = i_b * CHANNELS + i_c
+    b_scale = 1.0 + load_channels(scale, i_b, scale_stride, i_c, m_c, 0.0)
+    store_if_wanted(weight_sums, i, b_scale * s1, m_c)
+    store_if_wanted(bias_sums, i, b_scale * s0, m_c)
+    b_weight = load_channels(weight, 0, 0, i_c, m_c, 1.0)
+    b_bias = load_channels(bias, 0, 0, i_c, m_c, 0.0)
+    store_if_wanted(grad_scale, i, b_weight * s1 + b_bias * s0, m_c)
+    store_if_wanted(grad_shift, i, s0, m_c)
+    store_if_wanted(grad_channel_bias, i, b_rstd * (gamma * s0 - pixels * m0 - s2 * m1), m_c)
+
+
+@triton.jit
+def group_norm_silu_bwd_kernel(
+    grad_x,
+    weight_sums,
+    bias_sums,
+    grad_channel_bias,
+    grad_scale,
+    grad_shift,
+    grad,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    channel_bias,
+    scale,
+    shift,
+    channel_bias_stride,
+    scale_stride,
+    shift_stride,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """One span of whole groups of one sample, held in registers: x and grad are read once."""
+    tile = tl.program_id(0).to(tl.int64)
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    base, offsets, m_tile = tile_offsets(
+        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
+    )
+    _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
+    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+
+    h_hat, dz = load_gradient(
+        grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
+    )
+    s0 = tl.sum(dz, axis=1)
+    s1 = sum_products(dz, h_hat, m_tile)
+    s2 = tl.sum(h_hat, axis=1) if grad_channel_bias is not None else s0
+    scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
+    m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
+    m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
+    store_channel_gradients(
+        weight_sums,
+        bias_sums,
+        grad_channel_bias,
+        grad_scale,
+        grad_shift,
+        weight,
+        bias,
+        scale,
+        scale_stride,
+        pixels,
+        s0,
+        s1,
+        s2,
+        m0,
+        m1,
+        b_rstd,
+        gamma,
+        i_b,
+        i_c,
+        m_c,
+        CHANNELS,
+    )
+    if grad_x is not None:
+        store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+
+
+@triton.jit(do_not_specialize=["chunks", "rounds"])
+def group_norm_silu_bwd_sums_kernel(
+    sums0,
+    sums1,
+    sums2,
+    grad,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    channel_bias,
+    scale,
+    shift,
+    channel_bias_stride,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    rounds,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """s0, s1 and s2 of one channel tile over one chunk of pixels, `rounds` tiles long."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // chunks
+    chunk = program - tile * chunks
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+
+    s0 = tl.zeros((CH,), tl.float32)
+    s1 = tl.zeros((CH,), tl.float32)
+    s2 = tl.zeros((CH,), tl.float32)
+    for r in range(rounds):
+        base, offsets, m_tile = tile_offsets(
+            i_b,
+            first,
+            (chunk * rounds + r) * PIX,
+            m_c,
+            pixels,
+            CHANNELS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+        )
+        h_hat, dz = load_gradient(
+            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
+        )
+        s0 += tl.sum(dz, axis=1)
+        s1 += sum_products(dz, h_hat, m_tile)
+        if sums2 is not None:
+            s2 += tl.sum(h_hat, axis=1)
+    i = (i_b * CHANNELS + i_c) * chunks + chunk
+    tl.store(sums0 + i, s0, mask=m_c)
+    tl.store(sums1 + i, s1, mask=m_c)
+    store_if_wanted(sums2, i, s2, m_c)
+
+
+@triton.jit
+def add_chunks(p, i_b, i_c, m_c, chunks, CHANNELS: tl.constexpr, CH: tl.constexpr):
+    """Sums over the chunks of every channel of a tile."""
+    CHUNKS: tl.constexpr = 16
+    total = tl.zeros((CH, CHUNKS), tl.float32)
+    for k in range(0, chunks, CHUNKS):
+        i = k + tl.arange(0, CHUNKS)[None, :]
+        at = (i_b * CHANNELS + i_c)[:, None] * chunks + i
+        total += tl.load(p + at, mask=m_c[:, None] & (i < chunks), other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def group_norm_silu_bwd_finish_kernel(
+    means0,
+    means1,
+    weight_sums,
+    bias_sums,
+    grad_channel_bias,
+    grad_scale,
+    grad_shift,
+    sums0,
+    sums1,
+    sums2,
+    rstd,
+    weight,
+    bias,
+    scale,
+    scale_stride,
+    pixels,
+    chunks,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CH: tl.constexpr,
+):
+    """m0 and m1 of one group of one sample, and the gradients of its small operands."""
+    group = tl.program_id(0).to(tl.int64)
+    PARTS: tl.constexpr = (GROUP_CHANNELS + CH - 1) // CH
+    m0 = tl.zeros((CH,), tl.float32)
+    m1 = tl.zeros((CH,), tl.float32)
+    for part in range(PARTS):
+        i_b, _, i_c, m_c = channels_of(group * PARTS + part, CHANNELS, GROUP_CHANNELS, 1, CH)
+        gamma, _ = affine(weight, None, scale, scale_stride, None, 0, i_b, i_c, m_c)
+        m0 += gamma * add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        m1 += gamma * add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, CH)
+    scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
+    group_m0 = tl.sum(m0, axis=0) * scaling
+    group_m1 = tl.sum(m1, axis=0) * scaling
+    tl.store(means0 + group, group_m0)
+    tl.store(means1 + group, group_m1)
+    b_rstd = tl.load(rstd + group)
+    for part in range(PARTS):
+        i_b, _, i_c, m_c = channels_of(group * PARTS + part, CHANNELS, GROUP_CHANNELS, 1, CH)
+        gamma, _ = affine(weight, None, scale, scale_stride, None, 0, i_b, i_c, m_c)
+        s0 = add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        s1 = add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        s2 = s0
+        if sums2 is not None:
+            s2 = add_chunks(sums2, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        store_channel_gradients(
+            weight_sums,
+            bias_sums,
+            grad_channel_bias,
+            grad_scale,
+            grad_shift,
+            weight,
+            bias,
+            scale,
+            scale_stride,
+            pixels,
+            s0,
+            s1,
+            s2,
+            group_m0,
+            group_m1,
+            b_rstd,
+            gamma,
+            i_b,
+            i_c,
+            m_c,
+            CHANNELS,
+        )
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def group_norm_silu_bwd_apply_kernel(
+    grad_x,
+    means0,
+    means1,
+    grad,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    channel_bias,
+    scale,
+    shift,
+    channel_bias_stride,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CH: tl.constexpr,
+    PIX: tl.constexpr,
+):
+    """dx of one tile, with m0 and m1 known."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // chunks
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    base, offsets, m_tile = tile_offsets(
+        i_b,
+        first,
+        (program - tile * chunks) * PIX,
+        m_c,
+        pixels,
+        CHANNELS,
+        CHANNELS_LAST,
+        CH,
+        PIX,
+    )
+    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    m0 = load_groups(means0, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    m1 = load_groups(means1, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+    h_hat, dz = load_gradient(
+        grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
+    )
+    store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)

@@ -1,0 +1,398 @@
+"""vlb_terms in Triton: one pass forward and one backward, noise given or made in the kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, reduce
+from ._layout import block_elements, sample_layout
+from .normal_tail import decoder_term, exp_minus_linear
+from .philox import chunk_normals, noise_key
+from .sampler_step import (
+    COEF_X0,
+    COLUMNS,
+    EPS,
+    LOG_VARIANCE_SLOPE,
+    MEAN,
+    NOISE_TO_SIGNAL,
+    SIGNAL_TO_NOISE,
+    SQRT_ALPHA_BAR,
+    SQRT_ONE_MINUS_ALPHA_BAR,
+    X0_FROM_MEAN,
+    V,
+    column,
+    exp_of,
+    predicted_eps,
+    predicted_x0,
+)
+
+LOG_VARIANCE = tl.constexpr(12)
+POSTERIOR_LOG_VARIANCE = tl.constexpr(14)
+BITS_PER_NAT = tl.constexpr(1.44269504)
+
+
+@triton.jit
+def slopes_of_prediction(row, valid, PREDICTION: tl.constexpr):
+    """Derivatives of the unclipped x0 and eps by the network's output."""
+    if PREDICTION == EPS:
+        return -column(row, valid, NOISE_TO_SIGNAL), 1.0
+    if PREDICTION == V:
+        return -column(row, valid, SQRT_ONE_MINUS_ALPHA_BAR), column(row, valid, SQRT_ALPHA_BAR)
+    if PREDICTION == MEAN:
+        by_output = column(row, valid, X0_FROM_MEAN)
+        return by_output, -column(row, valid, SIGNAL_TO_NOISE) * by_output
+    return 1.0, -column(row, valid, SIGNAL_TO_NOISE)
+
+
+@triton.jit
+def head_index(base, i, numel, inner, LEARNED: tl.constexpr, LOGICAL_ORDER: tl.constexpr):
+    """Where the model's outputs of elements i are, and how far behind their variance channels."""
+    head = base + i
+    to_variance = numel
+    if LEARNED:
+        if LOGICAL_ORDER:
+            head = 2 * base + i
+        else:
+            head = 2 * base + i + i // inner * inner
+            to_variance = inner
+    return head, to_variance
+
+
+@triton.jit
+def elements(
+    x0,
+    x_t,
+    model_output,
+    row,
+    valid,
+    sample,
+    i,
+    numel,
+    inner,
+    PREDICTION: tl.constexpr,
+    LEARNED: tl.constexpr,
+    CLIP: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+):
+    """x0, x0 - x0^, eps^, whether the clip left x0^ alone, z, 1 / sigma, w (as vlb_terms.h)."""
+    mask = i < numel
+    base = sample * numel
+    head, to_variance = head_index(base, i, numel, inner, LEARNED, LOGICAL_ORDER)
+    true_x0 = tl.load(x0 + base + i, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_t + base + i, mask=mask, other=0.0).to(tl.float32)
+    output = tl.load(model_output + head, mask=mask, other=0.0).to(tl.float32)
+    log_variance = column(row, valid, LOG_VARIANCE)
+    if LEARNED:
+        v = tl.load(model_output + head + to_variance, mask=mask, other=0.0).to(tl.float32)
+        log_variance = log_variance + column(row, valid, LOG_VARIANCE_SLOPE) * v
+    raw = predicted_x0(row, valid, x, output, PREDICTION)
+    clipped = raw
+    if CLIP:  # comparisons, so that NaN stays NaN
+        clipped = tl.where(clipped > 1.0, 1.0, clipped)
+        clipped = tl.where(clipped < -1.0, -1.0, clipped)
+    kept = raw == clipped
+    eps = tl.where(
+        kept,
+        predicted_eps(row, valid, x, output, raw, clipped, PREDICTION, False),
+        predicted_eps(row, valid, x, output, raw, clipped, PREDICTION, True),
+    )
+    x0_error = true_x0 - clipped
+    inverse_sigma = exp_of(-0.5 * log_variance)
+    z = column(row, valid, COEF_X0) * x0_error * inverse_sigma
+    w = column(row, valid, POSTERIOR_LOG_VARIANCE) - log_variance
+    return true_x0, x0_error, eps, kept, z, inverse_sigma, w
+
+
+@triton.jit
+def load_noise(
+    noise,
+    key,
+    stream,
+    sample,
+    first,
+    i,
+    numel,
+    inner,
+    GENERATE: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The noise of memory indices i = first .. first + BLOCK - 1."""
+    if GENERATE:
+        n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
+    else:
+        n = tl.load(noise + sample * numel + i, mask=i < numel, other=0.0).to(tl.float32)
+    return n
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "num_rows", "chunks"])
+def vlb_terms_fwd_kernel(
+    partials,
+    x0,
+    x_t,
+    model_output,
+    t,
+    table,
+    noise,
+    keys,
+    seed,
+    stream,
+    num_rows,
+    chunks,
+    numel,
+    inner,
+    PREDICTION: tl.constexpr,
+    LEARNED: tl.constexpr,
+    CLIP: tl.constexpr,
+    GENERATE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums of the bound's terms in bits and of the squared errors of one chunk of one sample."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    begin = (program - sample * chunks) * (ROUNDS * BLOCK)
+    key = noise_key(keys, seed, sample, HAS_KEYS)
+    index = tl.load(t + sample)
+    valid = (index >= 0) & (index < num_rows)
+    row = table + index * COLUMNS
+    bits = tl.zeros((BLOCK,), tl.float32)
+    x0_square = tl.zeros((BLOCK,), tl.float32)
+    eps_square = tl.zeros((BLOCK,), tl.float32)
+    for r in range(ROUNDS):
+        first = begin + r * BLOCK
+        i = first + tl.arange(0, BLOCK)
+        true_x0, x0_error, eps, _kept, z, inverse_sigma, w = elements(
+            x0,
+            x_t,
+            model_output,
+            row,
+            valid,
+            sample,
+            i,
+            numel,
+            inner,
+            PREDICTION,
+            LEARNED,
+            CLIP,
+            LOGICAL_ORDER,
+        )
+        n = load_noise(
+            noise, key, stream, sample, first, i, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
+        )
+        if index == 0:
+            nats, _slope_z, _slope_h = decoder_term(true_x0, z, inverse_sigma)
+        else:
+            nats = 0.5 * (exp_minus_linear(w) + z * z)
+        mask = i < numel
+        bits += tl.where(mask, BITS_PER_NAT * nats, 0.0)
+        x0_square += tl.where(mask, x0_error * x0_error, 0.0)
+        eps_square += tl.where(mask, (n - eps) * (n - eps), 0.0)
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.store(partials + program, tl.sum(bits, axis=0))
+    tl.store(partials + programs + program, tl.sum(x0_square, axis=0))
+    tl.store(partials + 2 * programs + program, tl.sum(eps_square, axis=0))
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "num_rows", "batch", "chunks"])
+def vlb_terms_bwd_kernel(
+    grad_output,
+    grad,
+    x0,
+    x_t,
+    model_output,
+    t,
+    table,
+    noise,
+    keys,
+    seed,
+    stream,
+    num_rows,
+    batch,
+    chunks,
+    numel,
+    inner,
+    PREDICTION: tl.constexpr,
+    LEARNED: tl.constexpr,
+    CLIP: tl.constexpr,
+    DETACH_MEAN: tl.constexpr,
+    GENERATE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of the model's output of one chunk of one sample.
+
+    Where the gradient of eps_mse is zero the noise is neither read nor made.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // chunks
+    first = (program - sample * chunks) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    index = tl.load(t + sample)
+    valid = (index >= 0) & (index < num_rows)
+    row = table + index * COLUMNS
+    scale = 1.0 / numel
+    grad_kl = scale * BITS_PER_NAT * tl.load(grad + sample)
+    grad_x0 = scale * tl.load(grad + batch + sample)
+    grad_eps = scale * tl.load(grad + 2 * batch + sample)
+
+    true_x0, x0_error, eps, kept, z, inverse_sigma, w = elements(
+        x0,
+        x_t,
+        model_output,
+        row,
+        valid,
+        sample,
+        i,
+        numel,
+        inner,
+        PREDICTION,
+        LEARNED,
+        CLIP,
+        LOGICAL_ORDER,
+    )
+    eps_error = tl.zeros((BLOCK,), tl.float32)
+    if grad_eps != 0.0:
+        key = noise_key(keys, seed, sample, HAS_KEYS)
+        n = load_noise(
+            noise, key, stream, sample, first, i, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
+        )
+        eps_error = n - eps
+    if index == 0:
+        _nats, slope_z, slope_h = decoder_term(true_x0, z, inverse_sigma)
+        slope_log_variance = -0.5 * (z * slope_z + slope_h)
+    else:
+        slope_z = z
+        slope_log_variance = -0.5 * (exp_minus_linear(w) + w + z * z)
+
+    mask = i < numel
+    head, to_variance = head_index(sample * numel, i, numel, inner, LEARNED, LOGICAL_ORDER)
+    x0_by_output, eps_by_output = slopes_of_prediction(row, valid, PREDICTION)
+    by_x0 = grad_kl * slope_z * column(row, valid, COEF_X0) * inverse_sigma
+    by_x0 += 2.0 * grad_x0 * x0_error
+    g = -(by_x0 * x0_by_output + 2.0 * grad_eps * eps_error * eps_by_output)
+    g = g * tl.where(kept, 1.0, 0.0)  # NaN stays NaN
+    if DETACH_MEAN:
+        g = tl.zeros((BLOCK,), tl.float32)
+    tl.store(grad_output + head, g.to(grad_output.dtype.element_ty), mask=mask)
+    if LEARNED:
+        g = grad_kl * column(row, valid, LOG_VARIANCE_SLOPE) * slope_log_variance
+        g = g.to(grad_output.dtype.element_ty)
+        tl.store(grad_output + head + to_variance, g, mask=mask)
+
+
+def vlb_terms(
+    out: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    prediction: int,
+    learned: bool,
+    clip: bool,
+    detach_mean: bool,
+    channels_last: bool,
+) -> None:
+    """Fill `out`, (3, B). All tensors are dense, in the same memory format."""
+    if out.numel() == 0:
+        return
+    layout = sample_layout(x_t, channels_last)
+    block = block_elements(model_output.dtype)
+    rounds = reduce.rounds_per_program(layout.numel, block)
+    chunks = triton.cdiv(layout.numel, rounds * block)
+    partials = reduce.workspace(out, 3 * layout.batch * chunks)
+    if chunks > 0:
+        _launch.launch(
+            vlb_terms_fwd_kernel,
+            layout.batch * chunks,
+            out.device,
+            partials,
+            x0,
+            x_t,
+            model_output,
+            t,
+            table,
+            noise,
+            keys,
+            0 if seed is None else seed,
+            stream,
+            table.shape[0],
+            chunks,
+            layout.numel,
+            layout.inner,
+            PREDICTION=prediction,
+            LEARNED=learned,
+            CLIP=clip,
+            GENERATE=noise is None,
+            HAS_KEYS=keys is not None,
+            LOGICAL_ORDER=layout.inner == 1,
+            ROUNDS=rounds,
+            BLOCK=block,
+        )
+    scale = 1.0 / layout.numel if layout.numel else float("inf")
+    reduce.finish_sums(out.view(-1), partials, None, 3 * layout.batch, chunks, scale)
+
+
+def vlb_terms_backward(
+    grad_output: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    seed: int | None,
+    stream: int,
+    prediction: int,
+    learned: bool,
+    clip: bool,
+    detach_mean: bool,
+    channels_last: bool,
+) -> None:
+    """Fill `grad_output`. All tensors are dense, in the same memory format."""
+    if grad_output.numel() == 0:
+        return
+    layout = sample_layout(x_t, channels_last)
+    block = block_elements(model_output.dtype)
+    chunks = triton.cdiv(layout.numel, block)
+    _launch.launch(
+        vlb_terms_bwd_kernel,
+        layout.batch * chunks,
+        grad_output.device,
+        grad_output,
+        grad,
+        x0,
+        x_t,
+        model_output,
+        t,
+        table,
+        noise,
+        keys,
+        0 if seed is None else seed,
+        stream,
+        table.shape[0],
+        layout.batch,
+        chunks,
+        layout.numel,
+        layout.inner,
+        PREDICTION=prediction,
+        LEARNED=learned,
+        CLIP=clip,
+        DETACH_MEAN=detach_mean,
+        GENERATE=noise is None,
+        HAS_KEYS=keys is not None,
+        LOGICAL_ORDER=layout.inner == 1,
+        BLOCK=block,
+    )
