@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# An assumption: between dependent kernels of one stream, launched ahead of time. Eager code that the
-# CPU cannot launch as fast pays more, which is not counted.
+# An assumption: between dependent kernels of one stream, launched ahead of time. Eager code that
+# the CPU cannot launch as fast pays more, which is not counted.
 LAUNCH_SECONDS = 3e-6
 
 
@@ -68,10 +68,9 @@ def seconds(launches: Iterable[Cost], gpu: Gpu, launch_seconds: float = LAUNCH_S
     return total
 
 
-# Operators that are several kernels on CUDA: how many, and the bytes that they move beyond inputs and
-# outputs
-# (aten/src/ATen/native/cuda/group_norm_kernel.cu: moments, fused coefficients, apply; internal
-# gradients, fused coefficients, dx, dweight and dbias. Loss.cpp: the square, then its mean).
+# Operators that are several kernels on CUDA: how many, and the bytes that they move beyond inputs
+# and outputs. aten/src/ATen/native/cuda/group_norm_kernel.cu: moments, fused coefficients, apply;
+# internal gradients, fused coefficients, dx, dweight and dbias. Loss.cpp: the square, its mean.
 _KERNELS: dict[str, tuple[int, Callable[[list[Tensor]], int]]] = {
     "native_group_norm": (3, lambda inputs: inputs[0].nbytes),
     "native_group_norm_backward": (4, lambda inputs: inputs[0].nbytes + inputs[1].nbytes),

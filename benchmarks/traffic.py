@@ -7,10 +7,10 @@ The PTX that nvcc and Triton emit runs in the emulator of tests/ptx_emulator, un
 launchers, which counts every access. MB are accesses to tensors, and what is smaller (tables,
 parameters, partial sums) once, as it stays in the caches; "of bound" divides by what a perfect
 kernel moves; "accesses" are in sizes of the image or activation; "sectors" are the 32-byte sectors
-touched by a warp's accesses, over the fewest that hold its bytes. Large batches are counted with few
-samples and scaled: which blocks share a sample, and what they read, does not depend on the batch.
-Times are a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel sequence:
-predictions, never measurements.
+touched by a warp's accesses, over the fewest that hold its bytes. Large batches are counted with
+few samples and scaled: which blocks share a sample, and what they read, does not depend on the
+batch. Times are a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel
+sequence: predictions, never measurements.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,13 +53,18 @@ class ProjectCopy:
     def run(self, *tests: str, timeout: float = 600) -> Outcome:
         """Run these tests in the copy, until the first failure."""
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(
+        with subprocess.Popen(
             [*command, *tests],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(self.folder)},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return Outcome(done.returncode, done.stdout + done.stderr)
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+                raise
+        return Outcome(process.returncode, output)
