@@ -8,8 +8,8 @@ launchers, which counts every access. MB are accesses to tensors, and what is sm
 parameters, partial sums) once, as it stays in the caches; "of bound" divides by what a perfect
 kernel moves; "accesses" are in sizes of the image or activation; "sectors" are the 32-byte sectors
 touched by a warp's accesses, over the fewest that hold its bytes. Large batches are counted with
-few samples and scaled: which blocks share a sample, and what they read, does not depend on the
-batch. Times are a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel
+few samples and scaled: what is read of a sample does not depend on the batch (how many blocks share
+it may). Times are a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel
 sequence: predictions, never measurements.
 """
 
@@ -209,6 +209,7 @@ def plot(found: Sequence[Row], path: pathlib.Path) -> None:
         axes.barh(at, means, height=0.19, label=bar)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.invert_yaxis()
+    axes.set_xscale("log")
     axes.set_xlabel("memory traffic in tensor sizes (mean over shapes and layouts, counted)")
     axes.legend()
     figure.tight_layout()

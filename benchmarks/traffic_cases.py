@@ -252,7 +252,7 @@ def group_norm_calls(
 ) -> Iterator[Call]:
     """group_norm_silu at layers of the published networks, with the operands of the layer.
 
-    Counted with two samples at most: which blocks share a sample does not depend on the batch.
+    Counted with two samples at most: what is read of a sample does not depend on the batch.
     """
     from op_harness.group_norm_traffic import bound
 

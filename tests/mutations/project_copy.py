@@ -35,7 +35,8 @@ class ProjectCopy:
         for name in FOLDERS:
             skip = shutil.ignore_patterns("__pycache__", "triton_kernels")
             shutil.copytree(ROOT / name, folder / name, ignore=skip)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
         # An installed package has the kernels there; without this the original's would be imported.
         (folder / "fastdiff/triton_kernels").symlink_to(folder / "triton_kernels")
 
@@ -49,6 +50,19 @@ class ProjectCopy:
 
     def restore(self, file: str) -> None:
         shutil.copy(ROOT / file, self.folder / file)
+
+    def build_cpu(self) -> None:
+        """Compile the CPU library of the copy."""
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        environment = {**os.environ, "FASTDIFF_BUILD": "cpu"}
+        subprocess.run(command, cwd=self.folder, env=environment, check=True)
+
+    def restore_libraries(self) -> None:
+        """Those of the original, in place of what the copy built."""
+        for library in self.folder.glob("fastdiff/*.so"):
+            library.unlink()
+        for library in ROOT.glob("fastdiff/*.so"):
+            shutil.copy(library, self.folder / "fastdiff")
 
     def run(self, *tests: str, timeout: float = 600) -> Outcome:
         """Run these tests in the copy, until the first failure."""
