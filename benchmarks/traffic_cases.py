@@ -93,15 +93,14 @@ def _row_call(x: Tensor, heads: int = 1) -> dict[str, Any]:
         "t": torch.full((batch,), 3),
         "seed": {"keys": None, "seed": 3, "stream": 0},
         "given": {"keys": None, "seed": None, "stream": 0},
-        # An index per sample, and the one row of 16 coefficients that they share here.
-        "small": 8 * batch + 64,
+        "small": 8 * batch,  # an index per sample; the row that they share here is not counted
     }
 
 
 def _q_sample(x: Tensor) -> Iterator[Call]:
     table, common = torch.rand(8), _row_call(x)
     tables = {"t": common["t"], "sqrt_alpha_bar": table, "sqrt_one_minus_alpha_bar": table}
-    small, arguments = 8 * len(x) + 8, (x, common["t"], table, table)
+    small, arguments = common["small"], (x, common["t"], table, table)
     pixels = torch.zeros_like(x, dtype=torch.uint8)
     for mode, x0, bound in (("given", x, 3), ("seed", x, 2), ("uint8, seed", pixels, 1)):
         given = mode == "given"
