@@ -25,6 +25,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from fastdiff.metrics import frechet_distance
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
 from fastdiff.training import load_run
@@ -93,18 +94,6 @@ def score(
     probabilities = classifier.predict_proba(images)
     counts = np.bincount(probabilities.argmax(1), minlength=10)
     return name, probabilities.max(1).mean(), frechet_distance(images, reference), counts
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two samples (N, D)."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr (C_a C_b)^(1/2) from the symmetric R C_b R with R^2 = C_a: the covariances are singular
-    # (some pixels are always 0), where the root of the product itself is ill-conditioned.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    difference = a.mean(0) - b.mean(0)
-    return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 if __name__ == "__main__":

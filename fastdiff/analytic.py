@@ -197,7 +197,19 @@ class GaussianDenoiser(MixtureDenoiser):
         In the covariance's eigenbasis every coordinate keeps its number of standard deviations:
         x0 = m + sqrt(lambda / (abar lambda + 1 - abar)) (x_t - sqrt(abar) m).
         """
+        return self._transport(x_t, t, self.variances, self.means)
+
+    def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The x_s to which the probability flow carries x_t, for s before or after t (SPEC §10).
+
+        In the covariance's eigenbasis every coordinate keeps its number of standard deviations, so
+        `flow` to the last timestep is the exact encoder; `decode` is the flow to clean data.
+        """
+        a, noise = self.tables[:2, self.index_of_time[s]][:, :, None, None]
+        return self._transport(x_t, t, a**2 * self.variances + noise, a * self.means)
+
+    def _transport(self, x_t: Tensor, t: Tensor, variances_s: Tensor, means_s: Tensor) -> Tensor:
         x, a, noise, *_ = self._inputs(x_t, t)
         deviations, variances = self._deviations(x, a, noise)
-        x0 = self.means + self._rotate((self.variances / variances).sqrt() * deviations, back=True)
-        return x0[:, 0].reshape(x_t.shape).to(x_t.dtype)
+        moved = self._rotate((variances_s / variances).sqrt() * deviations, back=True)
+        return (means_s + moved)[:, 0].reshape(x_t.shape).to(x_t.dtype)

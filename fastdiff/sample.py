@@ -7,24 +7,26 @@ The run folder is all it needs. Image k depends on --seed and k alone, not on --
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastdiff import _cli, ops
+from fastdiff.guidance import ClassifierFree, DynamicThresholding, Guidance
+from fastdiff.images import image_grid, to_uint8
+from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.errors import RunError, UserError, naming
-from fastdiff.training.logging import image_grid, to_uint8
 from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
-
-if TYPE_CHECKING:
-    from fastdiff.samplers import Sampler
 
 PROGRAM = "python -m fastdiff.sample"
 NEEDS = ("tyro", "tqdm", "safetensors", "PIL")
+
+_INNER_STEPS = {"annealed_langevin": "inner_steps", "predictor_corrector": "corrector_steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,28 @@ class SampleConfig:
 
     run: str
     """Run folder, e.g. runs/digits."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """How to sample."""
+    sampler: str = "ddim"
+    """How to sample: ddim, ddpm, probability_flow, heun, dpm_solver_pp, reverse_sde,
+    annealed_langevin or predictor_corrector."""
     steps: int = 50
     """Number of timesteps visited, out of those the run was trained with."""
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
-    spacing: str = "leading"
+    spacing: str | None = None
     """Which timesteps are visited: leading, linspace, trailing, quadratic, logsnr, or IDDPM
-    sections such as "100,50,25" (which set the number of steps themselves)."""
+    sections such as "100,50,25" (which set the number of steps themselves). None: leading, or
+    logsnr for dpm_solver_pp and annealed_langevin."""
+    inner_steps: int | None = None
+    """annealed_langevin: Langevin steps per noise level; predictor_corrector: corrector steps per
+    timestep. None: the sampler's default."""
+    guidance_scale: float | None = None
+    """Class-conditional runs: scale of classifier-free guidance; 0: unconditional, 1: as trained,
+    above 1: more like the class asked for."""
+    guidance_rescale: float = 0.0
+    """With --guidance-scale: how far (0 to 1) contrast is scaled back to that of scale 1."""
+    dynamic_threshold: float | None = None
+    """Scale an image whose predicted pixels leave [-1, 1] instead of clipping it: the percentile
+    (in 0..1; Imagen's is 0.995) of the pixels that is to fit. None: clip."""
     num: int = 64
     """Number of images."""
     seed: int = 0
@@ -53,8 +68,9 @@ class SampleConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU when there is one."""
     out: str | None = None
-    """Where to write: a picture of all images (.png, .jpg), or an .npz with arr_0, uint8
-    (N, H, W, C), and for class-conditional runs arr_1, the classes. None: a .png in RUN/samples."""
+    """Where to write: a picture of all images (.png, .jpg), an animation of it at every step
+    (.gif), or an .npz with arr_0, uint8 (N, H, W, C), and for class-conditional runs arr_1, the
+    classes. None: a .png in RUN/samples."""
     force: bool = False
     """Overwrite --out if it exists."""
 
@@ -76,10 +92,14 @@ def main(argv: list[str]) -> int:
     use_threads(run.config)
     sampler = _sampler(config, run)
     labels = _labels(config, run)
-    images = generate(run, sampler, config.num, config.seed, labels, config.batch_size)
+    guidance = _guidance(config, run)
+    frames = Frames() if out.suffix.lower() == ".gif" else None
+    images = generate(
+        run, sampler, config.num, config.seed, labels, config.batch_size, guidance, frames
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, _encode(out.suffix.lower(), images, labels))
+        write_atomic(out, _encode(out.suffix.lower(), images, labels, frames, sampler))
     except OSError as error:
         raise RunError(f"--out {out}: cannot write: {error.strerror}") from error
     _cli.say(f"{config.num} images of step {run.step} of {config.run}: {out}")
@@ -93,6 +113,8 @@ def generate(
     seed: int = 0,
     labels: torch.Tensor | None = None,
     batch_size: int = 256,
+    guidance: Callable[[torch.Tensor | None], Guidance | None] = lambda labels: None,
+    frames: Frames | None = None,
 ) -> torch.Tensor:
     """Draw ``num`` images, uint8 (num, C, H, W) on the CPU, under a progress bar.
 
@@ -100,25 +122,36 @@ def generate(
     ----------
     labels : Tensor, optional
         int64 (num,): the images' classes, for a class-conditional run.
+    guidance : callable
+        The guidance of a batch, given its labels.
+    frames : Frames, optional
+        Keeps the predictions of every step, batch after batch.
     """
     from tqdm import tqdm
 
     device = next(run.unet.parameters()).device
     keys = ops.sample_keys(seed, num, device=device)
     parts = []
+
+    def watch(step: int, t: int, x_t: torch.Tensor, pred_x0: torch.Tensor) -> None:
+        bar.update(len(x_t))
+        if frames is not None:
+            frames(step, t, x_t, pred_x0)
+
     with tqdm(total=num * sampler.steps, unit="image step", unit_scale=True) as bar:
         for part in keys.split(batch_size):
             first = sum(map(len, parts))
-            kwargs = {}
+            kwargs, y = {}, None
             if labels is not None:
-                kwargs["y"] = labels[first : first + len(part)].to(device)
+                kwargs["y"] = y = labels[first : first + len(part)].to(device)
             images = sampler.sample(
                 run.unet,
                 (len(part), *run.image_shape),
                 seed=part,
+                guidance=guidance(y),
                 model_kwargs=kwargs,
                 progress=False,
-                callback=lambda step, t, x_t, pred_x0: bar.update(len(x_t)),
+                callback=watch,
             )
             parts.append(to_uint8(images))
     return torch.cat(parts)
@@ -129,8 +162,19 @@ def _validate(config: SampleConfig) -> None:
         if getattr(config, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, name)}: give a number of at least 1")
-    if config.sampler == "ddpm" and config.eta != 0:
-        raise UserError(f"--eta {config.eta} belongs to --sampler ddim; leave it out for ddpm")
+    if config.sampler not in SAMPLERS:
+        raise UserError(f"--sampler {config.sampler!r}: give one of {', '.join(SAMPLERS)}")
+    if config.sampler != "ddim" and config.eta != 0:
+        raise UserError(
+            f"--eta {config.eta} belongs to --sampler ddim; leave it out for {config.sampler}"
+        )
+    if config.inner_steps is not None and config.sampler not in _INNER_STEPS:
+        raise UserError(
+            f"--inner-steps {config.inner_steps} belongs to --sampler "
+            f"{' or '.join(_INNER_STEPS)}; leave it out for {config.sampler}"
+        )
+    if config.guidance_rescale and config.guidance_scale is None:
+        raise UserError(f"--guidance-rescale {config.guidance_rescale} needs --guidance-scale")
 
 
 def _output(config: SampleConfig) -> Path:
@@ -138,8 +182,8 @@ def _output(config: SampleConfig) -> Path:
         out = Path(config.run) / "samples" / _default_name(config)
     else:
         out = Path(config.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".npz"):
-        raise UserError(f"--out {out}: give a name that ends in .png, .jpg or .npz")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
+        raise UserError(f"--out {out}: give a name that ends in .png, .jpg, .gif or .npz")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the name of a file")
     if out.exists() and not config.force:
@@ -150,22 +194,60 @@ def _output(config: SampleConfig) -> Path:
 def _default_name(config: SampleConfig) -> str:
     """Name everything that decides on the images, as far as it is not the default."""
     name = f"{config.sampler}-{config.steps}-seed-{config.seed}"
-    for field in ("eta", "spacing", "class_label", "num"):
+    for field in (
+        "eta",
+        "spacing",
+        "inner_steps",
+        "guidance_scale",
+        "guidance_rescale",
+        "dynamic_threshold",
+        "class_label",
+        "num",
+    ):
         value = getattr(config, field)
         if value != getattr(SampleConfig, field):
-            name += f"-{field.removesuffix('_label')}-{value}"
+            name += f"-{field.removesuffix('_label').replace('_', '-')}-{value}"
     return name + ".png"
 
 
 def _sampler(config: SampleConfig, run: TrainedRun) -> Sampler:
-    from fastdiff.samplers import DDIM, DDPM
+    sections = (config.spacing or "").replace(",", "").isdigit()
+    options: dict[str, Any] = {"steps": None if sections else config.steps}
+    if config.spacing is not None:
+        options["spacing"] = config.spacing
+    if config.sampler == "ddim":
+        options["eta"] = config.eta
+    if config.inner_steps is not None:
+        options[_INNER_STEPS[config.sampler]] = config.inner_steps
+    with naming("--steps, --spacing, --eta or --inner-steps"):
+        return from_name(config.sampler, run.diffusion, **options)
 
-    sections = config.spacing.replace(",", "").isdigit()
-    steps = None if sections else config.steps
-    with naming("--steps, --spacing or --eta"):
-        if config.sampler == "ddpm":
-            return DDPM(run.diffusion, steps=steps, spacing=config.spacing)
-        return DDIM(run.diffusion, steps=steps, eta=config.eta, spacing=config.spacing)
+
+def _guidance(
+    config: SampleConfig, run: TrainedRun
+) -> Callable[[torch.Tensor | None], Guidance | None]:
+    """What makes the guidance of a batch from its labels."""
+    unet = run.unet.config
+    if config.guidance_scale is not None and unet.num_classes is None:
+        raise UserError(f"--guidance-scale: {config.run} was trained without --class-cond")
+    if config.guidance_scale not in (None, 1) and not unet.null_class:
+        raise UserError(
+            f"--guidance-scale: {config.run} was trained with --label-dropout 0, so that it has no "
+            "unconditional prediction"
+        )
+
+    def make(labels: torch.Tensor | None) -> Guidance | None:
+        guidance = None
+        if config.guidance_scale is not None:
+            null = torch.full_like(labels, unet.num_classes)
+            guidance = ClassifierFree(config.guidance_scale, {"y": null}, config.guidance_rescale)
+        if config.dynamic_threshold is not None:
+            guidance = DynamicThresholding(run.diffusion, config.dynamic_threshold, guidance)
+        return guidance
+
+    with naming("--guidance-rescale or --dynamic-threshold"):
+        make(torch.zeros(1, dtype=torch.int64))
+    return make
 
 
 def _labels(config: SampleConfig, run: TrainedRun) -> torch.Tensor | None:
@@ -181,12 +263,23 @@ def _labels(config: SampleConfig, run: TrainedRun) -> torch.Tensor | None:
     return torch.full((config.num,), config.class_label)
 
 
-def _encode(suffix: str, images: torch.Tensor, labels: torch.Tensor | None) -> bytes:
+def _encode(
+    suffix: str,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    frames: Frames | None,
+    sampler: Sampler,
+) -> bytes:
     buffer = io.BytesIO()
     if suffix == ".npz":
         arrays = [images.permute(0, 2, 3, 1).numpy()]
         arrays += [] if labels is None else [labels.numpy()]
         np.savez_compressed(buffer, *arrays)
+    elif frames is not None:
+        # Batch after batch of S frames each: the frames of one step become one picture.
+        S = sampler.steps
+        frames.images = [torch.cat(frames.images[k::S]) for k in range(S)]
+        frames.gif(buffer)
     else:
         image_grid(images).save(buffer, "PNG" if suffix == ".png" else "JPEG")
     return buffer.getvalue()

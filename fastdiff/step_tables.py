@@ -38,7 +38,7 @@ def ddpm_table(schedule: NoiseSchedule, indices: Tensor, variance: str = "fixed_
         raise ValueError(f"unknown variance {variance!r}; choose from {', '.join(VARIANCES)}")
     c = StepColumn
     spaced = schedule.respace(indices)
-    table = _conversions(schedule, indices)
+    table = conversion_table(schedule, indices)
     table[:, c.COEF_X0] = spaced.posterior_mean_coef_x0
     table[:, c.COEF_X_T] = spaced.posterior_mean_coef_x_t
     upper, lower = spaced.betas.log(), spaced.posterior_log_variance_clipped
@@ -85,7 +85,7 @@ def ddim_table(
     eta = 1.0 if sigma_hat else float(eta)
     c = StepColumn
     spaced = schedule.respace(indices)
-    table = _conversions(schedule, indices)
+    table = conversion_table(schedule, indices)
     noise_t, noise_s = spaced.one_minus_alpha_bars, spaced.one_minus_alpha_bars_prev
     # sigma(1)^2 = noise_s q with q = beta'/noise_t and 1 - q = alpha' noise_s/noise_t, so that
     # 1 - abar_s - sigma^2 = noise_s (1 - eta^2 q) is a sum of terms that are not negative.
@@ -114,7 +114,7 @@ def ddim_encode_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
     """
     c = StepColumn
     spaced = schedule.respace(indices)
-    table = _conversions(schedule, encode_indices(indices))
+    table = conversion_table(schedule, encode_indices(indices))
     ratio = spaced.alphas.sqrt()
     noise_t, noise_s = spaced.sqrt_one_minus_alpha_bars, spaced.one_minus_alpha_bars_prev.sqrt()
     table[:, c.COEF_X_T] = ratio
@@ -128,7 +128,7 @@ def encode_indices(indices: Tensor) -> Tensor:
     return torch.cat([indices.new_zeros(1), indices[:-1]])
 
 
-def _conversions(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
+def conversion_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
     """A float64 table with the columns that turn a model output into x0 and eps (SPEC §5)."""
     c = StepColumn
     table = torch.zeros(len(indices), NUM_STEP_COLUMNS, dtype=torch.float64)

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from fastdiff import _cli, ops, sample
+from fastdiff.guidance import ClassifierFree, DynamicThresholding
+from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS, UNetConfig
-from fastdiff.samplers import DDIM, DDPM
+from fastdiff.samplers import DDIM, DDPM, DPMSolverPP, PredictorCorrector
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
-from fastdiff.training.logging import image_grid, to_uint8
 
 CONFIG = TrainConfig(
     preset="tiny",
@@ -77,6 +78,11 @@ def run_sample(monkeypatch, capfd, tmp_path, runs):
         ),
         (["--spacing", "3,2"], lambda d: DDIM(d, spacing="3,2")),
         (["--sampler", "ddpm", "--steps", "20"], lambda d: DDPM(d, steps=20)),
+        (["--sampler", "dpm_solver_pp", "--steps", "5"], lambda d: DPMSolverPP(d, steps=5)),
+        (
+            ["--sampler", "predictor_corrector", "--steps", "20", "--inner-steps", "2"],
+            lambda d: PredictorCorrector(d, steps=20, corrector_steps=2),
+        ),
     ],
 )
 def test_npz_holds_what_the_sampler_draws_whatever_the_batch_size(run_sample, runs, flags, make):
@@ -153,13 +159,45 @@ def test_classes_in_turn_or_one_for_all(run_sample, runs):
     assert difference[2] > 1
 
 
+def test_guidance_is_that_of_the_samplers(run_sample, runs):
+    flags = ["--guidance-scale", "3", "--guidance-rescale", "0.7", "--dynamic-threshold", "0.9"]
+    argv = ["classes", "--steps", "4", "--num", "6", "--batch-size", "4", *flags]
+    assert run_sample(*argv, "--out", "guided.npz")[0] == 0
+    run = load_run(runs / "classes")
+    guidance = ClassifierFree(3.0, {"y": torch.full((6,), 10)}, rescale=0.7)
+    drawn = DDIM(run.diffusion, 4).sample(
+        run.unet,
+        (6, 1, 8, 8),
+        guidance=DynamicThresholding(run.diffusion, 0.9, guidance),
+        model_kwargs={"y": torch.arange(6)},
+        progress=False,
+    )
+    expected = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+    difference = np.abs(np.load("guided.npz")["arr_0"].astype(int) - expected)
+    assert difference.max() <= 1
+    assert run_sample(*argv[:-6], "--out", "plain.npz")[0] == 0
+    assert np.abs(np.load("plain.npz")["arr_0"].astype(int) - expected).max() > 1
+
+
+def test_a_gif_shows_every_step_and_ends_with_the_images(run_sample):
+    argv = ("plain", "--num", "5", "--steps", "6", "--batch-size", "2")
+    assert run_sample(*argv, "--out", "steps.gif")[0] == 0
+    assert run_sample(*argv, "--out", "images.png")[0] == 0
+    with Image.open("steps.gif") as gif:
+        assert gif.n_frames == 6
+        gif.seek(5)
+        last = np.asarray(gif.convert("L")).astype(int)
+    # DDIM's last step returns its prediction.
+    assert np.abs(last - np.asarray(Image.open("images.png"))).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
         (["nowhere"], ["RUN: nowhere holds no run"]),
         ([], ["Missing", "Run folder"]),
         (["plain", "--stepz", "4"], ["--stepz", "did you mean --steps"]),
-        (["plain", "--sampler", "euler"], ["--sampler", "'euler'", "'ddim', 'ddpm'"]),
+        (["plain", "--sampler", "euler"], ["--sampler", "'euler'", "ddim, ddpm, probability_flow"]),
         (["plain", "--out", "taken.png"], ["--out taken.png exists", "--force"]),
         (["plain", "--out", "a.txt"], ["--out a.txt", ".npz"]),
         (["plain", "--num", "0"], ["--num 0"]),
@@ -168,7 +206,12 @@ def test_classes_in_turn_or_one_for_all(run_sample, runs):
         (["plain", "--spacing", "even"], ["--spacing", "'even'", "leading", "trailing"]),
         (["plain", "--eta", "2", "--steps", "5"], ["--eta", "0 (deterministic) to 1"]),
         (["plain", "--sampler", "ddpm", "--eta", "1"], ["--eta 1.0 belongs to --sampler ddim"]),
+        (["plain", "--sampler", "heun", "--eta", "1"], ["belongs to --sampler ddim", "for heun"]),
+        (["plain", "--inner-steps", "2"], ["--inner-steps 2", "annealed_langevin", "for ddim"]),
         (["plain", "--class-label", "3"], ["--class-label", "without --class-cond"]),
+        (["plain", "--guidance-scale", "3"], ["--guidance-scale", "without --class-cond"]),
+        (["classes", "--guidance-rescale", "0.7"], ["0.7 needs --guidance-scale"]),
+        (["plain", "--dynamic-threshold", "2"], ["--dynamic-threshold", "in (0, 1]"]),
         (["classes", "--class-label", "10"], ["--class-label 10", "0..9"]),
     ],
 )

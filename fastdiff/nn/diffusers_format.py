@@ -263,6 +263,28 @@ def ddpm_scheduler_config(
     }
 
 
+def save_unet(unet: UNet, folder: str | Path) -> None:
+    """Write `unet` so that ``diffusers.UNet2DModel.from_pretrained(folder)`` loads it.
+
+    Raises
+    ------
+    UnsupportedByDiffusersError
+        UNet2DModel cannot express the network (see `unet2d_config`); nothing is written.
+    ModuleNotFoundError
+        safetensors is not installed (it comes with ``pip install fastdiff[train]``).
+    """
+    from safetensors.torch import save_file
+
+    settings = unet2d_config(unet.config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors stores row-major tensors only; a channels_last weight is not one.
+    tensors = {name: p.detach().cpu().contiguous() for name, p in unet.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    version = {"_diffusers_version": DIFFUSERS_VERSION}
+    _write_json(folder / "config.json", {"_class_name": "UNet2DModel", **version, **settings})
+
+
 def save_pretrained(unet: UNet, folder: str | Path, schedule_config: Mapping[str, Any]) -> None:
     """Write `unet` so that ``diffusers.DDPMPipeline.from_pretrained(folder)`` loads it.
 
@@ -282,19 +304,10 @@ def save_pretrained(unet: UNet, folder: str | Path, schedule_config: Mapping[str
     ModuleNotFoundError
         safetensors is not installed (it comes with ``pip install fastdiff[train]``).
     """
-    from safetensors.torch import save_file
-
-    settings = unet2d_config(unet.config)
     folder = Path(folder)
-    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    save_unet(unet, folder / "unet")
     (folder / "scheduler").mkdir(exist_ok=True)
-    # safetensors stores row-major tensors only; a channels_last weight is not one.
-    tensors = {name: p.detach().cpu().contiguous() for name, p in unet.state_dict().items()}
-    save_file(tensors, folder / "unet" / WEIGHTS_NAME, metadata={"format": "pt"})
     version = {"_diffusers_version": DIFFUSERS_VERSION}
-    _write_json(
-        folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **settings}
-    )
     _write_json(
         folder / "scheduler" / "scheduler_config.json",
         {"_class_name": "DDPMScheduler", **version, **schedule_config},

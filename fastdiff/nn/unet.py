@@ -131,6 +131,52 @@ class UNet(nn.Module):
             return diffusers_format.from_module(source)
         return diffusers_format.load_pretrained(source)
 
+    @classmethod
+    def from_original(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        config: str | UNetConfig,
+        *,
+        new_attention_order: bool = False,
+    ) -> UNet:
+        """Load a checkpoint of DDPM's or DDIM's PyTorch code, or of improved- or guided-diffusion.
+
+        Parameters
+        ----------
+        source : path or mapping
+            A .pt, .pth, .ckpt or .safetensors file, or the state dict itself. Of DDIM's training
+            checkpoints the averaged weights are taken. Files are read without running code.
+        config : str or UNetConfig
+            The network's architecture: a preset's name or a configuration.
+        new_attention_order : bool
+            guided-diffusion's flag of that name.
+
+        Raises
+        ------
+        FileNotFoundError
+        fastdiff.nn.original_formats.UnknownCheckpointError
+            No such format, or names or shapes do not fit the configuration.
+        """
+        from fastdiff.nn.original_formats import load_original
+
+        if isinstance(config, str):
+            config = preset_config(config)
+        return load_original(source, config, new_attention_order=new_attention_order)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the network as ``diffusers.UNet2DModel.from_pretrained(folder)`` reads it.
+
+        `fastdiff.nn.diffusers_format.save_pretrained` writes a whole DDPMPipeline.
+
+        Raises
+        ------
+        fastdiff.nn.diffusers_format.UnsupportedByDiffusersError
+            UNet2DModel cannot express the network; nothing is written.
+        """
+        from fastdiff.nn import diffusers_format
+
+        diffusers_format.save_unet(self, folder)
+
     def to_diffusers(self) -> nn.Module:
         """A ``diffusers.UNet2DModel`` with a copy of the weights that computes the same.
 

@@ -130,6 +130,8 @@ def _unsupported(prediction: Tensor, noise: Tensor | None) -> str | None:
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
     if prediction.dtype == torch.float64 and (prediction.device.type != "cpu" or noise is None):
         return "float64 kernels exist on the CPU only, and for given noise only"
+    if _library.in_functorch_transform():
+        return "only the reference runs under torch.func's transforms"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._models import Model, device_of, dtype_of, evaluating
 from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import Guidance
+from fastdiff.guidance import Guidance, check_guidance
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.samplers.spacing import Spacing, spaced_indices
+from fastdiff.reference.step_table import StepColumn
+from fastdiff.samplers.spacing import SPACINGS, Spacing, spaced_indices
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 """callback(step, t, x_t, pred_x0): step counts from 0, x_t is the state that pred_x0 comes from."""
@@ -27,13 +28,17 @@ class Run:
     """One call of `Sampler.sample` or `encode`: all that a step needs, on the device up front."""
 
     evaluate: Callable[[Tensor, int], tuple[Tensor, Tensor | None, float]]
-    """(x_t, row) -> (output, uncond or None, guidance scale)."""
+    """(x_t, row) -> (output, uncond or None, guidance scale), at the row's TIMESTEP."""
     table: Tensor
-    """Step table (S, K)."""
+    """Step table (R, K): one row per step, and more where a step is made of several updates."""
     rows: Tensor
-    """(S, B): rows[i] is the `step` argument that picks row i for every sample."""
+    """(R, B): rows[i] is the `step` argument that picks row i for every sample."""
     keys: Tensor | None
     """(B,) noise keys; None where no step draws noise."""
+    mean_shift: Callable[[Tensor, int], Tensor] | None = None
+    """(x_t, row) -> what guidance adds to the mean, in units of the variance; see `guidance`."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What a multistep sampler remembers of the steps before."""
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -59,6 +64,15 @@ class Sampler(ABC):
         Clip the predicted x0 to [-1, 1] in every step: right for images.
     """
 
+    deterministic = False
+    """Whether x_T alone decides the sample; then `encode` and `decode` exist."""
+    default_steps: int | None = None
+    """S of a named spacing if none is given; None: all timesteps."""
+    takes_mean_shift = False
+    """Whether guidance may shift the mean of the step (CG algorithm 1)."""
+    use_clipped_model_output = True
+    """After clipping, recompute eps from the clipped x0 (else keep the model's)."""
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -67,6 +81,8 @@ class Sampler(ABC):
         *,
         clip_denoised: bool = True,
     ) -> None:
+        if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
+            steps = self.default_steps
         self.diffusion = diffusion
         self.clip_denoised = clip_denoised
         self.indices = spaced_indices(diffusion.schedule, steps, spacing)
@@ -84,11 +100,47 @@ class Sampler(ABC):
 
     @abstractmethod
     def _table(self) -> Tensor:
-        """Step table (S, K) on the CPU."""
+        """Step table (R, K) on the CPU; its first S rows are the steps."""
 
     @abstractmethod
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         """(x_s, pred_x0) from the state of table row `row`; `stream` numbers its noise."""
+
+    def _order(self) -> Sequence[int]:
+        """Rows in the order they are executed."""
+        return range(self.steps - 1, -1, -1)
+
+    def _update(
+        self,
+        run: Run,
+        x: Tensor,
+        outputs: tuple[Tensor, Tensor | None, float],
+        row: int,
+        *,
+        stream: int | None = None,
+        extra: Tensor | None = None,
+        clip: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """COEF_X0 x0 + COEF_X_T x + COEF_EPS eps + SIGMA z by one table row, and x0 (`StepColumn`).
+
+        z is the noise of `stream`, or any tensor `extra`: so a step of several terms is one call.
+        """
+        output, uncond, scale = outputs
+        return ops.ddim_step(
+            x,
+            output,
+            run.rows[row],
+            run.table,
+            prediction=self.diffusion.prediction,
+            clip=self.clip_denoised if clip is None else clip,
+            use_clipped_model_output=self.use_clipped_model_output,
+            uncond=uncond,
+            guidance_scale=scale,
+            noise=extra,
+            seed=None if stream is None else run.keys,
+            stream=stream or 0,
+            return_pred_x0=True,
+        )
 
     @torch.no_grad()
     def sample(
@@ -141,9 +193,79 @@ class Sampler(ABC):
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         x = self._start(model, shape, seed, x_T, device, dtype)
-        run = self._run(model, x, self._table(), self.indices, seed, guidance, model_kwargs)
-        rows = range(self.steps - 1, -1, -1)
-        return self._loop(model, run, x, rows, self._step, self.timesteps, progress, callback)
+        run = self._run(model, x, self._table(), seed, guidance, model_kwargs)
+        return self._loop(
+            model, run, x, self._order(), self._step, self.timesteps, progress, callback
+        )
+
+    def decode(self, model: Model, x_T: Tensor, **options: Any) -> Tensor:
+        """`sample(model, x_T=x_T)` of a deterministic sampler: what `encode` is inverted by."""
+        self._require_deterministic("decode")
+        return self.sample(model, x_T=x_T, **options)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        model: Model,
+        x0: Tensor,
+        guidance: Guidance | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """x_T from which `decode(model, x_T)` reconstructs x0 (DDIM eqs. 13-14, §5.4, SPEC §7).
+
+        The same ODE run forward over the same timesteps, without clipping; the reconstruction error
+        falls with S. For the closest one, decode with `clip_denoised=False` too.
+
+        Parameters
+        ----------
+        x0
+            (B, C, ...), pixels in [-1, 1].
+        callback
+            Called as `callback(step, t, x_t, pred_x0)` with the t at which the model was evaluated.
+
+        Returns
+        -------
+        Tensor
+            x_T, shape and dtype of x0.
+
+        Raises
+        ------
+        ValueError
+            A sampler that adds noise: only an ODE can be run backwards.
+        """
+        self._require_deterministic("encode")
+        if not x0.is_floating_point() or x0.dim() < 2:
+            raise ValueError(
+                f"x0 has shape {tuple(x0.shape)} and dtype {x0.dtype}, expected (B, C, ...) of a "
+                "floating-point dtype with pixels in [-1, 1]"
+            )
+        table = self._encode_table()
+        run = self._run(model, x0, table, None, guidance, model_kwargs)
+        times = table[: self.steps, StepColumn.TIMESTEP].long()
+        order = range(self.steps)
+        return self._loop(
+            model, run, x0.detach(), order, self._encode_step, times, progress, callback
+        )
+
+    def _encode_table(self) -> Tensor:
+        """Step table of `encode`, executed from row 0 up; deterministic samplers have one."""
+        raise NotImplementedError
+
+    def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+        return self._update(run, x, run.evaluate(x, row), row, clip=False)
+
+    def _require_deterministic(self, what: str) -> None:
+        if not self.deterministic:
+            raise ValueError(
+                f"{what} needs a deterministic sampler, this one {self._randomness()}; use "
+                "DDIM(..., eta=0.0), ProbabilityFlow, Heun or DPMSolverPP"
+            )
+
+    def _randomness(self) -> str:
+        """Where the noise of the sampler comes from, for error messages."""
+        return f"is {type(self).__name__}, which adds noise in every step"
 
     def _loop(
         self,
@@ -197,7 +319,6 @@ class Sampler(ABC):
         model: Model,
         x: Tensor,
         table: Tensor,
-        indices: Tensor,
         seed: int | Tensor | None,
         guidance: Guidance | None,
         model_kwargs: Mapping[str, Any] | None,
@@ -205,7 +326,8 @@ class Sampler(ABC):
         """Upload all that depends on the step: the loop then never waits for the device."""
         batch, device = x.shape[0], x.device
         kwargs = dict(model_kwargs or {})
-        times = self.diffusion.schedule.timesteps[indices].to(device)
+        shift = check_guidance(guidance, model, kwargs, type(self).__name__, self.takes_mean_shift)
+        times = table[:, StepColumn.TIMESTEP].long().to(device)
         times = times[:, None].repeat(1, batch)
         model_dtype = dtype_of(model)
 
@@ -226,8 +348,9 @@ class Sampler(ABC):
             keys = seed.to(device)
         else:
             keys = ops.sample_keys(seed, batch, device=device)
-        rows = torch.arange(len(indices), device=device)[:, None].repeat(1, batch)
-        return Run(evaluate, table.to(device), rows, keys)
+        rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
+        mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
+        return Run(evaluate, table.to(device), rows, keys, mean_shift)
 
 
 def _progress(rows: Sequence[int], show: bool) -> Iterable[int]:

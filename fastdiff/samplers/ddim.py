@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from fastdiff import ops
-from fastdiff.gaussian import GaussianDiffusion, Model
-from fastdiff.guidance import Guidance
-from fastdiff.samplers.base import Callback, Run, Sampler
-from fastdiff.samplers.spacing import SPACINGS, Spacing
-from fastdiff.step_tables import encode_indices
+from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.samplers.base import Run, Sampler
+from fastdiff.samplers.spacing import Spacing
 
 
 class DDIM(Sampler):
@@ -51,6 +44,8 @@ class DDIM(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    default_steps = 50
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -62,8 +57,6 @@ class DDIM(Sampler):
         clip_denoised: bool = True,
         use_clipped_model_output: bool = True,
     ) -> None:
-        if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
-            steps = 50
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.eta = eta
         self.sigma_hat = sigma_hat
@@ -79,89 +72,11 @@ class DDIM(Sampler):
         return self._steps_table
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
-        output, uncond, scale = run.evaluate(x, row)
-        return ops.ddim_step(
-            x,
-            output,
-            run.rows[row],
-            run.table,
-            prediction=self.diffusion.prediction,
-            clip=self.clip_denoised,
-            use_clipped_model_output=self.use_clipped_model_output,
-            uncond=uncond,
-            guidance_scale=scale,
-            seed=None if self.deterministic else run.keys,
-            stream=stream,
-            return_pred_x0=True,
-        )
+        stream_or_none = None if self.deterministic else stream
+        return self._update(run, x, run.evaluate(x, row), row, stream=stream_or_none)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        model: Model,
-        x0: Tensor,
-        guidance: Guidance | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        progress: bool = True,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """x_T from which `sample(model, x_T=x_T)` reconstructs x0 (DDIM eqs. 13-14, §5.4, SPEC §7).
+    def _encode_table(self) -> Tensor:
+        return self.diffusion.schedule.ddim_encode_table(self.indices)
 
-        The same ODE run forward over the same timesteps, without clipping; the reconstruction error
-        falls as 1/S. For the closest one, decode with `clip_denoised=False` too.
-
-        Parameters
-        ----------
-        x0
-            (B, C, ...), pixels in [-1, 1].
-        callback
-            Called as `callback(step, t, x_t, pred_x0)` with the t at which the model was evaluated.
-
-        Returns
-        -------
-        Tensor
-            x_T, shape and dtype of x0.
-
-        Raises
-        ------
-        ValueError
-            A sampler that is not deterministic: only eta = 0 can be run backwards.
-        """
-        if not self.deterministic:
-            raise ValueError(
-                f"encode needs a deterministic sampler, this one has eta={self.eta:g}, "
-                f"sigma_hat={self.sigma_hat}; use DDIM(..., eta=0.0)"
-            )
-        if not x0.is_floating_point() or x0.dim() < 2:
-            raise ValueError(
-                f"x0 has shape {tuple(x0.shape)} and dtype {x0.dtype}, expected (B, C, ...) of a "
-                "floating-point dtype with pixels in [-1, 1]"
-            )
-        table = self.diffusion.schedule.ddim_encode_table(self.indices)
-        evaluated = encode_indices(self.indices)
-        run = self._run(model, x0, table, evaluated, None, guidance, model_kwargs)
-        times = self.diffusion.schedule.timesteps[evaluated]
-        return self._loop(
-            model,
-            run,
-            x0.detach(),
-            range(self.steps),
-            self._encode_step,
-            times,
-            progress,
-            callback,
-        )
-
-    def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
-        output, uncond, scale = run.evaluate(x, row)
-        return ops.ddim_step(
-            x,
-            output,
-            run.rows[row],
-            run.table,
-            prediction=self.diffusion.prediction,
-            clip=False,
-            uncond=uncond,
-            guidance_scale=scale,
-            return_pred_x0=True,
-        )
+    def _randomness(self) -> str:
+        return f"has eta={self.eta:g}, sigma_hat={self.sigma_hat}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 
 
@@ -30,11 +31,18 @@ class DDPM(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    takes_mean_shift = True
+
     def _table(self) -> Tensor:
         return self.diffusion.schedule.ddpm_table(self.indices, self.diffusion.variance)
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
         output, uncond, scale = run.evaluate(x, row)
+        noise = None
+        if run.mean_shift is not None:
+            # mu + Sigma g + sigma z = mu + sigma (z + sigma g), for any sigma the step may use.
+            noise = run.noise(x, stream)
+            noise += self._sigma(run, x, output, row) * run.mean_shift(x, row).to(noise.dtype)
         return ops.ddpm_step(
             x,
             output,
@@ -45,7 +53,16 @@ class DDPM(Sampler):
             clip=self.clip_denoised,
             uncond=uncond,
             guidance_scale=scale,
-            seed=run.keys,
+            noise=noise,
+            seed=run.keys if noise is None else None,
             stream=stream,
             return_pred_x0=True,
         )
+
+    def _sigma(self, run: Run, x: Tensor, output: Tensor, row: int) -> Tensor:
+        """Standard deviation of the step, per element where the network predicts it."""
+        sigma = run.table[row, StepColumn.SIGMA]
+        if not self.diffusion.learns_variance:
+            return sigma
+        v = self.diffusion.split_output(output, x)[1].to(sigma.dtype)
+        return sigma * (0.5 * run.table[row, StepColumn.LOG_VARIANCE_SLOPE] * v).exp()

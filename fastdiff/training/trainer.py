@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.images import image_grid, to_uint8
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
 from fastdiff.training.ema import EMA
 from fastdiff.training.errors import RunError, UserError
-from fastdiff.training.logging import Metrics, image_grid, to_uint8
+from fastdiff.training.logging import Metrics
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet
 
 

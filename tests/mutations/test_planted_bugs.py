@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant(
         "a missing __syncthreads",
         "csrc/include/fastdiff/reduce.cuh",
-        "  __syncthreads();\n  return warp_sum(threadIdx.x % 32 <",
-        "  return warp_sum(threadIdx.x % 32 <",
+        "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < N; ++k) x[k] = warp_sum(lane <",
+        "#pragma unroll\n  for (int k = 0; k < N; ++k) x[k] = warp_sum(lane <",
         cuda("eps_loss", "test_forward"),
         "RaceError",
         quick=True,
@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "a race in the reduction: warps share one slot",
         "csrc/include/fastdiff/reduce.cuh",
-        "warps[threadIdx.x / 32] = x;",
-        "warps[0] = x;",
+        "warps[k][threadIdx.x / 32] = x[k];",
+        "warps[k][0] = x[k];",
         cuda("eps_loss", "test_forward"),
         "RaceError",
     ),

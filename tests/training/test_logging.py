@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdiff.training.logging import Metrics, image_grid, to_uint8
+from fastdiff.images import image_grid, to_uint8
+from fastdiff.training.logging import Metrics
 
 
 def test_to_uint8_inverts_the_scaling_of_all_levels():

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from fastdiff import _backends
+from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset
-from fastdiff.training.logging import image_grid, to_uint8
 from fastdiff.training.run import build_diffusion, build_unet, choose_device
 
 SMALL = TrainConfig(

@@ -1,0 +1,57 @@
+"""Pixels in [-1, 1] as 256 levels, and many images as one picture."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Grids of tiny images are enlarged until a tile has at least this many pixels.
+_MIN_TILE = 32
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round pixels in [-1, 1] to the nearest of the 256 levels, uint8 on the CPU."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Lay uint8 images (N, C, H, W) out row by row, with a thin border, as one picture.
+
+    Parameters
+    ----------
+    images : Tensor
+        uint8, C = 1 (grey), 3 (RGB) or anything else (the first channel is shown).
+    columns : int, optional
+        Images per row; default: as square as it gets.
+    """
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'pictures need Pillow; install it with: pip install "fastdiff[train]"'
+        ) from error
+
+    num, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(num))
+    rows = math.ceil(num / columns)
+    zoom = max(1, math.ceil(_MIN_TILE / max(height, width)))
+    tiles = images[:, : 3 if channels == 3 else 1].permute(0, 2, 3, 1).numpy()
+    tiles = tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width, border = height * zoom, width * zoom, 2
+    canvas = np.full(
+        (rows * (height + border) + border, columns * (width + border) + border, tiles.shape[3]),
+        255,
+        np.uint8,
+    )
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        top, left = border + row * (height + border), border + column * (width + border)
+        canvas[top : top + height, left : left + width] = tile
+    return Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)

@@ -1,0 +1,102 @@
+"""Each example runs in a small mode, and does what its first line says."""
+
+import importlib.util
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import train
+
+pytest.importorskip("diffusers")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(monkeypatch, name, *arguments):
+    """What main() of an example returns."""
+    path = ROOT / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main()
+
+
+def test_patch_diffusers(monkeypatch, capsys):
+    run(monkeypatch, "patch_diffusers", "--channels", 32, "--batch", 1, "--repeats", 1)
+    printed = capsys.readouterr().out
+    assert "51 normalizations replaced, 0 left" in printed
+    assert float(re.search(r"difference  (\S+),", printed)[1]) < 1e-5
+
+
+def test_train_diffusers(monkeypatch, tmp_path):
+    loss = run(monkeypatch, "train_diffusers", "--steps", 60, "--batch", 32, "--out", tmp_path)
+    assert loss < 0.6
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]  # loads without fastdiff
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+
+
+def test_minimal_training(monkeypatch):
+    losses = run(monkeypatch, "minimal_training", "--steps", 60)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    source = (ROOT / "examples/minimal_training.py").read_text()
+    assert len(source.rstrip().splitlines()) <= 66
+
+
+def test_guided_sampling(monkeypatch):
+    options = "--steps", 4, "--channels", 8
+    images = run(monkeypatch, "guided_sampling", *options)
+    assert images.shape == (10, 1, 8, 8)
+    assert images.isfinite().all()
+    assert not torch.equal(run(monkeypatch, "guided_sampling", *options, "--guidance", 0), images)
+
+
+def test_load_our_run_into_diffusers(monkeypatch, tmp_path):
+    """In a process that never imports fastdiff."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--steps", "3", "--sample-every", "9", "--checkpoint-every", "9", "--out", "run"])
+    example = ROOT / "examples/load_in_diffusers.py"
+    code = (
+        f"import runpy, sys; sys.argv = ['x', 'run', '--num', '2', '--steps', '3']; "
+        f"runpy.run_path({str(example)!r}, run_name='__main__'); "
+        "assert 'fastdiff' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+def test_page_on_dropping_in(monkeypatch, tmp_path):
+    """Every Python block of docs/drop_in.md, in order."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/drop_in.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 7
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    names = runpy.run_path(str(tmp_path / "page.py"))
+    assert names["per_sample"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    """Raw operators in a package for the CPU."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x, t, a, s, noise):
+            ops = torch.ops.fastdiff
+            h = ops.q_sample(x, t, a, s, noise, None, None, 0, None, None)
+            return ops.group_norm_silu(h, 2, None, None, 1e-5, None, None, None, 0)[0]
+
+    x, t, a = torch.randn(2, 4, 6, 6), torch.tensor([0, 3]), torch.rand(5)
+    arguments = x, t, a, 1 - a, torch.randn_like(x)
+    program = torch.export.export(Net(), arguments)
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "net.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    torch.testing.assert_close(loaded(*arguments), Net()(*arguments))

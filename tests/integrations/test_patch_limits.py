@@ -1,0 +1,255 @@
+"""What `patch` must not break: hooks, shared modules, FSDP, quantized and odd normalizations."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+from integrations.networks import make
+from integrations.openai_unet import GroupNorm32
+from nn.networks import build, unzero
+
+import fastdiff
+from fastdiff import _backends
+from fastdiff.integrations import patching
+
+
+class Block(nn.Module):
+    """A home-grown block with its activation as a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+        self.act = nn.SiLU()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        h = self.act(h)
+        return self.conv(h)
+
+
+class Nested(Block):
+    def forward(self, x):
+        return self.conv(self.act(self.norm(x)))
+
+
+class Branch(Block):
+    """The activation also runs without the normalization: the two are no pair."""
+
+    def forward(self, x):
+        h = x
+        if x.shape[0] > 2:
+            h = self.norm(h)
+        h = self.act(h)
+        return self.conv(h)
+
+
+class Twice(Block):
+    """One activation for two normalizations."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm2 = nn.GroupNorm(4, 4)
+
+    def forward(self, x):
+        h = self.norm(x)
+        h = self.act(h)
+        h = self.conv(h)
+        h = self.norm2(h)
+        return self.act(h)
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Block, {"norm": "group_norm + silu"}),
+        (Nested, {"norm": "group_norm + silu"}),
+        (Branch, {"norm": "group_norm"}),
+        (Twice, {"norm": "group_norm", "norm2": "group_norm"}),
+    ],
+)
+def test_home_grown_modules(cls, expected):
+    module = unzero(cls())
+    images = [torch.randn(batch, 4, 3, 5) for batch in (1, 3)]
+    before = [module(x) for x in images]
+    assert fastdiff.patch(module).replaced == expected
+    for x, y in zip(images, before, strict=True):
+        torch.testing.assert_close(module(x), y)
+    other = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())  # (N, C): torch's own code
+    x = torch.randn(5, 4)
+    y = other(x)
+    fastdiff.patch(other)
+    assert torch.equal(other(x), y)
+
+
+def test_shared_modules():
+    norm, block = nn.GroupNorm(2, 4), Block()
+    shared = nn.ModuleDict(
+        {
+            "silu": nn.Sequential(norm, nn.SiLU()),
+            "gelu": nn.Sequential(norm, nn.GELU()),
+            "a": block,
+            "b": nn.Sequential(OrderedDict(act=block.act)),
+        }
+    )
+    x = torch.randn(2, 4, 3, 3)
+    before = {k: m(x) for k, m in shared.items()}
+    report = fastdiff.patch(shared)
+    assert report.replaced["silu.0"] == "group_norm + silu"
+    assert report.replaced["a.norm"] == "group_norm"  # its activation has another user
+    for key, y in before.items():
+        torch.testing.assert_close(shared[key](x), y)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "guided-diffusion"])
+def test_hooks_fire_and_see_the_same(name):
+    """On every normalization and activation, set before patching and after it."""
+    for before_patch in (True, False):
+        model, run, x = make(name)
+        watched = [
+            m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.SiLU, nn.Sequential))
+        ]
+
+        def record(model=model, run=run, watched=watched, x=x):
+            seen = []
+            handles = [
+                m.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+                for m in watched
+            ]
+            return seen, handles
+
+        seen, handles = record()
+        run(model, x)
+        for handle in handles:
+            handle.remove()
+        if not before_patch:
+            fastdiff.patch(model)
+        seen_after, handles = record()
+        if before_patch:
+            report = fastdiff.patch(model)
+            assert not report.replaced
+            assert set(report.left.values()) == {"hooks or a forward of its own on the instance"}
+        y = run(model, x)
+        assert len(seen_after) == len(seen)
+        for expected, actual in zip(seen, seen_after, strict=True):
+            for a, b in zip(expected, actual, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(run(model, x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_global_hooks_fire():
+    block = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    fastdiff.patch(block)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: seen.append(type(m).__name__)
+    )
+    block(torch.randn(1, 4, 2, 2))
+    handle.remove()
+    assert seen == ["FusedGroupNorm", "SiLU", "FusedSequential"]
+
+
+class Doubling(nn.GroupNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_left_and_why():
+    scripted = torch.jit.script(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
+    exact = nn.GroupNorm(2, 4, eps=0.0)
+    odd = nn.GroupNorm(2, 4)
+    odd.forward = lambda x: x
+    prepared = nn.GroupNorm(2, 4)
+    prepared.qconfig = None
+    model = nn.ModuleDict(
+        {
+            "doubling": Doubling(2, 4),
+            "scripted": scripted,
+            "exact": exact,
+            "odd": odd,
+            "prepared": prepared,
+            "own": fastdiff.nn.GroupNormSiLU(2, 4),
+            "quantized": torch.ao.nn.quantized.GroupNorm(2, 4, None, None, 1.0, 0),
+            "fine": GroupNorm32(2, 4),
+        }
+    )
+    report = fastdiff.patch(model)
+    assert report.replaced == {"fine": "group_norm"}
+    reasons = {
+        "doubling": "Doubling has a forward of its own",
+        "scripted.0": "TorchScript",
+        "exact": "eps = 0.0",
+        "odd": "hooks or a forward of its own",
+        "prepared": "quantized",
+        "own": "already fused",
+        "quantized": "quantized",
+    }
+    assert report.left.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in report.left[name]
+        assert f"{name}: left, " in str(report)
+    assert torch.equal(odd(torch.ones(1, 4, 2)), torch.ones(1, 4, 2))
+    with pytest.raises(TypeError, match=r"patch: module is dict, expected an nn\.Module"):
+        fastdiff.patch({})
+
+
+def test_where_patch_is_called_does_not_matter(monkeypatch):
+    """Autocast, and a backend that does not run on the CPU, are for the network's own calls."""
+    monkeypatch.setattr(patching, "_verdicts", {})
+    monkeypatch.setattr(_backends, "_forced", "cuda")
+    model, run, x = make("UNet2DConditionModel")
+    expected = run(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = fastdiff.patch(model)
+    assert "channel_bias + group_norm + silu" in report.replaced.values()
+    assert all(patching._verdicts.values())
+    monkeypatch.setattr(_backends, "_forced", None)
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_our_own_unet_is_left_alone():
+    unet = build("digits")
+    report = fastdiff.patch(unet)
+    assert not report.replaced
+    assert set(report.left.values()) == {"fastdiff's own, already fused"}
+
+
+def test_fsdp_is_left_alone(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        x = torch.randn(2, 4, 3, 3)
+        model = nn.Sequential(unzero(Block()), nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
+        expected = model(x)
+        fully_shard(model[0], mesh=mesh)
+        report = fastdiff.patch(model)
+        assert report.replaced == {"1.0": "group_norm + silu"}
+        assert "under FSDP" in report.left["0.norm"]
+        torch.testing.assert_close(model(x), expected)
+        # Patched first, then sharded, down to the normalization itself.
+        model = unzero(Block())
+        expected = model(x)
+        fastdiff.patch(model)
+        fully_shard(model.norm, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        y = model(x)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="'norm' has become"):
+            fastdiff.unpatch(model)
+        ddp = nn.parallel.DistributedDataParallel(unzero(Block()))
+        expected = ddp(x)
+        assert fastdiff.patch(ddp).replaced == {"module.norm": "group_norm + silu"}
+        torch.testing.assert_close(ddp(x), expected)
+        ddp(x).sum().backward()
+    finally:
+        dist.destroy_process_group()
