@@ -59,9 +59,9 @@ _NOT_CODE = re.compile(
     re.M | re.S,
 )
 CUDA, TRITON = "cuda-ptx", "triton-ptx"
-# The quick tests of a source file, by the longest stem that begins its name; a file that several ops
-# include has those of one that uses all of it. Files that are not named are left out: sigmoid.h is
-# for the CPU library, which a mutant would have to build.
+# The quick tests of a source file, by the longest stem that begins its name; a file that several
+# ops include has those of one that uses all of it. Files that are not named are left out: sigmoid.h
+# is for the CPU library, which a mutant would have to build.
 TESTS = {
     "ddim_step": ("ddim_step",),
     "ddpm_step": ("ddpm_step",),
