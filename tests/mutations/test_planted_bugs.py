@@ -164,7 +164,7 @@ MUTANTS = [
         "item.offset = (pixel + team) * layout.channels + first_channel + item.channel;",
         "item.offset = (first_channel + item.channel) * layout.pixels + pixel + team;",
         cuda("group_norm_silu", "test_forward and channels_last"),
-        "error exceeds the bound",
+        "MisalignedAccess",
     ),
     Mutant(
         "channels_last addressed as contiguous (Triton)",
@@ -206,7 +206,7 @@ MUTANTS = [
         "  if (plan.cluster > 1) cluster_arrive(), cluster_wait();\n  merge_unit<Moments>",
         "  merge_unit<Moments>",
         cuda("group_norm_silu_cuda", "test_clusters"),
-        "RaceError",
+        "ClusterLifetimeError",
     ),
     Mutant(
         "the wrong sign of guidance (CUDA)",
