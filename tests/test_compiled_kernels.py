@@ -12,12 +12,12 @@ import re
 import sys
 
 import pytest
-from ptx_emulator.nvcc import compile_cached, find_nvcc
+from ptx_emulator.nvcc import find_nvcc
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks import cubin, inspect_kernels  # noqa: E402
+from benchmarks import cubin, inspect_kernels, kernel_budget  # noqa: E402
 from benchmarks.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
@@ -64,20 +64,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def compile_cuda(source: pathlib.Path, arch: str, *flags: str) -> pathlib.Path:
-    includes = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda")]
-    options = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-cubin", f"-arch={arch}"]
-    return compile_cached(source, [*options, *flags, *includes], ".cubin")
-
-
 def cuda_kernels(arch: str) -> list[Kernel]:
     library = inspect_kernels.cuda_library()
-    if library is not None and arch in cubin.architectures(library):
-        return cubin.inspect(library, arch)
-    if find_nvcc() is None:
+    if (library is None or arch not in cubin.architectures(library)) and find_nvcc() is None:
         pytest.skip(f"no CUDA kernels for {arch}: not in a built library, and there is no nvcc")
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    return [k for source in sources for k in cubin.inspect(compile_cuda(source, arch), arch)]
+    return kernel_budget.cuda_kernels(arch)
 
 
 def template(kernel: Kernel) -> tuple[str, list[str]]:
@@ -276,7 +267,7 @@ template __global__ void halves<float, 4>(const float*, float*);
 def test_planted_defects_are_found(tmp_path):
     source = tmp_path / "defects.cu"
     source.write_text(DEFECTS)
-    path = compile_cuda(source, "sm_90", "-maxrregcount=32")
+    path = kernel_budget.compile_cuda(source, "sm_90", "-maxrregcount=32")
     kernels = {template(k)[0]: k for k in cubin.inspect(path, "sm_90")}
     for name in ("spills", "indexes"):
         with pytest.raises(AssertionError, match=rf"{name}.*local memory"):

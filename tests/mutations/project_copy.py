@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class ProjectCopy:
         for name in FOLDERS:
             skip = shutil.ignore_patterns("__pycache__", "triton_kernels")
             shutil.copytree(ROOT / name, folder / name, ignore=skip)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
         # An installed package has the kernels there; without this the original's would be imported.
         (folder / "fastdiff/triton_kernels").symlink_to(folder / "triton_kernels")
 
@@ -49,16 +51,34 @@ class ProjectCopy:
     def restore(self, file: str) -> None:
         shutil.copy(ROOT / file, self.folder / file)
 
+    def build_cpu(self) -> None:
+        """Compile the CPU library of the copy."""
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        environment = {**os.environ, "FASTDIFF_BUILD": "cpu"}
+        subprocess.run(command, cwd=self.folder, env=environment, check=True)
+
+    def restore_libraries(self) -> None:
+        """Those of the original, in place of what the copy built."""
+        for library in self.folder.glob("fastdiff/*.so"):
+            library.unlink()
+        for library in ROOT.glob("fastdiff/*.so"):
+            shutil.copy(library, self.folder / "fastdiff")
+
     def run(self, *tests: str, timeout: float = 600) -> Outcome:
         """Run these tests in the copy, until the first failure."""
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(
+        with subprocess.Popen(
             [*command, *tests],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(self.folder)},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return Outcome(done.returncode, done.stdout + done.stderr)
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+                raise
+        return Outcome(process.returncode, output)

@@ -25,6 +25,7 @@ class Mutant:
     tests: tuple[str, ...]
     message: str
     quick: bool = False
+    build: bool = False  # the CPU library, in the copy
 
     def __str__(self) -> str:
         return self.bug
@@ -140,6 +141,114 @@ MUTANTS = [
         triton("q_sample", "test_forward and vectors"),
         "error exceeds the bound",
     ),
+    Mutant(
+        "silu'(x_hat) in place of silu'(gamma x_hat + beta) (CUDA)",
+        "csrc/include/fastdiff/group_norm_silu_backward.cuh",
+        "m.x * x + m.y);\n                const float hat",
+        "m.z * x + m.w);\n                const float hat",
+        cuda("group_norm_silu", "test_gradients"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "silu'(x_hat) in place of silu'(gamma x_hat + beta) (Triton)",
+        "triton_kernels/group_norm_silu_gradients.py",
+        "activation_slope(z, ACTIVATION)\n    return",
+        "activation_slope(h_hat, ACTIVATION)\n    return",
+        triton("group_norm_silu_triton", "test_values"),
+        "error exceeds the bound",
+        quick=True,
+    ),
+    Mutant(
+        "channels_last addressed as contiguous (CUDA)",
+        "csrc/include/fastdiff/group_norm_silu_items.cuh",
+        "item.offset = (pixel + team) * layout.channels + first_channel + item.channel;",
+        "item.offset = (first_channel + item.channel) * layout.pixels + pixel + team;",
+        cuda("group_norm_silu", "test_forward and channels_last"),
+        "MisalignedAccess",
+    ),
+    Mutant(
+        "channels_last addressed as contiguous (Triton)",
+        "triton_kernels/group_norm_silu_tiles.py",
+        "        base = (i_b * pixels + first_pixel) * CHANNELS + first\n"
+        "        offsets = p.to(tl.int64) * CHANNELS + c\n",
+        "        base = (i_b * CHANNELS + first) * pixels + first_pixel\n"
+        "        offsets = c.to(tl.int64) * pixels + p\n",
+        triton("group_norm_silu_triton", "test_values and channels_last"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "a dropped mean term in dx (CUDA)",
+        "csrc/include/fastdiff/group_norm_silu_backward.cuh",
+        "first.z * (m.x + first.w * m.y)",
+        "first.z * (first.w * m.y)",
+        cuda("group_norm_silu", "test_gradients"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "a dropped mean term in dx (Triton)",
+        "triton_kernels/group_norm_silu_gradients.py",
+        "slope[:, None] * dz - m0[:, None] - m1[:, None] * h_hat",
+        "slope[:, None] * dz - m1[:, None] * h_hat",
+        triton("group_norm_silu_triton", "test_values"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "a missing barrier in the one-pass kernel",
+        "csrc/include/fastdiff/group_norm_silu_forward.cuh",
+        "    affine[c] = make_float2(map.slope, map.offset);\n  }\n  __syncthreads();\n\n",
+        "    affine[c] = make_float2(map.slope, map.offset);\n  }\n\n",
+        cuda("group_norm_silu", "test_forward"),
+        "RaceError",
+    ),
+    Mutant(
+        "a missing barrier between the blocks of a cluster",
+        "csrc/include/fastdiff/group_norm_silu_forward.cuh",
+        "  if (plan.cluster > 1) cluster_arrive(), cluster_wait();\n  merge_unit<Moments>",
+        "  merge_unit<Moments>",
+        cuda("group_norm_silu_cuda", "test_clusters"),
+        "ClusterLifetimeError",
+    ),
+    Mutant(
+        "the wrong sign of guidance (CUDA)",
+        "csrc/include/fastdiff/sampler_step.h",
+        "return uncond + scale * (cond - uncond);",
+        "return uncond - scale * (cond - uncond);",
+        cuda("ddim_step", "test_forward"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "the wrong sign of guidance (Triton)",
+        "triton_kernels/sampler_step.py",
+        "other + guidance_scale *",
+        "other - guidance_scale *",
+        triton("ddim_step", "test_forward"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "the model's log variance in place of the posterior's (CUDA)",
+        "csrc/include/fastdiff/vlb_terms.h",
+        "row.posterior_log_variance = column(kPosteriorLogVariance);",
+        "row.posterior_log_variance = column(kLogVariance);",
+        cuda("vlb_terms", "test_forward"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "the model's log variance in place of the posterior's (Triton)",
+        "triton_kernels/vlb_terms.py",
+        "w = column(row, valid, POSTERIOR_LOG_VARIANCE) - log_variance",
+        "w = column(row, valid, LOG_VARIANCE) - log_variance",
+        triton("vlb_terms", "test_forward"),
+        "error exceeds the bound",
+    ),
+    Mutant(
+        "off by one in the tail of a CPU kernel",
+        "csrc/cpu/tile.cpp",
+        "std::memcpy(out + 4 * base, normals, 16 * (blocks - base));",
+        "std::memcpy(out + 4 * base, normals, 16 * (blocks - base - 1));",
+        ("tests/ops/test_philox_normal.py", "-k", "test_matches_reference and cpu"),
+        "assert",
+        build=True,
+    ),
 ]
 
 
@@ -156,8 +265,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectCopy:
 def test_planted_bug_is_caught(project: ProjectCopy, mutant: Mutant) -> None:
     project.replace(mutant.file, mutant.old, mutant.new)
     try:
+        if mutant.build:
+            project.build_cpu()
         outcome = project.run(*mutant.tests)
     finally:
         project.restore(mutant.file)
+        if mutant.build:
+            project.restore_libraries()
     assert outcome.failed, f"nothing failed (exit code {outcome.code}):\n{outcome.output[-3000:]}"
     assert mutant.message in outcome.output, outcome.output[-3000:]

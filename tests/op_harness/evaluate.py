@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +32,15 @@ _ON_GPU = ("cuda", "triton")
 
 @dataclass
 class Result:
-    """What one implementation computed; `launches` are the emulator's, with byte counts."""
+    """What one implementation computed; `launches` are the emulator's, with byte counts.
+
+    The first `forward_launches` of them are the forward pass.
+    """
 
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor] = field(default_factory=dict)
     launches: list[Any] = field(default_factory=list)
+    forward_launches: int = 0
 
 
 @functools.cache
@@ -88,14 +93,14 @@ def evaluate(
         from .triton_ptx import emulated_launches
 
         with emulated_launches(**emulator) as launches:
-            result = _evaluate_here(op, "triton", arguments, gradients, grad_output)
+            result = _evaluate_here(op, "triton", arguments, gradients, grad_output, launches)
         result.launches = launches
         return result
     if implementation == "cuda-ptx":
         from .cuda_ptx.launcher import emulated_launches
 
         with emulated_launches(op.rstrip("_"), **emulator) as launches:
-            result = _evaluate_here(op, "cuda-ptx", arguments, gradients, grad_output)
+            result = _evaluate_here(op, "cuda-ptx", arguments, gradients, grad_output, launches)
         result.launches = launches
         return result
     if implementation in _ON_GPU:
@@ -132,6 +137,7 @@ def _evaluate_here(
     arguments: dict[str, Any],
     gradients: tuple[str, ...],
     grad_output: Tensor | None,
+    launches: Sequence[Any] = (),
 ) -> Result:
     arguments = dict(arguments)
     for name in gradients:
@@ -141,11 +147,13 @@ def _evaluate_here(
         if returned is None:  # an op that fills its first argument
             returned = next(iter(arguments.values()))
         outputs = returned if isinstance(returned, tuple) else (returned,)
+        forward_launches = len(launches)
         grads: tuple[Tensor, ...] = ()
         if gradients:
             inputs = [arguments[name] for name in gradients]
             grads = torch.autograd.grad(outputs[0], inputs, grad_output)
-    return Result(tuple(x.detach() for x in outputs), dict(zip(gradients, grads, strict=True)))
+    named = dict(zip(gradients, grads, strict=True))
+    return Result(tuple(x.detach() for x in outputs), named, forward_launches=forward_launches)
 
 
 class _nan_filled_memory:
