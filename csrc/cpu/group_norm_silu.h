@@ -48,6 +48,9 @@ struct GroupNormKernels {
 template <typename F>
 GroupNormKernels<F> group_norm_kernels(DType x_type, Activation activation);
 
+// Those for CPUs with AVX-512 and its bfloat16 instructions. Defined where FASTDIFF_HAS_CLONES.
+GroupNormKernels<float> group_norm_kernels_avx512(DType x_type, Activation activation);
+
 // How the elements of a tensor are cut into pieces, depending on nothing but the shape, so that sums
 // do not depend on batch or threads. A sample's pieces are numbered in memory order.
 struct Pieces {
