@@ -90,6 +90,25 @@ inline bool one_thread_each(int64_t units, int64_t elements) {
          (units >= threads && units % threads == 0);
 }
 
+// Groups of small size that are computed together.
+inline int64_t groups_per_block(const GroupNormLayout& layout) {
+  return std::clamp<int64_t>(kPiece / layout.group_numel(), 1, layout.groups);
+}
+
+// Calls body(first unit, count) for the groups [begin, end) of (B, C) in blocks: neighbours within a sample that
+// together have up to kPiece elements. What small groups have to wait for (a sum, a square root) then
+// overlaps, and their rows are one run.
+template <typename Body>
+void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, const Body& body) {
+  const int64_t size = groups_per_block(layout);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t left = layout.groups - unit % layout.groups;
+    const int64_t count = std::min({size, left, end - unit});
+    body(unit, count);
+    unit += count;
+  }
+}
+
 // Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`
 // parts of `length` elements of `size` bytes each. `to` is the place in `out`, or if `stream` a tile in
 // the L1 cache that is then written past the caches: reading the lines of a result that is about to be

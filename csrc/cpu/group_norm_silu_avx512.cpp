@@ -113,10 +113,15 @@ FASTDIFF_INLINE __m128 sums_of(const V v[4]) {
 // Calls row_body(row, j) for four rows at a time, j in [0, 4), then done(first row, mask of rows).
 template <typename RowBody, typename Done>
 FASTDIFF_INLINE void for_four_rows(int64_t rows, const RowBody& row_body, const Done& done) {
-  for (int64_t row = 0; row < rows; row += 4) {
-    const int64_t count = rows - row < 4 ? rows - row : 4;
-    for (int64_t j = 0; j < count; ++j) row_body(row + j, j);
-    done(row, static_cast<__mmask8>((1u << count) - 1));
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+#pragma GCC unroll 4  // so that what belongs to each j stays in registers
+    for (int64_t j = 0; j < 4; ++j) row_body(row + j, j);
+    done(row, __mmask8{0xF});
+  }
+  if (row < rows) {
+    for (int64_t j = 0; row + j < rows; ++j) row_body(row + j, j);
+    done(row, static_cast<__mmask8>((1u << (rows - row)) - 1));
   }
 }
 
