@@ -34,17 +34,21 @@ class Forward {
     const Pieces in(numel / rows, kPiece), out(layout_.pixels, kPiece);
     const int64_t in_count = rows * in.per_run, out_count = depth * out.per_run;
     if (one_thread_each(units, numel)) {
+      const int64_t block = groups_per_block(layout_);
       parallel_items(units, numel, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(2 * in_count + 8 * depth);
-        F *sums = memory + 8 * depth, *squares = sums + in_count;
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const Operands<F> operands = group_operands(unit, memory);
-          F* coefficients = memory + Operands<F>::kCount * depth;
-          const F center =
-              sum_pieces(unit, in, 0, in_count, operands, coefficients, sums, squares);
-          finish(unit, center, in_count, sums, squares);
-          apply_pieces(unit, out, 0, out_count, operands, coefficients);
-        }
+        F* memory = thread_scratch<F>(block * (2 * in_count + 8 * depth + 1));
+        F *sums = memory + 8 * depth * block, *squares = sums + in_count * block;
+        F* centers = squares + in_count * block;
+        for_each_block(layout_, begin, end, [&](int64_t unit, int64_t count) {
+          const Operands<F> operands = group_operands(unit, count, memory);
+          F* coefficients = memory + Operands<F>::kCount * depth * count;
+          find_centers(unit, count, in, rows, operands, centers, coefficients);
+          sum_pieces(unit, in, 0, in_count * count, coefficients, sums, squares);
+          for (int64_t g = 0; g < count; ++g) {
+            finish(unit + g, centers[g], in_count, sums + g * in_count, squares + g * in_count);
+          }
+          apply_pieces(unit, count, out, 0, out_count * count, operands, coefficients);
+        });
         finish_streaming();
       });
       return;
@@ -53,25 +57,25 @@ class Forward {
     for (int64_t unit = 0; unit < units; ++unit) {
       F center = 0;
       parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(8 * depth);
-        const F found = sum_pieces(unit, in, begin, end, group_operands(unit, memory),
-                                   memory + Operands<F>::kCount * depth, sums.data() + begin,
-                                   sums.data() + in_count + begin);
+        F *memory = thread_scratch<F>(8 * depth), *k = memory + Operands<F>::kCount * depth;
+        F found;
+        find_centers(unit, 1, in, rows, group_operands(unit, 1, memory), &found, k);
+        sum_pieces(unit, in, begin, end, k, sums.data() + begin, sums.data() + in_count + begin);
         if (begin == 0) center = found;
       });
       finish(unit, center, in_count, sums.data(), sums.data() + in_count);
       parallel_items(out_count, out.length, [&](int64_t begin, int64_t end) {
         F* memory = thread_scratch<F>(8 * depth);
-        apply_pieces(unit, out, begin, end, group_operands(unit, memory),
+        apply_pieces(unit, 1, out, begin, end, group_operands(unit, 1, memory),
                      memory + Operands<F>::kCount * depth);
         finish_streaming();
       });
     }
   }
 
-  Operands<F> group_operands(int64_t unit, F* memory) const {
+  Operands<F> group_operands(int64_t unit, int64_t count, F* memory) const {
     const int64_t depth = layout_.group_channels();
-    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth, memory};
+    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth * count, memory};
   }
 
   const char* x_of(int64_t element) const {
@@ -79,19 +83,32 @@ class Forward {
   }
   char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
 
-  // Sums of the pieces [begin, end) of a group's rows; returns the center.
-  F sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
-               const Operands<F>& operands, F* k, F* sums, F* squares) const {
-    const int64_t depth = layout_.group_channels(), first = unit * layout_.group_numel();
+  // The centers of `count` groups, and what to subtract from x in each of their rows.
+  void find_centers(int64_t unit, int64_t count, const Pieces& pieces, int64_t rows,
+                    const Operands<F>& operands, F* centers, F* k) const {
+    const int64_t depth = layout_.group_channels();
     const int64_t sampled = std::min(pieces.run, kCenterElements);
-    F zero = 0, sum, square;
-    kernels_.row_sums(x_of(first), 1, sampled, &zero, &sum, &square);
-    const F center = sum / static_cast<F>(sampled) + operands.channel_bias[0];
-    for (int64_t c = 0; c < depth; ++c) k[c] = center - operands.channel_bias[c];
+    const F zero = 0;
+    F square;
+    for (int64_t g = 0; g < count; ++g) {
+      kernels_.row_sums(x_of((unit + g) * layout_.group_numel()), 1, sampled, &zero, centers + g,
+                        &square);
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      const F* added = operands.channel_bias + g * depth;
+      centers[g] = centers[g] / static_cast<F>(sampled) + added[0];
+      for (int64_t row = 0; row < rows; ++row) k[g * rows + row] = centers[g] - added[row];
+    }
+  }
+
+  // Sums of the pieces [begin, end) of the rows from a group's first on.
+  void sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end, const F* k,
+                  F* sums, F* squares) const {
+    const int64_t first = unit * layout_.group_numel();
     if (pieces.per_run == 1) {
       kernels_.row_sums(x_of(first + begin * pieces.run), end - begin, pieces.run, k + begin, sums,
                         squares);
-      return center;
+      return;
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
@@ -99,7 +116,6 @@ class Forward {
                         pieces.size(piece), k + row, sums + (piece - begin),
                         squares + (piece - begin));
     }
-    return center;
   }
 
   // Mean and rstd of a group from sums about its center.
@@ -131,12 +147,12 @@ class Forward {
     }
   }
 
-  // `memory`: 2 per channel.
-  void apply_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
+  // The pieces [begin, end) of the rows of `count` groups. `memory`: 2 per channel.
+  void apply_pieces(int64_t unit, int64_t count, const Pieces& pieces, int64_t begin, int64_t end,
                     const Operands<F>& operands, F* memory) const {
-    const int64_t first = unit * layout_.group_numel();
-    F *slope = memory, *offset = memory + layout_.group_channels();
-    set_affine(operands, unit, 0, slope, offset);
+    const int64_t first = unit * layout_.group_numel(), depth = layout_.group_channels();
+    F *slope = memory, *offset = memory + depth * count;
+    for (int64_t g = 0; g < count; ++g) set_affine(operands, unit + g, g * depth, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
       write_parts(y_of(start), end - begin, pieces.run, size_, stream_,

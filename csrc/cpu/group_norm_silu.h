@@ -48,6 +48,9 @@ struct GroupNormKernels {
 template <typename F>
 GroupNormKernels<F> group_norm_kernels(DType x_type, Activation activation);
 
+// Those for CPUs with AVX-512 and its bfloat16 instructions. Defined where FASTDIFF_HAS_CLONES.
+GroupNormKernels<float> group_norm_kernels_avx512(DType x_type, Activation activation);
+
 // How the elements of a tensor are cut into pieces, depending on nothing but the shape, so that sums
 // do not depend on batch or threads. A sample's pieces are numbered in memory order.
 struct Pieces {
@@ -85,6 +88,25 @@ inline bool one_thread_each(int64_t units, int64_t elements) {
   const int64_t threads = num_threads();
   return units >= 8 * threads || threads == 1 || units * elements <= 2 * kElementsPerThread ||
          (units >= threads && units % threads == 0);
+}
+
+// Groups of small size that are computed together.
+inline int64_t groups_per_block(const GroupNormLayout& layout) {
+  return std::clamp<int64_t>(kPiece / layout.group_numel(), 1, layout.groups);
+}
+
+// Calls body(first unit, count) for the groups [begin, end) of (B, C) in blocks: neighbours within a sample that
+// together have up to kPiece elements. What small groups have to wait for (a sum, a square root) then
+// overlaps, and their rows are one run.
+template <typename Body>
+void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, const Body& body) {
+  const int64_t size = groups_per_block(layout);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t left = layout.groups - unit % layout.groups;
+    const int64_t count = std::min({size, left, end - unit});
+    body(unit, count);
+    unit += count;
+  }
 }
 
 // Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`

@@ -138,30 +138,35 @@ class Backward {
     const int64_t count = depth * pieces.per_run, per_channel = Coefficients::kCount * depth;
     if (one_thread_each(units, numel)) {
       const bool keep = numel <= kKeptElements && args_.grad_x;
+      const int64_t block = groups_per_block(layout_);
       parallel_items(units, numel, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(per_channel + 3 * count + (keep ? numel : 0));
-        F *sums = memory + per_channel, *kept = keep ? sums + 3 * count : nullptr;
-        std::vector<double> totals(3 * depth);
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const Coefficients coefficients = group_coefficients(unit, memory);
-          prepare(unit, 0, coefficients);
-          sum_pieces(unit, pieces, 0, count, coefficients, kept, sums, count);
-          add_pieces(pieces, sums, count, totals.data());
-          finish(unit, 0, totals.data(), depth, coefficients);
-          if (args_.grad_x) write_pieces(unit, pieces, 0, count, coefficients, kept);
-        }
+        F* memory = thread_scratch<F>(block * (per_channel + 3 * count + (keep ? numel : 0)));
+        F* sums = memory + per_channel * block;
+        F* kept = keep ? sums + 3 * count * block : nullptr;
+        std::vector<double> totals(3 * depth * block);
+        for_each_block(layout_, begin, end, [&](int64_t unit, int64_t groups) {
+          const int64_t channels = depth * groups, all = count * groups;
+          const Coefficients coefficients = group_coefficients(unit, groups, memory);
+          for (int64_t g = 0; g < groups; ++g) prepare(unit + g, g * depth, coefficients);
+          sum_pieces(unit, pieces, 0, all, coefficients, kept, sums, all);
+          add_pieces(pieces, sums, channels, totals.data());
+          for (int64_t g = 0; g < groups; ++g) {
+            finish(unit + g, g * depth, totals.data(), channels, coefficients);
+          }
+          if (args_.grad_x) write_pieces(unit, pieces, 0, all, coefficients, kept);
+        });
       });
       return;
     }
     std::vector<F> memory(per_channel), sums(3 * count);
     std::vector<double> totals(3 * depth);
     for (int64_t unit = 0; unit < units; ++unit) {
-      const Coefficients coefficients = group_coefficients(unit, memory.data());
+      const Coefficients coefficients = group_coefficients(unit, 1, memory.data());
       prepare(unit, 0, coefficients);
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
         sum_pieces(unit, pieces, begin, end, coefficients, nullptr, sums.data() + begin, count);
       });
-      add_pieces(pieces, sums.data(), count, totals.data());
+      add_pieces(pieces, sums.data(), depth, totals.data());
       finish(unit, 0, totals.data(), depth, coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
@@ -170,9 +175,9 @@ class Backward {
     }
   }
 
-  Coefficients group_coefficients(int64_t unit, F* memory) const {
+  Coefficients group_coefficients(int64_t unit, int64_t groups, F* memory) const {
     const int64_t depth = layout_.group_channels();
-    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth, memory};
+    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth * groups, memory};
   }
 
   // Calls body(first element within the group, row, rows, elements per row, piece) for the pieces
@@ -201,10 +206,10 @@ class Backward {
     });
   }
 
-  void add_pieces(const Pieces& pieces, const F* sums, int64_t count, double* totals) const {
-    const int64_t depth = layout_.group_channels();
-    for (int64_t i = 0; i < 3 * depth; ++i) {
-      const F* of_row = sums + i / depth * count + i % depth * pieces.per_run;
+  // From sums per piece to totals per channel.
+  void add_pieces(const Pieces& pieces, const F* sums, int64_t channels, double* totals) const {
+    for (int64_t i = 0; i < 3 * channels; ++i) {
+      const F* of_row = sums + i * pieces.per_run;
       totals[i] = 0;
       for (int64_t piece = 0; piece < pieces.per_run; ++piece) totals[i] += of_row[piece];
     }

@@ -286,6 +286,11 @@ GroupNormKernels<typename K::F> table() {
 
 template <>
 GroupNormKernels<float> group_norm_kernels<float>(DType x_type, Activation activation) {
+#if FASTDIFF_HAS_CLONES
+  static const bool has_avx512 =
+      __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+  if (has_avx512) return group_norm_kernels_avx512(x_type, activation);
+#endif
   const bool silu = activation == Activation::kSilu;
   switch (x_type) {
     case DType::kBFloat16:
