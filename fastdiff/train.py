@@ -1,7 +1,7 @@
 """``python -m fastdiff.train``: train a U-Net; without any flag, on 8x8 digits in a minute or two.
 
-Writes a run folder with config.json, metrics.jsonl, loss.png, samples/, checkpoints/ and model/
-(diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continues bit for bit.
+Writes a run folder with config.json, metrics.jsonl, report.html, loss.png, samples/, checkpoints/
+and model/ (diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continues bit for bit.
 ``torchrun --nproc-per-node N -m fastdiff.train`` shares every batch out to N processes.
 """
 

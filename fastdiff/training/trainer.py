@@ -15,14 +15,15 @@ from fastdiff import ops
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import optimization, state
+from fastdiff.training import optimization, report, state
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
 from fastdiff.training.distributed import World
 from fastdiff.training.ema import EMA
 from fastdiff.training.errors import NotFiniteError, RunError, UserError
-from fastdiff.training.logging import Metrics
+from fastdiff.training.logging import Metrics, memory_mib
+from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
 
 # Images of a grid drawn at a time. The same for any number of processes, so that the grid is too.
@@ -85,9 +86,7 @@ class Trainer:
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
         if world.rank:
             torch.manual_seed(keys[5 + world.rank])  # dropout of its own
-        # Loss, gradient norm and loss scale of every step since the last flush, read all at once.
-        self._pending = torch.zeros(config.log_every, 3, device=device)
-        self._num_pending = 0
+        self.meter = Meter(device, config.log_every, config.timesteps)
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Run until the last step, or until ``should_stop()`` after some step.
@@ -128,7 +127,7 @@ class Trainer:
         if newest is None:
             raise RunError(f"{error}; {self.folder.checkpoints} has gone") from error
         self.restore(newest)
-        self._num_pending = 0
+        self.meter.clear()
         self._saved = self.step
         self._say(f"{error}; going back to step {self.step} to repeat those steps once")
 
@@ -232,9 +231,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         # After the whole batch: how it is split must not change what is drawn in it.
-        self.timesteps.update(*map(torch.cat, zip(*drawn, strict=True)))
-        self._pending[self._num_pending] = torch.stack((loss, norm, scale))
-        self._num_pending += 1
+        t, losses = map(torch.cat, zip(*drawn, strict=True))
+        self.timesteps.update(t, losses)
+        self.meter.add(loss, norm, scale, t, losses)
         self.step += 1
 
     def learning_rate(self, step: int) -> float:
@@ -269,6 +268,7 @@ class Trainer:
         if self.world.is_first:
             image_grid(grid).save(self.folder.samples / f"step-{self.step:08d}.png")
             self.metrics.plot(self.folder.path / "loss.png")
+            report.write(self.folder)
 
     def save_checkpoint(self) -> None:
         """Write everything that `restore` needs."""
@@ -316,10 +316,9 @@ class Trainer:
 
     def _flush(self) -> str:
         """Read the pending losses (the only wait for the device), check and log them."""
-        if not self._num_pending:
+        if not self.meter.steps:
             return ""
-        rows = self.world.mean(self._pending[: self._num_pending]).tolist()
-        self._num_pending = 0
+        rows, loss_by_timestep = self.meter.read(self.world)
         first = self.step - len(rows) + 1
         for step, (loss, norm, scale) in enumerate(rows, first):
             self._check_finite(step, loss, norm, scale)
@@ -337,6 +336,8 @@ class Trainer:
             grad_norm=sum(norms) / len(norms) if norms else None,
             lr=self.learning_rate(self.step - 1),
             images_per_second=round(rate, 1),
+            memory_mib=memory_mib(self.device),
+            loss_by_timestep=loss_by_timestep,
             **({"loss_scale": rows[-1][2]} if self.scaler.enabled else {}),
         )
         return f"loss {loss:.4f}, {rate:,.0f} images/s"
