@@ -1,7 +1,8 @@
 """``python -m fastdiff.sample RUN``: draw images from a trained run.
 
 The run folder is all it needs. Image k depends on --seed and k alone, not on --num or
---batch-size.
+--batch-size. ``torchrun --nproc-per-node N -m -- fastdiff.sample RUN`` shares the batches out to N
+processes, which draw the same images bit for bit. (The -- keeps torchrun from reading --num.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastdiff.guidance import ClassifierFree, DynamicThresholding, Guidance
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
 from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError, naming
 from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
 
@@ -88,15 +90,30 @@ def main(argv: list[str]) -> int:
     )
     _validate(config)
     out = _output(config)
-    run = load_run(config.run, choose_device(config.device), warn=_cli.say)
+    world = World.from_environment()
+    device = choose_device(config.device, world)
+    run = load_run(config.run, device, warn=_cli.say)
     use_threads(run.config)
     sampler = _sampler(config, run)
     labels = _labels(config, run)
     guidance = _guidance(config, run)
     frames = Frames() if out.suffix.lower() == ".gif" else None
-    images = generate(
-        run, sampler, config.num, config.seed, labels, config.batch_size, guidance, frames
-    )
+    if frames is not None and world.size > 1:
+        raise UserError(f"--out {out}: an animation is drawn by one process, not {world.size}")
+    with world.joined(device):
+        images = generate(
+            run,
+            sampler,
+            config.num,
+            config.seed,
+            labels,
+            config.batch_size,
+            guidance,
+            frames,
+            world,
+        )
+    if not world.is_first:
+        return 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, _encode(out.suffix.lower(), images, labels, frames, sampler))
@@ -115,8 +132,11 @@ def generate(
     batch_size: int = 256,
     guidance: Callable[[torch.Tensor | None], Guidance | None] = lambda labels: None,
     frames: Frames | None = None,
+    world: World = World(),  # noqa: B008 (frozen)
 ) -> torch.Tensor:
     """Draw ``num`` images, uint8 (num, C, H, W) on the CPU, under a progress bar.
+
+    Of several processes each draws every world.size-th batch, and rank 0 gets all images.
 
     Parameters
     ----------
@@ -131,30 +151,31 @@ def generate(
 
     device = next(run.unet.parameters()).device
     keys = ops.sample_keys(seed, num, device=device)
-    parts = []
+    drawn = torch.zeros(num, *run.image_shape, dtype=torch.uint8)
+    batches = world.batches(num, batch_size)
+    total = sum(map(len, batches)) * sampler.steps
 
     def watch(step: int, t: int, x_t: torch.Tensor, pred_x0: torch.Tensor) -> None:
         bar.update(len(x_t))
         if frames is not None:
             frames(step, t, x_t, pred_x0)
 
-    with tqdm(total=num * sampler.steps, unit="image step", unit_scale=True) as bar:
-        for part in keys.split(batch_size):
-            first = sum(map(len, parts))
+    with tqdm(total=total, unit="image step", unit_scale=True, disable=not world.is_first) as bar:
+        for part in batches:
             kwargs, y = {}, None
             if labels is not None:
-                kwargs["y"] = y = labels[first : first + len(part)].to(device)
+                kwargs["y"] = y = labels[part].to(device)
             images = sampler.sample(
                 run.unet,
                 (len(part), *run.image_shape),
-                seed=part,
+                seed=keys[part.to(device)],
                 guidance=guidance(y),
                 model_kwargs=kwargs,
                 progress=False,
                 callback=watch,
             )
-            parts.append(to_uint8(images))
-    return torch.cat(parts)
+            drawn[part] = to_uint8(images)
+    return world.assemble(drawn)
 
 
 def _validate(config: SampleConfig) -> None:

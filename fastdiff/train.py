@@ -1,17 +1,19 @@
 """``python -m fastdiff.train``: train a U-Net; without any flag, on 8x8 digits in a minute or two.
 
-Writes a run folder with config.json, metrics.jsonl, loss.png, samples/, checkpoints/ and model/
-(diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continues bit for bit.
+Writes a run folder with config.json, metrics.jsonl, report.html, loss.png, samples/, checkpoints/
+and model/ (diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continues bit for bit.
+``torchrun --nproc-per-node N -m fastdiff.train`` shares every batch out to N processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 from typing import Any
 
 from fastdiff import _cli
 from fastdiff.training.config import TrainConfig, read_config_file
+from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError
 from fastdiff.training.interrupt import Interrupt
 
@@ -26,39 +28,43 @@ def main(argv: list[str]) -> int:
     from fastdiff.training.trainer import Trainer
 
     # Everything that can be wrong is found before the first file is written.
-    _refuse_several_processes()
     config = parse(argv)
+    world = World.from_environment()
+    say = _cli.say if world.is_first else _say_nothing
     folder = RunFolder(config.run_folder)
-    if not config.resume:
-        folder.check_new()
-    device = choose_device(config.device)
+    device = choose_device(config.device, world)
     use_threads(config)
-    dataset = load_dataset(config.data, config.data_dir, config.image_size)
-    trainer = Trainer(config, dataset, folder, device)
-    if config.resume:
-        newest = newest_checkpoint(folder, _cli.say)
-        if newest is None:
-            _cli.say(f"{folder.path} has no checkpoint yet: starting at step 0")
-        else:
-            trainer.restore(newest)
-            _cli.say(f"continuing {folder.path} at step {trainer.step}")
-    folder.create(config)
+    with world.joined(device):
+        if not config.resume:
+            world.first(folder.check_new)
+        dataset = load_dataset(config.data, config.data_dir, config.image_size)
+        trainer = Trainer(config, dataset, folder, device, world)
+        if config.resume:
+            newest = newest_checkpoint(folder, say)
+            if newest is None:
+                say(f"{folder.path} has no checkpoint yet: starting at step 0")
+            else:
+                trainer.restore(newest)
+                say(f"continuing {folder.path} at step {trainer.step}")
+        world.first(lambda: folder.create(config))
 
-    parameters = sum(p.numel() for p in trainer.unet.parameters())
-    height, width, channels = dataset.shape
-    _cli.say(
-        f"{len(dataset):,} images of {height}x{width}x{channels}, {parameters / 1e6:.2f} M "
-        f"parameters, on {device}; writing to {folder.path}"
-    )
-    with Interrupt() as interrupt:
-        finished = trainer.train(should_stop=interrupt.requested)
+        parameters = sum(p.numel() for p in trainer.unet.parameters())
+        height, width, channels = dataset.shape
+        processes = f"{world.size} processes, each " if world.size > 1 else ""
+        say(
+            f"{len(dataset):,} images of {height}x{width}x{channels}, {parameters / 1e6:.2f} M "
+            f"parameters, {processes}on {device}; writing to {folder.path}"
+        )
+        with Interrupt() as interrupt:
+            finished = trainer.train(should_stop=interrupt.requested)
     if not finished:
-        _cli.say(
+        say(
             f"stopped at step {trainer.step} of {config.steps}; continue with\n"
             f"  {PROGRAM} --out {folder.path} --resume"
         )
-        return 128 + interrupt.signum
-    _cli.say(
+        # A process that had no signal of its own stops because another had.
+        return 128 + (interrupt.signum or signal.SIGTERM)
+    say(
         f"done: look at {folder.samples / f'step-{trainer.step:08d}.png'}; draw more with\n"
         f"  python -m fastdiff.sample {folder.path}"
     )
@@ -112,14 +118,8 @@ def parse(argv: list[str]) -> TrainConfig:
     return config
 
 
-def _refuse_several_processes() -> None:
-    # Each would train the same run into the same folder.
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise UserError(
-            f"WORLD_SIZE is {world_size}: training in several processes (torchrun) is not "
-            f"supported yet; start one with: {PROGRAM}"
-        )
+def _say_nothing(message: str) -> None:
+    """What rank 0 says, the other processes need not repeat."""
 
 
 def _without(argv: list[str], flag: str) -> list[str]:

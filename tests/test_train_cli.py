@@ -171,9 +171,10 @@ def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, argv, fragment
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_processes_are_refused(run_train, tmp_path, monkeypatch):
+def test_an_environment_of_no_process_is_one_line(run_train, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_line(run_train(*FLAGS), "WORLD_SIZE is 2", "not supported yet")
+    monkeypatch.setenv("RANK", "2")
+    assert_one_line(run_train(*FLAGS), "RANK is 2 and WORLD_SIZE 2", "torchrun")
     assert not (tmp_path / "runs").exists()
 
 

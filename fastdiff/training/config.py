@@ -67,13 +67,19 @@ class TrainConfig:
     """Split each batch into this many micro-batches to save memory; the result is the same up to
     rounding."""
     lr: float = 2e-3
-    """Highest learning rate (AdamW)."""
+    """Highest learning rate."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """AdamW, or Adam, whose weight decay is part of the gradient."""
+    beta1: float = 0.9
+    """Decay of the optimizer's mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the optimizer's mean of squared gradients."""
     warmup: int = 100
     """Steps over which the learning rate rises from zero."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: stay, or fall to zero along a cosine by the last step."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Weight decay: decoupled with adamw, L2 with adam."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
     ema: float = 0.99
@@ -86,8 +92,8 @@ class TrainConfig:
     threads: int = 1
     """CPU threads; 0: torch's choice. Images of 8x8 are too small to share: threads that wait
     for each other at every operation are far slower than one as soon as anything else runs."""
-    amp: Literal["off", "bf16"] = "off"
-    """Run the U-Net under autocast in bfloat16."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Run the U-Net under autocast in bfloat16, or in float16 with a dynamic loss scale."""
     channels_last: bool = False
     """Keep weights and images in channels_last memory format."""
     compile: bool = False
@@ -141,7 +147,7 @@ class TrainConfig:
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")
-        for name in ("ema", "label_dropout"):
+        for name in ("ema", "label_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number in [0, 1)")
         if self.seed >= 2**63:

@@ -163,13 +163,23 @@ class Batches:
         Non-negative; with the epoch's number it determines the permutation.
     start : int
         How many samples were already drawn.
+    part : slice
+        Which images of each batch are read: the share of one of several processes.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        part: slice = slice(None),
+    ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.position = start
+        self.part = part
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -197,7 +207,7 @@ class Batches:
             parts.append(self._order[offset : offset + missing])
             self.position += len(parts[-1])
             missing -= len(parts[-1])
-        return np.concatenate(parts)
+        return np.concatenate(parts)[self.part]
 
     def _read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         images = torch.from_numpy(self.dataset.read(indices))

@@ -24,6 +24,17 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class NotFiniteError(RunError):
+    """A loss or gradient that is not finite, at ``step``; the weights before it are those to keep.
+
+    The training loop goes back to the last checkpoint once before it lets this through.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
+
+
 @contextmanager
 def naming(argument: str) -> Iterator[None]:
     """Turn a library's ``ValueError`` or ``TypeError`` about ``argument`` into a `UserError`."""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastdiff.training.checkpoint import write_atomic
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, up to one that was cut off while it was written."""
+    entries: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries
 
 
 class Metrics:
@@ -25,15 +39,7 @@ class Metrics:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
-        self.entries: list[dict[str, Any]] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # cut off while it was being written
-                if entry["step"] <= last_step:
-                    self.entries.append(entry)
+        self.entries = [e for e in read_metrics(path) if e["step"] <= last_step]
         write_atomic(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
 
     def write(self, **entry: Any) -> None:
@@ -61,3 +67,15 @@ class Metrics:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=120)
+
+
+def memory_mib(device: torch.device) -> int:
+    """Most memory held so far: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)  # bytes there, KiB elsewhere

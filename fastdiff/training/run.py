@@ -20,6 +20,7 @@ from fastdiff.training.checkpoint import (
     write_atomic,
 )
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError, naming
 
 if TYPE_CHECKING:
@@ -179,8 +180,10 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
     return diffusion
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 (frozen)
     """Turn ``--device`` into a device that exists; "auto" is a GPU when there is one.
+
+    Of several processes on a machine each gets a GPU of its own.
 
     Raises
     ------
@@ -201,11 +204,30 @@ def choose_device(name: str) -> torch.device:
             raise UserError(
                 f"--device {name}: {reason}; `--device auto` takes what is there"
             ) from error
+    if world.size > 1 and device.type != "cpu":
+        device = _own_gpu(name, device, world)
     try:
         select_backend(f"--device {device}", device.type, unsupported=None)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
     return device
+
+
+def _own_gpu(name: str, device: torch.device, world: World) -> torch.device:
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: several processes work on cpu or cuda only")
+    if device.index is not None:
+        raise UserError(
+            f"--device {name}: every process needs a GPU of its own; give --device cuda"
+        )
+    present = torch.cuda.device_count()
+    if world.local_rank >= present:
+        raise UserError(
+            f"--device {name}: process {world.local_rank} of this machine has no GPU, there are "
+            f"{present}; start as many with torchrun --nproc-per-node {present}"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def use_threads(config: TrainConfig) -> None:

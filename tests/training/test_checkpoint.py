@@ -102,38 +102,6 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path):
     assert load_newest(tmp_path, pytest.fail).step == 1
 
 
-@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync"])
-def test_a_process_killed_while_saving_leaves_a_folder_that_loads(tmp_path, monkeypatch, call):
-    """Stop the save at every single call that changes the disk."""
-
-    class Killed(BaseException):
-        pass
-
-    save(tmp_path, make(1), keep=1)
-    owner = os if call == "fsync" else Path
-    original = getattr(owner, call)
-    for survives in range(20):
-        left = survives
-
-        def until_killed(*args, **kwargs):
-            nonlocal left
-            if left == 0:
-                raise Killed
-            left -= 1
-            return original(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, call, until_killed)
-            try:
-                save(tmp_path, make(2 + survives), keep=1)
-            except Killed:
-                assert load_newest(tmp_path, pytest.fail).step >= 1
-                continue
-        break
-    assert survives > 0  # it was stopped at least once, and then came through
-    assert names(tmp_path) == [f"step-{2 + survives:08d}"]
-
-
 def test_nothing_loaded_runs_code(tmp_path):
     class Crafted:
         def __reduce__(self):

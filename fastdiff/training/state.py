@@ -1,0 +1,119 @@
+"""The whole state of a run: taken for a checkpoint, put back from one; and the model for others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdiff.training.checkpoint import Checkpoint
+from fastdiff.training.errors import UserError
+
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
+
+
+def snapshot(trainer: Trainer) -> Checkpoint:
+    """Return everything that `restore` needs; all processes must call it."""
+    random = {"cpu": trainer.world.gather(torch.get_rng_state())}
+    if trainer.device.type == "cuda":
+        random["cuda"] = trainer.world.gather(torch.cuda.get_rng_state(trainer.device))
+    return Checkpoint(
+        step=trainer.step,
+        meta=_facts(trainer),
+        model=trainer.unet.state_dict(),
+        ema=trainer.ema.model.state_dict(),
+        state={
+            "optimizer": trainer.optimizer.state_dict(),
+            "ema_updates": trainer.ema.num_updates,
+            "samples_seen": trainer.step * trainer.config.batch_size,
+            "loss_scaler": trainer.scaler.state_dict(),
+            "timesteps": trainer.timesteps.state_dict(),
+            "random": random,
+        },
+    )
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state back.
+
+    The number of processes may be another than that of the run that wrote it.
+
+    Raises
+    ------
+    UserError
+        The checkpoint is of other settings, another model or other data.
+    """
+    # As JSON would give them back, tuples as lists.
+    here = json.loads(json.dumps(_facts(trainer)))
+    there = {name: checkpoint.meta.get(name) for name in here}
+    if there != here:
+        raise UserError(
+            f"--resume: the checkpoint in {trainer.folder.path} is of another run: "
+            f"{'; '.join(_differences(there, here))}; train anew with another --out"
+        )
+    trainer.step = checkpoint.step
+    trainer.unet.load_state_dict(checkpoint.model)
+    trainer.ema.model.load_state_dict(checkpoint.ema)
+    trainer.ema.num_updates = checkpoint.state["ema_updates"]
+    trainer.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    trainer.scaler.load_state_dict(checkpoint.state["loss_scaler"])
+    trainer.timesteps.load_state_dict(checkpoint.state["timesteps"])
+    # One random state per process; processes that were not there before keep their own.
+    rank, random = trainer.world.rank, checkpoint.state["random"]
+    if rank < len(random["cpu"]):
+        torch.set_rng_state(random["cpu"][rank])
+    if trainer.device.type == "cuda" and rank < len(random.get("cuda", ())):
+        torch.cuda.set_rng_state(random["cuda"][rank], trainer.device)
+
+
+def save_model(trainer: Trainer) -> None:
+    """Write model/, the averaged weights in diffusers' format, where that can express them."""
+    from tqdm import tqdm
+
+    from fastdiff.nn import diffusers_format
+
+    config, folder = trainer.config, trainer.folder
+    try:
+        scheduler = diffusers_format.ddpm_scheduler_config(
+            trainer.diffusion.schedule.betas, config.prediction, config.variance
+        )
+        # Beside the old one first, so that there is a whole model/ at any moment but one.
+        fresh = folder.path / ".tmp-model"
+        diffusers_format.save_pretrained(trainer.ema.model, fresh, scheduler)
+    except diffusers_format.UnsupportedByDiffusersError as error:
+        # Above the progress bar.
+        tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)
+        return
+    if folder.model.exists():
+        shutil.rmtree(folder.model)
+    fresh.rename(folder.model)
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint says about the run, and must find when it is restored."""
+    height, width, channels = trainer.dataset.shape
+    return {
+        "settings": trainer.config.identity(),
+        "unet": trainer.unet.config.to_dict(),
+        "image_shape": [channels, height, width],
+        "num_images": len(trainer.dataset),
+        "classes": list(trainer.dataset.classes),
+    }
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Describe the fields in which two nested dicts differ, and nothing else of them."""
+    lines = []
+    for name in here | there:
+        theirs, ours = there.get(name), here.get(name)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            lines += [f"{name}.{line}" for line in _differences(theirs, ours)]
+        elif isinstance(theirs, dict) or isinstance(ours, dict):
+            lines.append(f"it has no {name}" if theirs is None else f"its {name} differs")
+        elif theirs != ours:
+            lines.append(f"{name} is {theirs}, not {ours}")
+    return lines
