@@ -315,39 +315,50 @@ def _backward_triton(
 class _GroupNormSilu(torch.autograd.Function):
     """Keeps x, the small operands, mean and rstd; the activation's input is computed again."""
 
+    # mean and rstd leave through the list `statistics`: as outputs they would have to be marked as
+    # not differentiable, and would bring gradients back.
     @staticmethod
     def forward(
-        ctx, op, backward, x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation
+        ctx,
+        statistics,
+        op,
+        backward,
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        channel_bias,
+        scale,
+        shift,
+        activation,
     ):
         with torch._C._AutoDispatchBelowAutograd():
-            y, mean, rstd = op(
+            y, *statistics[:] = op(
                 x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation
             )
-        ctx.backward_op = backward
-        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, mean, rstd)
-        ctx.rest = num_groups, eps, activation
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, *statistics)
+        ctx.rest = backward, num_groups, eps, activation
         ctx.set_materialize_grads(False)
-        return y, mean, rstd
+        return y
 
     @staticmethod
-    def backward(ctx, grad, _grad_mean, _grad_rstd):
+    def backward(ctx, grad):
         *inputs, mean, rstd = ctx.saved_tensors
-        num_groups, eps, activation = ctx.rest
-        needs = [ctx.needs_input_grad[k] for k in (2, 4, 5, 7, 8, 9)]
+        backward, num_groups, eps, activation = ctx.rest
+        wanted = ctx.needs_input_grad
+        needs = wanted[3], wanted[5], wanted[6], wanted[8], wanted[9], wanted[10]
         if grad is None or not any(needs):
             gradients = (None,) * len(needs)
         elif torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
             gradients = _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation)
         else:
             x, *operands = inputs
-            results = ctx.backward_op(
-                grad, x, mean, rstd, num_groups, *operands, activation, *needs
-            )
+            results = backward(grad, x, mean, rstd, num_groups, *operands, activation, *needs)
             gradients = [r if needed else None for r, needed in zip(results, needs, strict=True)]
         grad_x, grad_weight, grad_bias, grad_channel_bias, grad_scale, grad_shift = gradients
         return (
-            *(None, None, grad_x, None, grad_weight, grad_bias, None),
+            *(None, None, None, grad_x, None, grad_weight, grad_bias, None),
             *(grad_channel_bias, grad_scale, grad_shift, None),
         )
 
@@ -368,7 +379,9 @@ def _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation):
 def _autograd(op, *args, backward=None):
     if backward is None:
         backward = _backward_op.triton if op is _op.triton else _backward_op.default
-    return _GroupNormSilu.apply(op, backward, *args)
+    statistics: list[Tensor] = []
+    y = _GroupNormSilu.apply(statistics, op, backward, *args)
+    return y, *statistics
 
 
 _op = _library.define(
