@@ -90,14 +90,14 @@ inline bool one_thread_each(int64_t units, int64_t elements) {
          (units >= threads && units % threads == 0);
 }
 
-// Groups of small size that are computed together.
+// Groups that are computed together: as many as have kPiece elements.
 inline int64_t groups_per_block(const GroupNormLayout& layout) {
   return std::clamp<int64_t>(kPiece / layout.group_numel(), 1, layout.groups);
 }
 
-// Calls body(first unit, count) for the groups [begin, end) of (B, C) in blocks: neighbours within a sample that
-// together have up to kPiece elements. What small groups have to wait for (a sum, a square root) then
-// overlaps, and their rows are one run.
+// Calls body(first unit, count) for the groups [begin, end) of (B, G) in blocks of neighbours within a
+// sample. What small groups have to wait for (a sum, a square root) then overlaps, and their rows are
+// one run.
 template <typename Body>
 void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, const Body& body) {
   const int64_t size = groups_per_block(layout);

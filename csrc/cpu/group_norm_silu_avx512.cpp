@@ -1,5 +1,5 @@
-// The loops of group_norm_silu for CPUs with AVX-512 and its bfloat16 instructions (Zen 4, Sapphire Rapids):
-// what GCC does not find in the portable loops of group_norm_silu_kernels.cpp. Those stay the specification.
+// The loops of group_norm_silu for CPUs with AVX-512 and its bfloat16 instructions (Zen 4, Sapphire
+// Rapids): what GCC does not find in the portable loops of group_norm_silu_kernels.cpp.
 
 #include "group_norm_silu.h"
 #include "simd.h"
@@ -19,10 +19,8 @@ namespace {
 
 using V = __m512;
 using Mask = __mmask16;  // lanes of a vector that are elements
-
 constexpr int64_t kLanes = 16;
 constexpr Mask kAll = 0xFFFF;
-
 FASTDIFF_INLINE V all(float value) { return _mm512_set1_ps(value); }
 
 // How x lies in memory; lanes outside the mask are 0.
@@ -63,9 +61,9 @@ alignas(64) constexpr uint32_t kPowers[16] = {
     0x3F75FED7u, 0x3F75583Fu, 0x3F7504F3u, 0x3F7508A4u, 0x3F75672Au, 0x3F76248Cu,
     0x3F7744FDu, 0x3F78CCDFu, 0x3F7AC0C7u, 0x3F7D257Du};
 
-// 1 + exp(-z) as in fastdiff/sigmoid.h, within 4 ulps, for z brought into [-88.7, 87]: at the lower end
-// the quotients by it are below 2^-127. Exp takes a polynomial of degree 3 in place of 5, because
-// |r| <= ln(2) / 32 with sixteen powers in one register; NaN stays NaN.
+// 1 + exp(-z) as in fastdiff/sigmoid.h, within 4 ulps, for z brought into [-88.7, 87], where its
+// reciprocal is below 2^-127 and 1. NaN stays NaN. With sixteen powers in a register |r| is at most
+// ln(2) / 32, and a polynomial of degree 3 does what takes degree 5 there.
 FASTDIFF_INLINE V one_plus_exp_minus(V z) {
   const V c = _mm512_min_ps(all(87.0f), _mm512_max_ps(all(-88.7f), z));
   const V shifted = _mm512_fnmadd_ps(c, all(16 * 1.44269504f), all(12582912.0f));
@@ -125,18 +123,20 @@ FASTDIFF_INLINE void for_four_rows(int64_t rows, const RowBody& row_body, const 
   }
 }
 
-// Calls body.template operator()<count>(pixel, c, mask) for the vectors of channels of blocks of `count` pixels,
-// so that what belongs to channels is loaded and stored once per block.
+// Calls body<count>(pixel, c, mask) for the vectors of channels of blocks of `count` pixels, so that
+// what belongs to channels is loaded and stored once per block.
 template <int kBlock, typename Body>
 FASTDIFF_INLINE void for_pixel_blocks(int64_t pixels, int64_t channels, const Body& body) {
   int64_t p = 0;
   for (; p + kBlock <= pixels; p += kBlock) {
-    for_vectors(channels,
-                [&](int64_t c, Mask m) FASTDIFF_LAMBDA { body.template operator()<kBlock>(p, c, m); });
+    for_vectors(channels, [&](int64_t c, Mask m) FASTDIFF_LAMBDA {
+      body.template operator()<kBlock>(p, c, m);
+    });
   }
   for (; p < pixels; ++p) {
-    for_vectors(channels,
-                [&](int64_t c, Mask m) FASTDIFF_LAMBDA { body.template operator()<1>(p, c, m); });
+    for_vectors(channels, [&](int64_t c, Mask m) FASTDIFF_LAMBDA {
+      body.template operator()<1>(p, c, m);
+    });
   }
 }
 
@@ -338,9 +338,7 @@ struct Kernels {
   static void row_grad_x(const void* x, const void* grad, const float* kept, void* grad_x,
                          int64_t rows, int64_t n, const float* k, const float* slope,
                          const float* offset, const float* a, const float* b, const float* c) {
-    if (kept) {
-      return row_grad_x_<true>(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
-    }
+    if (kept) return row_grad_x_<true>(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
     row_grad_x_<false>(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
   }
 

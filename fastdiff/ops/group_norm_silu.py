@@ -316,7 +316,7 @@ class _GroupNormSilu(torch.autograd.Function):
     """Keeps x, the small operands, mean and rstd; the activation's input is computed again."""
 
     # mean and rstd leave through the list `statistics`: as outputs they would have to be marked as
-    # not differentiable, and would bring gradients back, which costs 3 to 4 us per backward pass.
+    # not differentiable, and would bring gradients back.
     @staticmethod
     def forward(
         ctx,
