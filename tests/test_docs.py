@@ -55,7 +55,7 @@ def test_public_docstrings_have_an_example(name: str) -> None:
 
 def test_readme_python() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
 
