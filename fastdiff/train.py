@@ -98,7 +98,7 @@ def parse(argv: list[str]) -> TrainConfig:
             flags,
             PROGRAM,
             default=base.updated(from_file, source),
-            description=f"{__doc__}\n--config FILE reads any of these settings from YAML or JSON.",
+            description=f"{__doc__}\n--config FILE reads any of these from YAML, JSON or TOML.",
         )
 
     data: Any = known.data or from_file.get("data", TrainConfig.data)

@@ -262,12 +262,14 @@ _FREE_ON_RESUME = frozenset(
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read the settings in a YAML or JSON file (``yaml.safe_load``: nothing loaded runs code)."""
+    """Read the settings in a YAML, JSON or .toml file (``yaml.safe_load``: no code is run)."""
     import yaml
 
     try:
+        text = Path(path).read_text(encoding="utf-8")
         # JSON is a subset of YAML as far as settings go, so one parser reads both.
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        toml = Path(path).suffix == ".toml"
+        values = _toml(path, text) if toml else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
     except yaml.YAMLError as error:
@@ -277,6 +279,17 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected settings as `name: value` lines")
     return values
+
+
+def _toml(path: str | Path, text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise UserError(f"--config {path}: TOML needs Python 3.11; write it as YAML") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from error
 
 
 def _flag(name: str) -> str:

@@ -120,3 +120,17 @@ def test_config_files_are_read_and_bad_ones_named(tmp_path):
             read_config_file(path)
     with pytest.raises(UserError, match="No such file"):
         read_config_file(tmp_path / "absent.yaml")
+
+
+def test_a_toml_file_is_read_and_checked_like_any_other(tmp_path):
+    pytest.importorskip("tomllib")
+    path = tmp_path / "settings.toml"
+    path.write_text('lr = 1e-4\nbatch-size = 32\namp = "bf16"\nflip = true\n')
+    config = TrainConfig().updated(read_config_file(path), f"--config {path}")
+    assert (config.lr, config.batch_size, config.amp, config.flip) == (1e-4, 32, "bf16", True)
+    path.write_text("stepz = 3\n")
+    with pytest.raises(UserError, match=r"settings\.toml: unknown setting 'stepz'; valid: amp"):
+        TrainConfig().updated(read_config_file(path), f"--config {path}")
+    path.write_text("lr: 3\n")
+    with pytest.raises(UserError, match=r"settings\.toml: not valid TOML: .*line 1"):
+        read_config_file(path)
