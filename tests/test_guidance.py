@@ -274,8 +274,8 @@ def test_the_noisy_classifier_learns_and_depends_on_the_time():
     classifier = NoisyClassifier(SMALL["digits"], 2)
     schedule = NoiseSchedule.cosine(100)
     diffusion = GaussianDiffusion(schedule)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=5e-3)
-    for step in range(80):
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
+    for step in range(160):
         y = torch.arange(32) % 2
         x0 = (0.8 * (2.0 * y - 1)).reshape(-1, 1, 1, 1).expand(32, 1, 4, 4)
         t = torch.randint(100, (32,))
@@ -286,8 +286,9 @@ def test_the_noisy_classifier_learns_and_depends_on_the_time():
     early, late = torch.full((32,), 5), torch.full((32,), 99)
     logits = [classifier(diffusion.q_sample(x0, t, seed=99), t) for t in (early, late)]
     assert float((logits[0].argmax(1) == y).float().mean()) == 1
-    # At the last timestep nothing is left to see, and it has learned to say so.
+    # At the last timestep nothing is left to see, and it has learned to say so: four seeds gave
+    # confidences of 0.94 to 0.97 and 0.56 to 0.61.
     confidence = [x.softmax(1).max(1).values.mean().item() for x in logits]
-    assert confidence[1] < confidence[0] - 0.1, confidence
+    assert confidence[1] < confidence[0] - 0.2, confidence
     with pytest.raises(ValueError, match="num_classes must be 2 or more, got 1"):
         NoisyClassifier(SMALL["digits"], 1)

@@ -32,9 +32,15 @@ def test_same_outputs_and_gradients(name, memory_format):
     after, grads_after = gradients(model, run, x)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     assert grads_after.keys() == grads_before.keys()
+    # The gradient of a bias in front of a normalization is a sum that cancels, so errors are
+    # relative to the largest gradient of its module: its terms are those of the weight's.
+    largest: dict[str, torch.Tensor] = {}
+    for key, gradient in grads_before.items():
+        module = key.rpartition(".")[0]
+        largest[module] = torch.maximum(largest.get(module, x.new_zeros(())), gradient.abs().max())
     for key, gradient in grads_before.items():
         error = (grads_after[key] - gradient).abs().max()
-        assert error <= 1e-5 * gradient.abs().max(), key
+        assert error <= 1e-5 * largest[key.rpartition(".")[0]], key
     assert list(model.state_dict()) == keys
     assert fastdiff.patch(model) == report
     fastdiff.unpatch(model)
