@@ -9,6 +9,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["MKL_NUM_THREADS"] = "1"
 
 
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("cpu_kernels") is None:
+        return
+    import pytest
+
+    import fastdiff
+
+    if not (status := fastdiff.backends()["cpu"]):
+        pytest.skip(f"about the compiled CPU kernels: {status.reason}")
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
     """After `pytest -m gpu`: why nothing ran, or a report that can be pasted into an issue."""
     if "gpu" not in config.option.markexpr or "not gpu" in config.option.markexpr:

@@ -8,8 +8,9 @@ which always runs the Triton kernel. They are defined with `torch.library.Librar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,19 @@ def _needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
     return (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let autograd record inside a kernel, which the dispatcher calls with its keys switched off.
+
+    For reference kernels of backward ops that differentiate the reference of the forward op.
+    """
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
 
 
 class Op(NamedTuple):
@@ -112,7 +126,7 @@ def define(
         qualified = f"{name}{overload}"
         kernels = {"CPU": triton, "CUDA": triton}
         if not overload:
-            kernels = _default_kernels(qualified, reference, triton)
+            kernels = _default_kernels(qualified, _checked(reference, check), triton)
         for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
@@ -122,6 +136,18 @@ def define(
         _library.impl(name, _bind(autograd, op.default), "Autograd")
         _library.impl(f"{name}.triton", _bind(autograd, op.triton), "Autograd")
     return op
+
+
+def _checked(reference: Callable, check: Callable | None) -> Callable:
+    """The reference as a kernel, which refuses what a compiled kernel's binding refuses."""
+    if check is None:
+        return reference
+
+    def kernel(*arguments: object) -> object:
+        check(*arguments, check_range=True)
+        return reference(*arguments)
+
+    return kernel
 
 
 def _bind(autograd: Callable, op: Callable) -> Callable:

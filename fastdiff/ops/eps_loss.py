@@ -271,12 +271,14 @@ def _backward_reference(
     need_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     results = _empty_gradients(prediction, noise, need_prediction, need_noise)
-    with torch.enable_grad():
+    wanted = [k for k, needed in enumerate((need_prediction, need_noise)) if needed]
+    gradients = ()
+    with _library.recording():
         x = prediction.detach().requires_grad_(need_prediction)
         n = None if noise is None else noise.detach().requires_grad_(need_noise)
-        loss = _reference(x, n, keys, seed, stream, weight, reduction, kind)
-    wanted = [k for k, needed in enumerate((need_prediction, need_noise)) if needed]
-    gradients = torch.autograd.grad(loss, [(x, n)[k] for k in wanted], grad) if wanted else ()
+        if wanted:
+            loss = _reference(x, n, keys, seed, stream, weight, reduction, kind)
+            gradients = torch.autograd.grad(loss, [(x, n)[k] for k in wanted], grad)
     for k, gradient in zip(wanted, gradients, strict=True):
         results[k].copy_(gradient)
     return results

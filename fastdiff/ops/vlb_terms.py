@@ -303,7 +303,7 @@ def _backward_reference(
     grad: Tensor, x0: Tensor, x_t: Tensor, model_output: Tensor, *rest: object
 ) -> Tensor:
     out = _backward_fake(grad, x0, x_t, model_output, *rest)
-    with torch.enable_grad():
+    with _library.recording():
         output = model_output.detach().requires_grad_()
         terms = _reference(x0, x_t, output, *rest)
         if terms.requires_grad:  # not with detach_mean and a fixed variance

@@ -45,8 +45,24 @@ def sample_keys(
     >>> torch.equal(keys[5:], fastdiff.ops.sample_keys(0, 3, offset=5))
     True
     """
+    seed = to_int64(seed) if isinstance(seed, int) else seed
+    if torch.compiler.is_compiling():
+        device = torch.empty(0, device=device).device
+        return _opaque_sample_keys(seed, num, offset, device)
     k = torch.arange(offset, offset + num, dtype=torch.int64, device=device)
-    return derived_keys(to_int64(seed), k)
+    return derived_keys(seed, k)
+
+
+# Under torch.compile these are opaque ops: of their wrapping 64-bit products Inductor (torch 2.14,
+# C++ back end) makes wrong words, after minutes of compiling.
+@torch.library.custom_op("fastdiff::reference_sample_keys", mutates_args=())
+def _opaque_sample_keys(seed: int, num: int, offset: int, device: torch.device) -> Tensor:
+    return sample_keys(seed, num, offset, device)
+
+
+@_opaque_sample_keys.register_fake
+def _(seed: int, num: int, offset: int, device: torch.device) -> Tensor:
+    return torch.empty(num, dtype=torch.int64, device=device)
 
 
 def derived_keys(key: int | Tensor, k: Tensor) -> Tensor:
@@ -101,7 +117,9 @@ def sample_words(keys: Tensor, numel: int, stream: int = 0, first: int = 0) -> T
     Tensor
         int64, shape (B, numel), values in [0, 2**32).
     """
-    stream = to_int64(stream)
+    stream = to_int64(stream) if isinstance(stream, int) else stream
+    if torch.compiler.is_compiling():
+        return _opaque_sample_words(keys, numel, stream, first)
     block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=keys.device) + first // 4
     zero = torch.zeros_like(block)
     counter = (
@@ -113,3 +131,13 @@ def sample_words(keys: Tensor, numel: int, stream: int = 0, first: int = 0) -> T
     key = ((keys & _MASK32)[:, None], ((keys >> 32) & _MASK32)[:, None])
     words = torch.stack(philox4x32(counter, key), dim=-1)
     return words.flatten(1)[:, :numel]
+
+
+@torch.library.custom_op("fastdiff::reference_sample_words", mutates_args=())
+def _opaque_sample_words(keys: Tensor, numel: int, stream: int, first: int) -> Tensor:
+    return sample_words(keys, numel, stream, first).contiguous()
+
+
+@_opaque_sample_words.register_fake
+def _(keys: Tensor, numel: int, stream: int, first: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], numel))

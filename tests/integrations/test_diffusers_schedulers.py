@@ -306,6 +306,7 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("name", PAIRS)
 def test_steps_wait_for_no_device(name):
     mine, theirs = (make(cls, {}, 10) for cls in PAIRS[name])

@@ -158,6 +158,7 @@ def test_a_look_alike_is_found_out():
     torch.testing.assert_close(block(x, emb), expected)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_torch_compile(patch_first):
     model = unzero(diffusers.UNet2DModel(**unet2d_config(SMALL["digits"]))).eval()

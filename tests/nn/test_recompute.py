@@ -95,6 +95,7 @@ def test_without_gradients_nothing_is_checkpointed(monkeypatch):
         unet(torch.randn(1, 3, 8, 8), torch.tensor([7]))
 
 
+@pytest.mark.cpu_kernels
 def test_memory_falls_by_the_activations_that_are_not_kept():
     """Of each normalization eager keeps x, its own result and the activation's; fused keeps x and
     the latter, which recomputing drops too."""

@@ -204,6 +204,7 @@ def test_channels_last_heads_are_read_once(implementation: str) -> None:
     assert moved <= 1.05 * 5 * size
 
 
+@pytest.mark.cpu_kernels
 def test_a_2c_output_is_not_copied() -> None:
     """All that is allocated is the result."""
     from torch.profiler import ProfilerActivity, profile

@@ -287,6 +287,7 @@ def test_host_reads_are_found():
         assert reads.seen
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_loop_reads_nothing_on_the_host_and_has_static_shapes(diffusion, name, guided):

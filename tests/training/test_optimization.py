@@ -216,6 +216,7 @@ class CountMethods(TorchFunctionMode):
 BY_LOSS = {"timestep_sampler": "loss_second_moment", "loss": "kl", "variance": "learned_range"}
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("changes", [{}, {"amp": "fp16", "grad_accum": 2, "flip": True}, BY_LOSS])
 def test_the_device_is_waited_for_once_per_log_interval(tmp_path, changes):
     run = trainer(tmp_path, **changes)
