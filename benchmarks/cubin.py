@@ -44,8 +44,9 @@ class Kernel:
     """One kernel for one architecture.
 
     `accesses` counts load and store instructions by kind ("global load", "global store", "local
-    load", "shared load", ...) and bytes per thread. `threads` is the launch bound, if it has one;
-    `shared` are the bytes per block that are known when it is compiled.
+    load", "shared load", ...) and bytes per thread; `classes` all instructions by class ("float",
+    "special", "integer", ...: `classify`). `threads` is the launch bound, if it has one; `shared`
+    are the bytes per block that are known when it is compiled.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Kernel:
     shared: int
     threads: int | None
     accesses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
 
     def count(self, kind: str, width: int | None = None) -> int:
         """Instructions of a kind, of all widths or of one."""
@@ -147,7 +149,7 @@ def inspect(path: pathlib.Path, arch: str, name_contains: str = "") -> list[Kern
     if not chosen:
         return []
     # All kernels at once: with -fun cuobjdump takes a second per kernel, without it three for all.
-    accesses = parse_sass(_cuobjdump("-arch", arch, "-sass", str(path)))
+    code = parse_sass(_cuobjdump("-arch", arch, "-sass", str(path)))
     threads = _launch_bounds(_cuobjdump("-arch", arch, "-elf", str(path)))
     return [
         Kernel(
@@ -158,7 +160,8 @@ def inspect(path: pathlib.Path, arch: str, name_contains: str = "") -> list[Kern
             local=resources[name]["LOCAL"],
             shared=_own_shared(resources[name]["SHARED"], arch),
             threads=threads.get(name),
-            accesses=accesses[name],
+            accesses=code[name].accesses,
+            classes=code[name].classes,
         )
         for name in chosen
     ]
@@ -215,16 +218,48 @@ _KINDS = {
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
-def parse_sass(text: str) -> dict[str, Counter[tuple[str, int]]]:
-    """Function -> number of its memory instructions by kind and bytes per thread."""
-    functions: dict[str, Counter[tuple[str, int]]] = {}
-    current: Counter[tuple[str, int]] = Counter()
+# Opcode -> class, the first that fits (NVIDIA, "CUDA Binary Utilities", instruction set reference).
+_CLASSES = {
+    "special": r"MUFU",  # reciprocal, root, exponential, logarithm, sine
+    "conversion": r"F2F|F2I|I2F|F2FP|I2FP|FRND",
+    "matrix": r"[HIDQ]G?MMA|LDSM|MOVM",
+    "synchronization": r"BAR|MEMBAR|ERRBAR|CGAERRBAR|UCGABAR\w*|DEPBAR|SYNCS|NANOSLEEP|CCTL",
+    "exchange": r"SHFL|VOTE\w*|C?REDUX|MATCH",
+    "constant": r"U?LDCU?",
+    "control": r"BR[AXEX]\w*|JM\w+|CALL|RET|EXIT|BS\w+|WARPSYNC|ENDCOLLECTIVE|NOP|YIELD|ACQBULK",
+    "move": r"U?MOV\w*|U?SEL|C?S2U?R|R2UR|P2R|R2P|U?PRMT|U?PLOP3|UP2UR",
+    "float": r"F(?!LO)\w+|[HD](ADD|MUL|FMA|MNMX|SETP?)2?",
+    "integer": r"[UV]*I\w+|U?(LOP3|SHF|LEA|FLO|POPC|BREV|BMSK|SGXT)",
+}
+
+
+def classify(opcode: str) -> str:
+    """Class of a machine instruction: "memory", one of _CLASSES, or "other"."""
+    if opcode in _KINDS:
+        return "memory"
+    fits = (name for name, pattern in _CLASSES.items() if re.fullmatch(pattern, opcode))
+    return next(fits, "other")
+
+
+@dataclass(frozen=True)
+class Code:
+    """The instructions of one function."""
+
+    accesses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+
+
+def parse_sass(text: str) -> dict[str, Code]:
+    """Function -> its memory instructions by kind and bytes per thread, and all by class."""
+    functions: dict[str, Code] = {}
+    current = Code()
     for line in text.splitlines():
         if match := _FUNCTION.match(line):
-            current = functions.setdefault(match[1], Counter())
+            current = functions.setdefault(match[1], Code())
         elif match := _INSTRUCTION.match(line):
             opcode, *modifiers = match[1].split(".")
+            current.classes[classify(opcode)] += 1
             if kind := _KINDS.get(opcode):
                 width = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
-                current[kind, width] += 1
+                current.accesses[kind, width] += 1
     return functions

@@ -4,7 +4,8 @@
 
 Needs no GPU: reads the machine code of the CUDA library, and compiles the Triton kernels ahead of
 time. Per thread: registers, bytes of stack and local memory, accesses to local memory (spills);
-"global loads" such as "2x16 1x8" are two instructions of 16 bytes and one of 8 in the code.
+"global loads" such as "2x16 1x8" are two instructions of 16 bytes and one of 8 in the code, and
+"30 float" in "instructions" are thirty of a class. --json has everything.
 Occupancy assumes no dynamic shared memory.
 """
 
@@ -23,7 +24,10 @@ from benchmarks import cubin, report, triton_aot
 from benchmarks.cubin import Kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-TITLES = ("kernel", "regs", "stack", "local", "shared", "spills", "occupancy")
+TITLES = (
+    *("kernel", "regs", "stack", "local", "shared", "spills", "occupancy"),
+    *("global loads", "global stores", "instructions"),
+)
 
 
 def cuda_library() -> pathlib.Path | None:
@@ -50,27 +54,31 @@ def widths(kernel: Kernel, kind: str) -> str:
     return " ".join(f"{found[width]}x{width}" for width in sorted(found, reverse=True)) or "-"
 
 
+def instructions(kernel: Kernel) -> str:
+    """Such as "120 integer 30 float": most first."""
+    return " ".join(f"{number} {name}" for name, number in kernel.classes.most_common())
+
+
 def print_kernels(title: str, kernels: list[Kernel]) -> None:
     print(f"\n{title}")
-    table = report.Table(
-        [*TITLES, "global loads", "global stores"],
-        widths={
-            "kernel": max((len(kernel.name) for kernel in kernels), default=0),
-            "global loads": max((len(widths(k, "global load")) for k in kernels), default=0),
-        },
-    )
+    rows = []
     for kernel in kernels:
         sizes = (kernel.registers, kernel.stack, kernel.local, kernel.shared, kernel.spills)
         occupancy = kernel.occupancy()
-        table.row(
+        rows.append(
             [
                 kernel.name,
                 *map(str, sizes),
                 "-" if occupancy is None else f"{occupancy:.0%}",
                 widths(kernel, "global load"),
                 widths(kernel, "global store"),
+                instructions(kernel),
             ]
         )
+    longest = (max(map(len, column)) for column in zip(*rows, strict=True))
+    table = report.Table(TITLES, widths=dict(zip(TITLES, longest, strict=False)))
+    for row in rows:
+        table.row(row)
 
 
 def to_json(backend: str, kernel: Kernel) -> dict[str, object]:

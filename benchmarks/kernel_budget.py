@@ -3,10 +3,10 @@
     python -m benchmarks.kernel_budget [--arch sm_90 ...] [--backend cuda] [--update]
 
 Needs no GPU. Prints what became worse as a diff and exits with 1: more registers than the budget
-and its slack, any more spilled accesses, more static shared memory, fewer bytes per access, a
-kernel that has no budget or is gone. --update writes what the compilers make now to
-benchmarks/kernel_budget.json; review that diff like code. The CUDA kernels are those of the built
-library: build it first.
+and its slack, any more spilled accesses, more static shared memory, a lower occupancy, fewer bytes
+per access, more instructions of a class, a kernel that has no budget or is gone. --update writes
+what the compilers make now to benchmarks/kernel_budget.json; review that diff like code. The CUDA
+kernels are those of the built library: build it first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ FILE = ROOT / "benchmarks/kernel_budget.json"
 BACKENDS = ("cuda", "triton")
 # Registers come in groups of eight per thread; compilers of another version differ by a few.
 SLACK = 8
+# Instructions of a class: the compiler's own choices move some, a second pass over data many more.
+MORE_INSTRUCTIONS = 1.15
 Budget = Mapping[str, Any]
 
 
@@ -63,7 +65,14 @@ def budget_of(kernel: Kernel) -> dict[str, Any]:
         "shared": kernel.shared,
         "loads": inspect_kernels.widths(kernel, "global load"),
         "stores": inspect_kernels.widths(kernel, "global store"),
+        "occupancy": kernel.occupancy(),
+        "instructions": inspect_kernels.instructions(kernel),
     }
+
+
+def _instructions(text: str) -> dict[str, int]:
+    """Of "120 integer 30 float"."""
+    return {name: int(number) for number, name in re.findall(r"(\d+) ([a-z]+)", text)}
 
 
 def _mean_width(widths: str) -> float:
@@ -83,6 +92,13 @@ def worse(name: str, budget: Budget, now: Budget) -> list[str]:
         # Ten percent: another order of unrolling is no regression, a lost vector is.
         if _mean_width(now[field]) < 0.9 * _mean_width(budget[field]):
             lines.append(f"{name}: {field} {budget[field]} -> {now[field]}")
+    # Registers within their slack may cost a block.
+    if (now["occupancy"] or 1) < 0.8 * (budget["occupancy"] or 1):
+        lines.append(f"{name}: occupancy {budget['occupancy']:.0%} -> {now['occupancy']:.0%}")
+    allowed = _instructions(budget["instructions"])
+    for field, number in _instructions(now["instructions"]).items():
+        if number > MORE_INSTRUCTIONS * allowed.get(field, 0) + SLACK:
+            lines.append(f"{name}: {field} instructions {allowed.get(field, 0)} -> {number}")
     return lines
 
 

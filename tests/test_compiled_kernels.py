@@ -294,6 +294,15 @@ SASS = """
         /*0040*/                   LDL.LU R3, [R1+0x4] ;               /* 0x1 */
         /*0050*/                   STL.128 [R1], R4 ;                  /* 0x1 */
         /*12340*/                  LDS R5, [R6+UR64] ;                 /* 0x1 */
+        /*12350*/                  FFMA R5, R6, R5, R7 ;               /* 0x1 */
+        /*12360*/              @P0 MUFU.EX2 R5, R6 ;                   /* 0x1 */
+        /*12370*/                  UIADD3 UR4, UR4, 0x1, URZ ;         /* 0x1 */
+        /*12380*/                  VIADDMNMX R4, R4, 0x1, R5, PT ;     /* 0x1 */
+        /*12390*/                  SHFL.BFLY PT, R5, R6, 0x1, 0x1f ;   /* 0x1 */
+        /*123a0*/                  BAR.SYNC.DEFER_BLOCKING 0x0 ;       /* 0x1 */
+        /*123b0*/                  I2FP.F32.S32 R5, R6 ;               /* 0x1 */
+        /*123c0*/                  FLO.U32 R5, R6 ;                    /* 0x1 */
+        /*123d0*/                  EXIT ;                              /* 0x1 */
 \t\tFunction : other
         /*0000*/                   STG.E.U16 desc[UR4][R2.64], R4 ;    /* 0x1 */
 """
@@ -301,7 +310,7 @@ SASS = """
 
 def test_parse_sass():
     functions = cubin.parse_sass(SASS)
-    assert functions["kernel"] == {
+    assert functions["kernel"].accesses == {
         ("global load", 16): 1,
         ("global load", 1): 1,
         ("global store", 8): 1,
@@ -309,7 +318,12 @@ def test_parse_sass():
         ("local store", 16): 1,
         ("shared load", 4): 1,
     }
-    assert functions["other"] == {("global store", 2): 1}
+    assert functions["kernel"].classes == {
+        **{"memory": 6, "constant": 1, "float": 1, "special": 1, "integer": 3, "exchange": 1},
+        **{"synchronization": 1, "conversion": 1, "control": 1},
+    }
+    assert functions["other"].accesses == {("global store", 2): 1}
+    assert functions["other"].classes == {"memory": 1}
 
 
 @pytest.mark.parametrize(

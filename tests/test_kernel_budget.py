@@ -72,6 +72,7 @@ KERNEL = Kernel(
     shared=512,
     threads=128,
     accesses=Counter({("global load", 16): 2, ("global load", 4): 3, ("global store", 16): 1}),
+    classes=Counter({"integer": 100, "float": 20, "special": 4}),
 )
 
 
@@ -91,11 +92,18 @@ def _with(**accesses: int) -> Kernel:
         (KERNEL, None),
         (replace(KERNEL, registers=48), None),  # the slack
         (replace(KERNEL, registers=20, shared=0), None),
-        (replace(KERNEL, registers=49), "registers 40 -> 49"),
+        (replace(KERNEL, registers=49, threads=None), "registers 40 -> 49"),
         (replace(KERNEL, shared=513), "shared 512 -> 513"),
         (_with(local4=1), "spills 0 -> 1"),
         (_with(load16=1, load4=11), "loads 2x16 3x4 -> 1x16 11x4"),
         (_with(store16=0, store8=2), "stores 1x16 -> 2x8"),
+        (replace(KERNEL, threads=1024), "occupancy 75% -> 50%"),
+        (replace(KERNEL, classes=Counter(integer=110, float=30, special=8)), None),
+        (
+            replace(KERNEL, classes=Counter(integer=200, float=20)),
+            "integer instructions 100 -> 200",
+        ),
+        (replace(KERNEL, classes=Counter(exchange=10)), "exchange instructions 0 -> 10"),
         (replace(KERNEL, name="new_kernel"), "new_kernel: no budget"),
     ],
 )
