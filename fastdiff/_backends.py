@@ -125,11 +125,13 @@ def use_backend(name: str) -> Iterator[None]:
         _forced, _forced_problem = previous
 
 
-def select_backend(op: str, device_type: str, unsupported: str | None) -> str:
-    """The backend for one call of `op` on tensors of `device_type`.
+def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
+    """The backend for one call of `op`.
 
     Parameters
     ----------
+    x
+        A tensor on the device of the call.
     unsupported
         Why no kernel (other than the reference) can run this input; None if they can.
 
@@ -139,14 +141,16 @@ def select_backend(op: str, device_type: str, unsupported: str | None) -> str:
         The backend that was asked for does not exist, or cannot run this input.
     """
     if _forced is None:
-        return "reference" if unsupported is not None else default_backend(device_type)
+        if unsupported is not None:
+            return "reference"
+        return default_backend("cpu" if x.is_cpu else x.device.type)  # the test is the cheaper
     if _forced_problem is not None:
         raise _forced_problem
     if _forced == "reference":
         return _forced
     home = ("cpu" if triton_interpreted() else "cuda") if _forced == "triton" else _forced
-    if unsupported is None and device_type != home:
-        unsupported = f"it runs on {home} tensors, these are on {device_type}"
+    if unsupported is None and x.device.type != home:
+        unsupported = f"it runs on {home} tensors, these are on {x.device.type}"
     if unsupported is not None:
         raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {unsupported}")
     return _forced

@@ -319,8 +319,15 @@ def test_parse_sass():
         ("shared load", 4): 1,
     }
     assert functions["kernel"].classes == {
-        **{"memory": 6, "constant": 1, "float": 1, "special": 1, "integer": 3, "exchange": 1},
-        **{"synchronization": 1, "conversion": 1, "control": 1},
+        "memory": 6,
+        "constant": 1,
+        "float": 1,
+        "special": 1,
+        "integer": 3,
+        "exchange": 1,
+        "synchronization": 1,
+        "conversion": 1,
+        "control": 1,
     }
     assert functions["other"].accesses == {("global store", 2): 1}
     assert functions["other"].classes == {"memory": 1}

@@ -52,6 +52,14 @@ Tensor eps_loss_cpu(const Tensor& prediction, const std::optional<Tensor>& noise
                   [](const EpsLossArgs&) { return int64_t{0}; }, cpu::eps_loss);
 }
 
+std::tuple<Tensor, Tensor> eps_loss_with_gradient_cpu(
+    const Tensor& prediction, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, const std::optional<Tensor>& weight,
+    int64_t reduction, int64_t kind) {
+  return eps_loss_with_gradient(prediction, noise, keys, seed, stream, weight, reduction, kind,
+                                cpu::eps_loss);
+}
+
 std::tuple<Tensor, Tensor> eps_loss_backward_cpu(
     const Tensor& grad, const Tensor& prediction, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
@@ -153,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   m.impl("ddim_step", TORCH_BOX(&fastdiff::bindings::ddim_step_cpu));
   m.impl("ddpm_step", TORCH_BOX(&fastdiff::bindings::ddpm_step_cpu));
   m.impl("eps_loss", TORCH_BOX(&fastdiff::bindings::eps_loss_cpu));
+  m.impl("eps_loss_with_gradient", TORCH_BOX(&fastdiff::bindings::eps_loss_with_gradient_cpu));
   m.impl("eps_loss_backward", TORCH_BOX(&fastdiff::bindings::eps_loss_backward_cpu));
   m.impl("group_norm_silu", TORCH_BOX(&fastdiff::bindings::group_norm_silu_cpu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&fastdiff::bindings::group_norm_silu_backward_cpu));

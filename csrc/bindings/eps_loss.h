@@ -80,11 +80,29 @@ Tensor eps_loss(const Tensor& prediction, const std::optional<Tensor>& noise,
                                    : std::vector<int64_t>{},
                         prediction, call.compute);
   if (out.numel() == 0) return out;
-  Tensor workspace = empty_of({partials(call.args)}, prediction, ScalarType::Float);
+  const std::optional<Tensor> workspace = workspace_of(partials(call.args), prediction);
+  if (workspace) call.args.partials = workspace->mutable_data_ptr();
   call.args.out = out.mutable_data_ptr();
-  call.args.partials = workspace.mutable_data_ptr();
   launch(call.args);
   return out;
+}
+
+// The loss and the gradient of the prediction for a gradient of the loss of 1, in one pass: what
+// `loss.backward()` needs. CPU only, and not in float64.
+template <typename Launch>
+std::tuple<Tensor, Tensor> eps_loss_with_gradient(
+    const Tensor& prediction, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, const std::optional<Tensor>& weight,
+    int64_t reduction, int64_t kind, const Launch& launch) {
+  EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
+  STD_TORCH_CHECK(call.args.reduction != Reduction::kNone && call.compute == ScalarType::Float,
+                  "eps_loss: the gradient comes with a single loss, in float32");
+  Tensor out = empty_of({}, prediction, call.compute);
+  Tensor gradient = empty(call.prediction, prediction.scalar_type(), call.channels_last);
+  call.args.out = out.mutable_data_ptr();
+  call.args.grad_prediction = prediction.numel() > 0 ? gradient.mutable_data_ptr() : nullptr;
+  launch(call.args);
+  return {out, gradient};
 }
 
 // The gradients of prediction and noise; (0,) tensors for those not asked for.

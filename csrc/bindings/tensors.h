@@ -64,49 +64,52 @@ inline void check_same_shape(const Tensor& x, const Tensor& like, const char* op
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and device of the main input");
 }
 
-// Strides of a dense tensor, fastest dimension first in `order`.
-template <typename Sizes>
-std::vector<int64_t> dense_strides(const Sizes& sizes, bool channels_last) {
+// Calls visit(d, stride) for the dimensions of a dense tensor, fastest first.
+template <typename Sizes, typename Visit>
+void for_dense_strides(const Sizes& sizes, bool channels_last, const Visit& visit) {
   const int64_t dim = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(dim);
   int64_t stride = 1;
   const auto take = [&](int64_t d) {
-    strides[d] = stride;
+    visit(d, stride);
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   };
   if (channels_last) take(1);
   for (int64_t d = dim - 1; d >= 0; --d) {
     if (!(channels_last && d == 1)) take(d);
   }
-  return strides;
 }
 
-inline bool has_strides(const Tensor& x, const std::vector<int64_t>& strides) {
-  if (x.numel() == 0) return true;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) > 1 && x.stride(d) != strides[d]) return false;
-  }
-  return true;
+inline bool is_dense(const Tensor& x, bool channels_last) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  bool dense = true;
+  for_dense_strides(sizes, channels_last, [&](int64_t d, int64_t stride) {
+    dense &= sizes[d] <= 1 || strides[d] == stride;
+  });
+  return dense || x.numel() == 0;
 }
 
 // The same rule as fastdiff/reference/layout.py: 4-D and 5-D tensors with innermost channels are
 // channels_last, everything else is contiguous.
 inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous() || (x.dim() != 4 && x.dim() != 5)) return false;
-  return has_strides(x, dense_strides(x.sizes(), true)) || (x.stride(1) == 1 && x.size(1) > 1);
+  return is_dense(x, true) || (x.stride(1) == 1 && x.size(1) > 1);
 }
 
 // `x` itself if it is dense in the format, else a copy that is.
 inline Tensor in_format(const Tensor& x, bool channels_last) {
-  if (has_strides(x, dense_strides(x.sizes(), channels_last))) return x;
+  if (is_dense(x, channels_last)) return x;
   const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
                               : x.dim() == 4 ? MemoryFormat::ChannelsLast
                                              : MemoryFormat::ChannelsLast3d;
   return torch::stable::contiguous(x, format);
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            const Tensor& like, ScalarType type) {
+// A dense tensor of other sizes on the device of `like`.
+template <typename Sizes>
+Tensor empty_of(const Sizes& sizes, const Tensor& like, ScalarType type,
+                bool channels_last = false) {
+  std::vector<int64_t> strides(sizes.size());
+  for_dense_strides(sizes, channels_last, [&](int64_t d, int64_t s) { strides[d] = s; });
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -116,15 +119,18 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   return Tensor(handle);
 }
 
-// A contiguous tensor of other sizes on the device of `like`.
-inline Tensor empty_of(const std::vector<int64_t>& sizes, const Tensor& like, ScalarType type) {
-  return empty_strided(sizes, dense_strides(sizes, false), like, type);
+inline Tensor empty_of(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {
+  return empty_of(std::vector<int64_t>(sizes), like, type);
 }
 
 inline Tensor empty(const Tensor& like, ScalarType type, bool channels_last) {
-  const auto sizes = like.sizes();
-  return empty_strided(std::vector<int64_t>(sizes.begin(), sizes.end()),
-                       dense_strides(sizes, channels_last), like, type);
+  return empty_of(like.sizes(), like, type, channels_last);
+}
+
+// Floats for a kernel to keep partial results in; no tensor for none.
+inline std::optional<Tensor> workspace_of(int64_t floats, const Tensor& like) {
+  if (floats == 0) return std::nullopt;
+  return empty_of({floats}, like, ScalarType::Float);
 }
 
 inline SampleLayout sample_layout(const Tensor& x, bool channels_last) {

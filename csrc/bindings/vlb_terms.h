@@ -86,9 +86,9 @@ template <typename Partials, typename Launch>
 Tensor vlb_terms(VlbTermsCall call, const Partials& partials, const Launch& launch) {
   Tensor out = empty_of({3, call.x_t.size(0)}, call.x_t, ScalarType::Float);
   if (out.numel() == 0) return out;
-  Tensor workspace = empty_of({partials(call.args)}, call.x_t, ScalarType::Float);
+  const std::optional<Tensor> workspace = workspace_of(partials(call.args), call.x_t);
   call.args.out = out.mutable_data_ptr<float>();
-  call.args.partials = workspace.mutable_data_ptr<float>();
+  if (workspace) call.args.partials = workspace->mutable_data_ptr<float>();
   launch(call.args);
   return out;
 }

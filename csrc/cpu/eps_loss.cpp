@@ -129,9 +129,45 @@ template <typename T>
 T factor_of(const EpsLossArgs& args, int64_t sample) {
   const T* grad = static_cast<const T*>(args.grad);
   const T* weight = static_cast<const T*>(args.weight);
-  const T factor = static_cast<T>(args.scale()) *
-                   grad[args.reduction == Reduction::kNone ? sample : 0];
+  T factor = static_cast<T>(args.scale());
+  if (grad) factor *= grad[args.reduction == Reduction::kNone ? sample : 0];
   return weight ? factor * weight[sample] : factor;
+}
+
+// Writes the gradients of one tile that are asked for. `result` has the elements of a tile.
+void write_gradients(const EpsLossArgs& args, int64_t sample, int64_t first, int64_t n,
+                     const float* prediction, const float* noise, float* result, bool stream) {
+  const float factor = factor_of<float>(args, sample);
+  const int64_t offset = sample * args.layout.numel + first;
+  const auto write = [&](void* grad, DType type, float c) {
+    if (!grad) return;
+    const bool in_place = type == DType::kFloat32 && !stream;
+    float* out = in_place ? static_cast<float*>(grad) + offset : result;
+    tile_slopes(args.kind, c, prediction, noise, out, n);
+    if (!in_place) store_tile(type, grad, offset, n, out, stream);
+  };
+  write(args.grad_prediction, args.prediction_type, factor);
+  write(args.grad_noise, args.noise_type, -factor);
+}
+
+void write_gradients(const EpsLossArgs& args, int64_t sample, int64_t first, int64_t n,
+                     const uint16_t* prediction, const uint16_t* noise, float* result,
+                     bool stream) {
+  const float factor = factor_of<float>(args, sample);
+  const auto write = [&](void* grad, float c) {
+    if (!grad) return;
+    uint16_t* final = static_cast<uint16_t*>(grad) + sample * args.layout.numel + first;
+    uint16_t* out = stream ? reinterpret_cast<uint16_t*>(result) : final;
+    slopes_mse_bfloat16(c, prediction, noise, out, n);
+    if (stream) stream_bytes(final, out, 2 * n);
+  };
+  write(args.grad_prediction, factor);
+  write(args.grad_noise, -factor);
+}
+
+bool streams(const EpsLossArgs& args) {
+  const SampleLayout& layout = args.layout;
+  return layout.batch * layout.numel * size_of(args.prediction_type) > kStreamBytes;
 }
 
 void eps_loss_double(const EpsLossArgs& args) {
@@ -171,20 +207,23 @@ void eps_loss(const EpsLossArgs& args) {
   const SampleLayout& layout = args.layout;
   const int64_t size = tile_elements(layout), per_sample = tiles_per_sample(layout);
   std::vector<float> partials(layout.batch * per_sample);
-  const bool generated = args.mode == NoiseMode::kGenerated;
+  const bool generated = args.mode == NoiseMode::kGenerated, stream = streams(args);
+  const bool gradient = args.grad_prediction != nullptr;
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const int64_t offset = sample * layout.numel + first;
+    float* buffer = thread_scratch(2 * size + normal_scratch(layout));
+    float& partial = partials[sample * per_sample + first / size];
     if (two_bfloat16(args)) {
-      partials[sample * per_sample + first / size] =
-          sum_mse_bfloat16(static_cast<const uint16_t*>(args.prediction) + offset,
-                           static_cast<const uint16_t*>(args.noise) + offset, n);
+      const uint16_t* prediction = static_cast<const uint16_t*>(args.prediction) + offset;
+      const uint16_t* noise = static_cast<const uint16_t*>(args.noise) + offset;
+      partial = sum_mse_bfloat16(prediction, noise, n);
+      if (gradient) write_gradients(args, sample, first, n, prediction, noise, buffer, stream);
       return;
     }
-    float* buffer = thread_scratch(size + normal_scratch(layout));
-    const float* prediction =
-        load_tile(args.prediction_type, args.prediction, offset, n, buffer);
-    const float* noise = noise_tile(args, sample, first, n, buffer + size);
-    partials[sample * per_sample + first / size] = tile_sum(args.kind, prediction, noise, n);
+    const float* prediction = load_tile(args.prediction_type, args.prediction, offset, n, buffer);
+    const float* noise = noise_tile(args, sample, first, n, buffer + 2 * size);
+    partial = tile_sum(args.kind, prediction, noise, n);
+    if (gradient) write_gradients(args, sample, first, n, prediction, noise, buffer + size, stream);
   });
   finish(args, partials);
 }
@@ -193,36 +232,18 @@ void eps_loss_backward(const EpsLossArgs& args) {
   if (args.prediction_type == DType::kFloat64) return eps_loss_backward_double(args);
   const SampleLayout& layout = args.layout;
   const int64_t size = tile_elements(layout);
-  const bool generated = args.mode == NoiseMode::kGenerated;
-  const bool stream = layout.batch * layout.numel * size_of(args.prediction_type) > kStreamBytes;
+  const bool generated = args.mode == NoiseMode::kGenerated, stream = streams(args);
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const int64_t offset = sample * layout.numel + first;
-    const float factor = factor_of<float>(args, sample);
     float* buffer = thread_scratch(2 * size + normal_scratch(layout));
     if (two_bfloat16(args)) {
-      const auto write = [&](void* grad, float c) {
-        if (!grad) return;
-        uint16_t* out = static_cast<uint16_t*>(grad) + offset;
-        uint16_t* result = stream ? reinterpret_cast<uint16_t*>(buffer) : out;
-        slopes_mse_bfloat16(c, static_cast<const uint16_t*>(args.prediction) + offset,
-                            static_cast<const uint16_t*>(args.noise) + offset, result, n);
-        if (stream) stream_bytes(out, result, 2 * n);
-      };
-      write(args.grad_prediction, factor);
-      write(args.grad_noise, -factor);
+      write_gradients(args, sample, first, n, static_cast<const uint16_t*>(args.prediction) + offset,
+                      static_cast<const uint16_t*>(args.noise) + offset, buffer, stream);
       return;
     }
     const float* prediction = load_tile(args.prediction_type, args.prediction, offset, n, buffer);
     const float* noise = noise_tile(args, sample, first, n, buffer + 2 * size);
-    const auto write = [&](void* grad, DType type, float c) {
-      if (!grad) return;
-      const bool in_place = type == DType::kFloat32 && !stream;
-      float* result = in_place ? static_cast<float*>(grad) + offset : buffer + size;
-      tile_slopes(args.kind, c, prediction, noise, result, n);
-      if (!in_place) store_tile(type, grad, offset, n, result, stream);
-    };
-    write(args.grad_prediction, args.prediction_type, factor);
-    write(args.grad_noise, args.noise_type, -factor);
+    write_gradients(args, sample, first, n, prediction, noise, buffer + size, stream);
   });
 }
 

@@ -87,7 +87,7 @@ def call(
         _checks.as_int64(name, "stream", stream),
         return_pred_x0,
     )
-    backend = select_backend(name, x_t.device.type, unsupported(x_t, table, noise, seed))
+    backend = select_backend(name, x_t, unsupported(x_t, table, noise, seed))
     if backend == "reference":
         op.check(*arguments, check_range=True)
         x_s, pred_x0 = run_reference(name, Arguments(*arguments))

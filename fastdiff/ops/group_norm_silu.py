@@ -85,7 +85,7 @@ def group_norm_silu(
             f"{', '.join(ACTIVATIONS)}"
         )
     arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)
-    backend = select_backend("group_norm_silu", x.device.type, _unsupported(x))
+    backend = select_backend("group_norm_silu", x, _unsupported(x))
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.group_norm_silu(*arguments[:-1], activation)

@@ -85,7 +85,7 @@ def philox_normal(
         _checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
     stream = _checks.as_int64(op, "stream", stream)
     unsupported = "float64 runs on the reference backend only" if dtype == torch.float64 else None
-    backend = select_backend(op, out.device.type, unsupported)
+    backend = select_backend(op, out, unsupported)
     if backend == "reference":
         return reference.philox_normal(
             shape,

@@ -59,7 +59,7 @@ def posterior_mean(x0: Tensor, x_t: Tensor, t: Tensor, coef_x0: Tensor, coef_x_t
     if not x_t.dtype.is_floating_point:  # before its dtype is asked for as that of the result
         _checks.check_float("posterior_mean", "x_t", x_t.dtype)
     arguments = (x0, t, coef_x0, coef_x_t, x_t, None, None, 0, None, x_t.dtype)
-    backend = select_backend("posterior_mean", x_t.device.type, _unsupported(*arguments))
+    backend = select_backend("posterior_mean", x_t, _unsupported(*arguments))
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.posterior_mean(x0, x_t, t, coef_x0, coef_x_t)

@@ -90,7 +90,7 @@ def q_sample(
         flip,
         dtype,
     )
-    backend = select_backend("q_sample", x0.device.type, _unsupported(*arguments))
+    backend = select_backend("q_sample", x0, _unsupported(*arguments))
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.q_sample(

@@ -123,7 +123,7 @@ def vlb_terms(
         detach_mean,
     )
     unsupported = _unsupported(x0, x_t, model_output, table, noise)
-    backend = select_backend("vlb_terms", x_t.device.type, unsupported)
+    backend = select_backend("vlb_terms", x_t, unsupported)
     if backend == "reference":
         _check(*arguments, check_range=True)
         return _reference(*arguments).unbind()

@@ -207,7 +207,7 @@ def choose_device(name: str, world: World = World()) -> torch.device:  # noqa: B
     if world.size > 1 and device.type != "cpu":
         device = _own_gpu(name, device, world)
     try:
-        select_backend(f"--device {device}", device.type, unsupported=None)
+        select_backend(f"--device {device}", torch.empty(0, device=device), unsupported=None)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
     return device

@@ -116,11 +116,14 @@ def evaluate(
 
 
 def _overload(op: str, name: str) -> Any:
-    module = importlib.import_module(f"fastdiff.ops.{op.rstrip('_')}")
+    stem = op.rstrip("_")
+    raw = f"fastdiff.ops._{stem}"  # beside a public function whose file would be too long
+    split = importlib.util.find_spec(raw) is not None
+    module = importlib.import_module(raw if split else f"fastdiff.ops.{stem}")
     if name == "reference":
         return module._reference
     if name == "cuda-ptx":
-        cuda_ptx = importlib.import_module(f".cuda_ptx.{op.rstrip('_')}", __package__)
+        cuda_ptx = importlib.import_module(f".cuda_ptx.{stem}", __package__)
         launcher = getattr(cuda_ptx, op)
         autograd = getattr(module, "_autograd", None)
         if autograd is None:
