@@ -8,6 +8,7 @@ and model/ (diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continue
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     with world.joined(device):
         if not config.resume:
             world.first(folder.check_new)
-        dataset = load_dataset(config.data, config.data_dir, config.image_size)
+        dataset = load_dataset(config.data, config.data_dir, config.image_size, least=2, warn=say)
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
             newest = newest_checkpoint(folder, say)
@@ -106,8 +107,11 @@ def parse(argv: list[str]) -> TrainConfig:
     if config.resume:
         from fastdiff.training.run import RunFolder
 
-        saved = RunFolder(config.run_folder).saved_config("--resume")
-        config = settle(saved)
+        folder = config.run_folder
+        saved = RunFolder(folder).saved_config("--resume")
+        # The folder that was asked for, whatever its config.json says: it may have been moved, or
+        # come from somebody else.
+        config = dataclasses.replace(settle(saved), out=str(folder))
         changed = config.changes_that_break_resuming(saved)
         if changed:
             raise UserError(

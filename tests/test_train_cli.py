@@ -108,6 +108,16 @@ def test_resume_skips_a_damaged_checkpoint_and_says_so(run_train, tmp_path):
     assert "every checkpoint" in error.splitlines()[-1]
 
 
+def test_a_moved_run_goes_on_where_it_is(run_train, tmp_path):
+    assert run_train(*FLAGS)[0] == 0
+    path = tmp_path / "runs/digits/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "out": "../elsewhere"}))
+    code, error = run_train("--resume", "--steps", "7")
+    assert code == 0, error
+    assert json.loads(path.read_text())["steps"] == 7
+    assert not (tmp_path.parent / "elsewhere").exists()
+
+
 def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     from fastdiff.training import load_run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 import types
 import typing
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         values = _toml(path, text) if toml else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path}: not valid YAML or JSON: {error}") from error
     if values is None:
         return {}
@@ -288,7 +289,7 @@ def _toml(path: str | Path, text: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: TOML needs Python 3.11; write it as YAML") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: not valid TOML: {error}") from error
 
 
@@ -314,7 +315,9 @@ def _converted(value: Any, kind: Any, what: str) -> Any:
         # YAML 1.1 reads a bare `off` as false.
         value = "off" if value is False and "off" in options else value
         if value not in options:
-            raise UserError(f"{what}: expected one of {', '.join(options)}, got {value!r}")
+            raise UserError(
+                f"{what}: expected one of {', '.join(options)}, got {reprlib.repr(value)}"
+            )
         return value
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
@@ -328,4 +331,5 @@ def _converted(value: Any, kind: Any, what: str) -> Any:
             number = None
         if number is not None and (isinstance(value, str) or number == value):
             return number
-    raise UserError(f"{what}: expected {kind.__name__}, got {value!r}")
+    # Shortened: aliases make a few lines of YAML a value whose full text fills the memory.
+    raise UserError(f"{what}: expected {kind.__name__}, got {reprlib.repr(value)}")
