@@ -25,6 +25,7 @@ NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
 def main(argv: list[str]) -> int:
     """Train as ``argv`` says; return the exit code."""
     from fastdiff.training.data import load_dataset
+    from fastdiff.training.download import download
     from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
     from fastdiff.training.trainer import Trainer
 
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
     with world.joined(device):
         if not config.resume:
             world.first(folder.check_new)
+        if config.download:
+            world.first(lambda: download(config.data, config.data_dir))
         dataset = load_dataset(config.data, config.data_dir, config.image_size, least=2, warn=say)
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:

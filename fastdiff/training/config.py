@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import reprlib
 import types
 import typing
@@ -26,12 +27,17 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    """Images to learn: digits, fashion-mnist, cifar10, a folder of images, or an .npz file
-    (uint8, N x H x W x C). The defaults below are those of the dataset chosen here."""
+    """Images to learn: digits, fashion-mnist, cifar10, a folder of images (one subfolder per class,
+    if it has classes), an .npz file (uint8, N x H x W x C), or hf:NAME (Hugging Face). The defaults
+    below are those of the dataset chosen here."""
     data_dir: str | None = None
     """Folder that holds the files of fashion-mnist (IDX) or cifar10; None: the usual places."""
+    download: bool = False
+    """Fetch fashion-mnist or cifar10 into --data-dir (None: data/) if its files are not there, with
+    torchvision."""
     image_size: int | None = None
-    """Resize and centre-crop the images of a folder to this many pixels; None: as they are."""
+    """Resize and centre-crop the images of a folder or of hf to this many pixels; None: as they
+    are."""
     flip: bool = False
     """Mirror every second image left to right at random."""
     class_cond: bool = False
@@ -130,6 +136,9 @@ class TrainConfig:
             return Path(self.out)
         if self.data in BUILT_IN_DATA:
             return Path("runs") / self.data
+        if self.data.startswith("hf:"):
+            name = re.sub(r"[^\w.-]+", "-", self.data.removeprefix("hf:"))
+            return Path("runs") / (name.strip(".-") or "hf")
         # "." and ".." have no name of their own; links keep theirs, which resolve() would lose.
         data = Path(os.path.abspath(self.data))
         return Path("runs") / (data.stem if data.suffix == ".npz" else data.name)
@@ -246,6 +255,7 @@ _FREE_ON_RESUME = frozenset(
         "compile",
         "data_dir",
         "device",
+        "download",
         "grad_accum",
         "grad_clip",
         "keep",

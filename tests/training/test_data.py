@@ -1,8 +1,8 @@
 import gzip
-import pickle
 
 import numpy as np
 import pytest
+from training.dataset_files import TRAINING_BATCHES, idx_bytes, write_cifar10, write_idx
 
 from fastdiff.training import Batches, UserError, data, load_dataset
 
@@ -10,17 +10,6 @@ from fastdiff.training import Batches, UserError, data, load_dataset
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    lengths = b"".join(length.to_bytes(4, "big") for length in array.shape)
-    return bytes((0, 0, 8, array.ndim)) + lengths + array.tobytes()
-
-
-def write_idx(folder, images, labels, suffix=""):
-    pack = gzip.compress if suffix else bytes
-    (folder / f"train-images-idx3-ubyte{suffix}").write_bytes(pack(idx_bytes(images)))
-    (folder / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(idx_bytes(labels)))
 
 
 def test_digits_are_scaled_to_bytes():
@@ -48,6 +37,25 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path, rng, suffix, place):
     assert np.array_equal(dataset.images[..., 0], images)
     assert np.array_equal(dataset.labels, labels)
     assert dataset.shape == (28, 28, 1)
+    with pytest.raises(UserError, match="its test files are not in"):
+        load_dataset("fashion-mnist", str(tmp_path), split="test")
+    write_idx(tmp_path / place, images[:3], labels[:3], suffix, prefix="t10k")
+    dataset = load_dataset("fashion-mnist", str(tmp_path), split="test")
+    assert np.array_equal(dataset.images[..., 0], images[:3])
+
+
+def test_fashion_mnist_is_found_in_the_usual_places(tmp_path, rng, monkeypatch):
+    places = (str(tmp_path / "data"), str(tmp_path / "datasets"))
+    monkeypatch.setattr(data, "USUAL_PLACES", places)
+    assert not data.has_files("fashion-mnist")
+    with pytest.raises(UserError, match=r"not in .*data or .*datasets; .*--download"):
+        load_dataset("fashion-mnist")
+    folder = tmp_path / "datasets/fashion-mnist"
+    folder.mkdir(parents=True)
+    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    write_idx(folder, images, np.arange(7, dtype=np.uint8), ".gz")
+    assert data.has_files("fashion-mnist")
+    assert np.array_equal(load_dataset("fashion-mnist").images[..., 0], images)
 
 
 def test_damaged_and_missing_idx_files_are_named(tmp_path, rng):
@@ -100,28 +108,20 @@ def test_a_damaged_npz_is_a_user_error_wherever_the_damage_is(tmp_path, rng):
     assert refused > 200  # the rest is dates and flags that nobody reads
 
 
+@pytest.mark.parametrize("place", ["", "cifar-10-batches-py"])
 @pytest.mark.parametrize("layout", ["python", "binary"])
-def test_cifar10_is_read_from_both_formats(tmp_path, rng, layout):
-    planes = rng.integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(10)
-    for i in range(5):
-        part = slice(2 * i, 2 * i + 2)
-        pixels = planes[part].reshape(2, 3072)
-        if layout == "python":
-            # Bytes keys, as Python 2 wrote them.
-            batch = {b"data": pixels, b"labels": labels[part].tolist(), b"batch_label": b"x"}
-            (tmp_path / f"data_batch_{i + 1}").write_bytes(_python2_pickle(batch))
-        else:
-            records = np.column_stack((labels[part].astype(np.uint8), pixels))
-            (tmp_path / f"data_batch_{i + 1}.bin").write_bytes(records.tobytes())
-    dataset = load_dataset("cifar10", str(tmp_path))
-    assert np.array_equal(dataset.images, planes.transpose(0, 2, 3, 1))
-    assert np.array_equal(dataset.labels, labels)
-
-
-def _python2_pickle(batch) -> bytes:
-    """Pickle as CIFAR-10's files are: NumPy's old module name, arrays as raw bytes."""
-    return pickle.dumps(batch, protocol=3).replace(b"numpy._core.multi", b"numpy.core.multi")
+def test_cifar10_is_read_from_both_formats(tmp_path, rng, layout, place):
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    planes = rng.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(12) % 10
+    write_cifar10(folder, TRAINING_BATCHES, planes[:10], labels[:10], layout)
+    write_cifar10(folder, ["test_batch"], planes[10:], labels[10:], layout)
+    for split, part in (("train", slice(10)), ("test", slice(10, 12))):
+        dataset = load_dataset("cifar10", str(tmp_path), split=split)
+        assert np.array_equal(dataset.images, planes[part].transpose(0, 2, 3, 1))
+        assert np.array_equal(dataset.labels, labels[part])
+        assert dataset.num_classes == 10
 
 
 def test_npz_files(tmp_path, rng):
