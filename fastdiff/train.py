@@ -13,6 +13,7 @@ import signal
 from typing import Any
 
 from fastdiff import _cli
+from fastdiff.training import watchers
 from fastdiff.training.config import TrainConfig, read_config_file
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     folder = RunFolder(config.run_folder)
     device = choose_device(config.device, world)
     use_threads(config)
+    watchers.check(config)
     with world.joined(device):
         if not config.resume:
             world.first(folder.check_new)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training.test_distributed import CPU, in_processes
 
 from fastdiff import _cli, evaluate
 from fastdiff.likelihood import flow_likelihood
@@ -161,6 +162,41 @@ def test_without_a_flag_every_metric_is_evaluated_anew(run_evaluate, runs, tmp_p
     assert (
         json.loads((folder / "likelihood.json").read_text())["standard_error_of_the_probes"] is None
     )
+
+
+def test_two_processes_find_what_one_finds(runs, tmp_path):
+    config = evaluate.EvaluateConfig(
+        run=str(runs / "learned"),
+        bpd=True,
+        likelihood=True,
+        reconstruction=True,
+        frechet=True,
+        num=5,
+        steps=(3,),
+        tolerance=1e-2,
+        samples=20,
+        batch_size=8,
+        features="training.test_features:mean_and_spread",
+        device="cpu",
+    )
+
+    def work(world):
+        evaluate._evaluate(evaluate._prepare(config, CPU, world, print), print)
+
+    found = []
+    for size in (1, 2):
+        results = in_processes(size, work)
+        assert list(results.values()) == [None] * size
+        folder = runs / "learned/evaluation"
+        found.append({p.name: json.loads(p.read_text()) for p in folder.glob("*.json")})
+        for path in folder.glob("*.json"):
+            path.unlink()
+    assert found[0].keys() == {f"{name}.json" for name in evaluate.METRICS}
+    for name, one in found[0].items():
+        for key, value in one.items():
+            numbers = isinstance(value, (float, list))
+            expected = pytest.approx(value, rel=1e-3) if numbers else value
+            assert found[1][name][key] == expected, (name, key)
 
 
 def test_every_metric_has_a_flag():

@@ -114,6 +114,9 @@ class RunFolder:
     def _refuse_links(self, argument: str) -> None:
         root = os.path.realpath(self.path)  # which may itself be a link
         for parent, folders, files in os.walk(root):
+            if parent == os.path.join(root, "wandb"):
+                folders.clear()  # links from there to its cache, and we never read what is there
+                continue
             for name in folders + files:
                 path = os.path.join(parent, name)
                 if os.path.islink(path):
