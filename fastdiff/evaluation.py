@@ -240,7 +240,7 @@ def frechet(task: Task) -> Result:
         "frechet_distance": distance,
         "real_vs_real": floor,
         "ratio": ratio,
-        "num_samples": len(levels),
+        "num": len(levels),  # not --num
         "num_reference": len(reference),
         "features": extract.name,
         "feature_dimensions": real.shape[1],

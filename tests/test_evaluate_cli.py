@@ -272,7 +272,7 @@ def test_distance_and_floor_are_those_of_the_images(run_evaluate, runs, own_feat
     distance = frechet_distance(mean_and_spread(levels), reference)
     assert values["real_vs_real"] == pytest.approx(floor, rel=1e-6)
     assert values["frechet_distance"] == pytest.approx(distance, rel=1e-4)
-    assert values["num_samples"] == 40
+    assert values["num"] == 40
     assert values["num_reference"] == len(dataset) - 40
     assert f"{distance:.3g}" in out.replace(f"{distance:.4g}", f"{distance:.3g}")
     for text in ("Frechet distance, 40 samples", f"{floor:.4g}", "rounded to uint8", "x the floor"):
