@@ -252,7 +252,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "threads": 0,
         "channels_last": True,
         "preset": "mnist_small",
-        "steps": 2400,
+        "steps": 2000,
         "lr": 1e-3,
         "ema": 0.995,
     },
