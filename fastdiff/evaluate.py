@@ -183,6 +183,11 @@ def _prepare(
     if run.unet.config.num_classes is not None:
         if dataset.labels is None:
             raise UserError(f"--data {data}: {config.run} is class-conditional and needs classes")
+        if dataset.num_classes > run.unet.config.num_classes:
+            raise UserError(
+                f"--data {data}: {dataset.num_classes} classes, but {config.run} was trained with "
+                f"{run.unet.config.num_classes}"
+            )
         model_kwargs["y"] = torch.from_numpy(dataset.labels[chosen]).to(device)
     folder = Path(config.run) / "evaluation"
     try:

@@ -235,7 +235,8 @@ def frechet(task: Task) -> Result:
     real = extract.of_dataset(task.dataset, reference, device)
     floor = frechet_distance(extract.of_dataset(task.dataset, held_out, device), real)
     distance = frechet_distance(extract.of_images(levels.to(device)), real)
-    ratio = distance / floor
+    # Features that are the same for every image leave no floor.
+    ratio = distance / floor if floor else None
     values = {
         "frechet_distance": distance,
         "real_vs_real": floor,

@@ -221,11 +221,13 @@ def test_every_metric_has_a_flag():
         (["plain", "--data", "digit"], ["--data digit", "digits, fashion-mnist"]),
         (["plain", "--data", "large.npz"], ["--data large.npz: images of 9x9x1", "8x8x1"]),
         (["learned", "--data", "small.npz"], ["--data small.npz", "class-conditional"]),
+        (["learned", "--data", "many.npz"], ["--data many.npz: 80 classes", "trained with 10"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(run_evaluate, runs, tmp_path, argv, fragments):
     np.savez(tmp_path / "large.npz", np.zeros((80, 9, 9, 1), np.uint8))
     np.savez(tmp_path / "small.npz", np.zeros((80, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "many.npz", np.zeros((80, 8, 8, 1), np.uint8), np.arange(80))
     if "--steps" not in argv:
         argv = [*argv, "--steps", "4"]
     code, out, error = run_evaluate(*argv)
