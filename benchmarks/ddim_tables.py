@@ -33,20 +33,14 @@ import numpy as np
 import torch
 
 from benchmarks.ddim_report import ETAS, verdicts, write_report
-from benchmarks.image_features import FeatureClassifier, features, train_classifier
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.metrics import frechet_distance
 from fastdiff.samplers import DDIM
 from fastdiff.training import RunFolder, TrainConfig, TrainedRun, Trainer, UserError, load_run
 from fastdiff.training.checkpoint import write_atomic
-from fastdiff.training.data import ArrayDataset, load_dataset
+from fastdiff.training.data import ArrayDataset, has_files, load_dataset
+from fastdiff.training.features import FeatureClassifier, features, train_classifier
 from fastdiff.training.run import newest_checkpoint
-
-FASHION_MNIST_PLACES = (
-    "/usr/share/datasets/fashion-mnist",
-    "/usr/share/dataset-fashion-mnist",
-    "/usr/share/fashion-mnist",
-)
 
 
 @dataclass(frozen=True)
@@ -102,9 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 def load_images(data: str | None, folder: str | None, quick: bool) -> tuple[str, ArrayDataset]:
     """The dataset and its name; Fashion-MNIST averaged to 14x14."""
     if data is None:
-        places = [folder] if folder else [p for p in FASHION_MNIST_PLACES if os.path.isdir(p)]
-        data = "fashion-mnist" if places and not quick else "digits"
-        folder = places[0] if data == "fashion-mnist" else None
+        present = not quick and (folder is not None or has_files("fashion-mnist"))
+        data = "fashion-mnist" if present else "digits"
     dataset = load_dataset(data, folder)
     if data == "digits":
         return data, dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class RateDistortion:
     rate: Tensor
     distortion: Tensor
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | BinaryIO) -> None:
         """Draw distortion against rate, and both against the reverse process's time."""
         from matplotlib.figure import Figure
 

@@ -3,15 +3,16 @@
 --bpd: the variational bound on -log2 p(x) per dimension, its terms, and the rate-distortion curve.
 --likelihood: the same quantity as the probability flow has it, a second estimate.
 --reconstruction: the error that DDIM's encoding and decoding leave, by number of steps.
+--frechet: the Frechet distance of samples to real images, beside that of as many real images.
 
-Results are printed, and written to RUN/evaluation/, one JSON file per metric (and a plot of the
-curve) that holds its settings and that the next evaluation replaces.
+Results are printed, shown in RUN/report.html, and written to RUN/evaluation/, one JSON file per
+metric (and pictures) that holds its settings and that the next evaluation replaces. ``torchrun
+--nproc-per-node N -m -- fastdiff.evaluate RUN`` shares the images out to N processes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastdiff import _cli
-from fastdiff.likelihood import flow_likelihood
+from fastdiff.evaluation import METRICS, Task, unsuited
+from fastdiff.samplers import SAMPLERS
+from fastdiff.training import report
 from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError
-from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
+from fastdiff.training.run import RunFolder, choose_device, load_run, use_threads
 
 PROGRAM = "python -m fastdiff.evaluate"
 NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
@@ -43,13 +46,18 @@ class EvaluateConfig:
     """Bits/dim of the probability flow (of dequantized images)."""
     reconstruction: bool = False
     """Mean squared error, pixels scaled to [0, 1], after encoding and decoding with DDIM."""
+    frechet: bool = False
+    """Frechet distance of --samples images drawn from the model to real ones."""
     data: str | None = None
     """Images to evaluate on, as --data of fastdiff.train; None: those that the run was trained on,
     which flatter it."""
     data_dir: str | None = None
     """Folder that holds the files of fashion-mnist or cifar10; None: as in the run."""
+    test_images: bool = False
+    """The test images that come with the data (fashion-mnist, cifar10, hf:NAME), which the run has
+    not seen."""
     num: int = 64
-    """Number of images, drawn at random from the data."""
+    """Number of images, drawn at random from the data (all metrics but --frechet)."""
     seed: int = 0
     """Seed of that choice and of all noise."""
     batch_size: int = 256
@@ -60,142 +68,20 @@ class EvaluateConfig:
     """--likelihood: relative and absolute error that the solver allows per step."""
     steps: tuple[int, ...] = (10, 20, 50, 100)
     """--reconstruction: numbers of DDIM steps, as far as the run has as many timesteps."""
+    samples: int = 500
+    """--frechet: number of images drawn, and of real ones held against the others as the floor."""
+    sampler: str = "ddim"
+    """--frechet: how to sample, as --sampler of fastdiff.sample."""
+    sample_steps: int | None = None
+    """--frechet: number of timesteps visited; None: 50, or all that the run has."""
+    eta: float = 0.0
+    """--frechet: DDIM's noise, 0 none, 1 as much as DDPM."""
+    features: str = "classifier"
+    """--frechet: classifier (a small one, trained on the data once and kept in RUN/evaluation),
+    inception (torchvision's, if its weights are there), module:function of yours that maps uint8
+    (B, C, H, W) to (B, D), or the features.safetensors of another run."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU when there is one."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every metric works on."""
-
-    config: EvaluateConfig
-    run: TrainedRun
-    x0: Tensor
-    """uint8 (N, C, H, W) on the device."""
-    model_kwargs: dict[str, Tensor]
-    """Class labels (N,) of a class-conditional run."""
-    folder: Path
-    """Where results are written."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a metric found.
-
-    Attributes
-    ----------
-    rows : list of (str, str)
-        Name and value, for people.
-    values : dict
-        The same and more, for programs (JSON).
-    """
-
-    rows: list[tuple[str, str]]
-    values: dict[str, Any]
-
-
-def bpd(task: Task) -> Result:
-    """The variational bound (SPEC §6), and progressive coding (SPEC §7)."""
-    diffusion = task.run.diffusion
-    bits = diffusion.bits_per_dim(
-        task.run.unet,
-        task.x0,
-        seed=task.config.seed,
-        max_batch=task.config.batch_size,
-        model_kwargs=task.model_kwargs,
-    )
-    curve = bits.rate_distortion()
-    curve.plot(task.folder / "rate_distortion.png")
-    vb = bits.vb.double().mean(0)
-    mean, error = _mean_and_error(bits.total)
-    values = {
-        "bits_per_dim": mean,
-        "standard_error": error,
-        "prior": float(bits.prior.mean()),
-        "terminal_snr": diffusion.schedule.terminal_snr,
-        "decoder": float(vb[0]),
-        "vb": vb.tolist(),
-        "x0_mse": bits.x0_mse.double().mean(0).tolist(),
-        "eps_mse": bits.eps_mse.double().mean(0).tolist(),
-        "rate": curve.rate.tolist(),
-        "distortion": curve.distortion.tolist(),
-    }
-    rows = [
-        ("bits/dim, variational bound", f"{mean:.4f} +- {error:.4f}"),
-        (f"  prior L_T (terminal SNR {values['terminal_snr']:.2g})", f"{values['prior']:.4f}"),
-        ("  L_1 .. L_{T-1}", f"{float(vb[1:].sum()):.4f}"),
-        ("  decoder L_0", f"{values['decoder']:.4f}"),
-        ("  RMSE (0..255) of x0 predicted from x_1", f"{float(curve.distortion[-2]):.2f}"),
-    ]
-    return Result(rows, values)
-
-
-def likelihood(task: Task) -> Result:
-    """Likelihood of the probability flow (SPEC §6), of uniformly dequantized images."""
-    config = task.config
-    try:
-        flow = flow_likelihood(
-            task.run.diffusion,
-            task.run.unet,
-            task.x0,
-            config.seed,
-            probes=config.probes,
-            dequantize=True,
-            rtol=config.tolerance,
-            atol=config.tolerance,
-            max_batch=config.batch_size,
-            model_kwargs=task.model_kwargs,
-        )
-    except RuntimeError as error:
-        raise RunError(f"--likelihood: {error} (--tolerance)") from error
-    mean, error = _mean_and_error(flow.bits_per_dim)
-    # Independent between images, so that the error of the mean falls with their number too.
-    probes = float(flow.standard_error.square().sum().sqrt()) / len(task.x0)
-    values = {
-        "bits_per_dim": mean,
-        "standard_error": error,
-        "standard_error_of_the_probes": None if math.isnan(probes) else probes,
-        "evaluations": float(flow.evaluations.double().mean()),
-    }
-    of_probes = "unknown from one" if math.isnan(probes) else f"{probes:.4f}"
-    rows = [
-        ("bits/dim, probability flow", f"{mean:.4f} +- {error:.4f}"),
-        ("  of that noise of the probes", of_probes),
-        ("  evaluations of the flow per image", f"{values['evaluations']:.0f}"),
-    ]
-    return Result(rows, values)
-
-
-def reconstruction(task: Task) -> Result:
-    """Error of decode(encode(x0)) per dimension, pixels scaled to [0, 1] (DDIM Table 2)."""
-    from fastdiff.reference.q_sample import pixels_from_uint8
-    from fastdiff.samplers import DDIM
-
-    diffusion, model = task.run.diffusion, task.run.unet
-    errors = {}
-    for steps in sorted(set(task.config.steps)):
-        if steps > diffusion.num_timesteps:
-            break
-        sampler = DDIM(diffusion, steps=steps, clip_denoised=False)
-        squares = []
-        for part in torch.arange(len(task.x0), device=task.x0.device).split(task.config.batch_size):
-            kwargs = {name: value[part] for name, value in task.model_kwargs.items()}
-            x0 = pixels_from_uint8(task.x0[part])
-            x_T = sampler.encode(model, x0, model_kwargs=kwargs)
-            again = sampler.sample(model, x_T=x_T, model_kwargs=kwargs)
-            squares.append(((again - x0) / 2).square().flatten(1).mean(1))
-        errors[steps] = float(torch.cat(squares).double().mean())
-    rows = [("reconstruction error per dimension", "")]
-    rows += [(f"  {steps} steps", f"{error:.2e}") for steps, error in errors.items()]
-    return Result(rows, {"steps": list(errors), "mse": list(errors.values())})
-
-
-METRICS: dict[str, Callable[[Task], Result]] = {
-    "bpd": bpd,
-    "likelihood": likelihood,
-    "reconstruction": reconstruction,
-}
-"""Every metric has a flag of its name, and writes a JSON file of that name."""
 
 
 def main(argv: list[str]) -> int:
@@ -210,52 +96,76 @@ def main(argv: list[str]) -> int:
         config=(tyro.conf.PositionalRequiredArgs,),  # RUN is the only one
     )
     _validate(config)
-    task = _prepare(config)
-    chosen = [name for name in METRICS if getattr(config, name)] or list(METRICS)
-    for name in chosen:
-        result = METRICS[name](task)
-        values = {"metric": name, **_settings(task), **result.values}
-        path = task.folder / f"{name}.json"
-        try:
-            write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
-        except OSError as error:
-            raise RunError(f"{path}: cannot write: {error.strerror}") from error
-        for title, value in result.rows:
-            print(f"{title:48}{value}", flush=True)
-    _cli.say(
-        f"step {task.run.step} of {config.run}, {len(task.x0)} images of {_data(task)}"
-        f"{'' if config.data else ' (which it was trained on)'}: {task.folder}"
-    )
+    world = World.from_environment()
+    say = _cli.say if world.is_first else _say_nothing
+    device = choose_device(config.device, world)
+    with world.joined(device):
+        task = _prepare(config, device, world, say)
+        _evaluate(task, say)
     return 0
 
 
+def _evaluate(task: Task, say: Callable[[str], None]) -> None:
+    config = task.config
+    chosen = [name for name in METRICS if getattr(config, name)]
+    for name in chosen or METRICS:
+        reason = unsuited(task, name)
+        if reason is not None:
+            if chosen:
+                raise UserError(reason)
+            say(f"left out: {reason}")
+            continue
+        result = METRICS[name](task)
+        if not task.world.is_first:
+            continue
+        values = {"metric": name, **_settings(task), **result.values}
+        _write(task.folder / f"{name}.json", (json.dumps(values, indent=2) + "\n").encode())
+        for title, content in result.pictures.items():
+            _write(task.folder / f"{title}.png", content)
+        for title, value in result.rows:
+            print(f"{title:48}{value}", flush=True)
+    if task.world.is_first:
+        path = report.write(RunFolder(Path(config.run)))
+        say(
+            f"step {task.run.step} of {config.run}, images of {task.data}"
+            f"{' (which it was trained on)' if _seen(config) else ''}: {task.folder}, {path}"
+        )
+
+
 def _validate(config: EvaluateConfig) -> None:
-    for name, least in (("num", 1), ("batch_size", 2), ("probes", 1)):
-        if getattr(config, name) < least:
+    least = {"num": 1, "batch_size": 2, "probes": 1, "samples": 2, "sample_steps": 1}
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(config, name)}: give a number of at least {least}")
+            raise UserError(f"{flag} {value}: give a number of at least {smallest}")
+    if config.sampler not in SAMPLERS:
+        raise UserError(f"--sampler {config.sampler!r}: give one of {', '.join(SAMPLERS)}")
     if not 0 < config.tolerance < 1:
         raise UserError(f"--tolerance {config.tolerance}: give a number between 0 and 1")
     if not config.steps or min(config.steps) < 1:
         raise UserError(f"--steps {' '.join(map(str, config.steps))}: give numbers of at least 1")
 
 
-def _prepare(config: EvaluateConfig) -> Task:
+def _prepare(
+    config: EvaluateConfig, device: torch.device, world: World, say: Callable[[str], None]
+) -> Task:
     from fastdiff.training.data import load_dataset
 
-    run = load_run(config.run, choose_device(config.device), warn=_cli.say)
+    run = load_run(config.run, device, warn=say)
     use_threads(run.config)
     timesteps = run.diffusion.num_timesteps
     if min(config.steps) > timesteps:
         raise UserError(
             f"--steps {min(config.steps)}: {config.run} has timesteps for 1..{timesteps}"
         )
-    data, data_dir = config.data, config.data_dir or run.config.data_dir
-    if data is None:
-        dataset = load_dataset(run.config.data, data_dir, run.config.image_size)
-    else:
-        size = run.image_shape[-1] if Path(data).is_dir() else None
-        dataset = load_dataset(data, data_dir, size)
+    data = run.config.data if config.data is None else config.data
+    size = run.config.image_size
+    if config.data is not None:
+        size = run.image_shape[-1] if Path(data).is_dir() or data.startswith("hf:") else None
+    split = "test" if config.test_images else "train"
+    data_dir = config.data_dir or run.config.data_dir
+    dataset = load_dataset(data, data_dir, size, split=split, warn=say)
     height, width, channels = dataset.shape
     if (channels, height, width) != run.image_shape:
         c, h, w = run.image_shape
@@ -265,24 +175,42 @@ def _prepare(config: EvaluateConfig) -> Task:
         )
     if config.num > len(dataset):
         raise UserError(f"--num {config.num}: there are {len(dataset)} images")
+    if config.num < world.size:
+        raise UserError(f"--num {config.num}: give at least one per process, {world.size}")
     chosen = np.random.default_rng(config.seed).permutation(len(dataset))[: config.num]
-    device = next(run.unet.parameters()).device
     x0 = torch.from_numpy(dataset.read(chosen)).permute(0, 3, 1, 2).contiguous().to(device)
     model_kwargs = {}
     if run.unet.config.num_classes is not None:
         if dataset.labels is None:
             raise UserError(f"--data {data}: {config.run} is class-conditional and needs classes")
+        if dataset.num_classes > run.unet.config.num_classes:
+            raise UserError(
+                f"--data {data}: {dataset.num_classes} classes, but {config.run} was trained with "
+                f"{run.unet.config.num_classes}"
+            )
         model_kwargs["y"] = torch.from_numpy(dataset.labels[chosen]).to(device)
     folder = Path(config.run) / "evaluation"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot write: {error.strerror}") from error
-    return Task(config, run, x0, model_kwargs, folder)
+    return Task(config, run, x0, model_kwargs, folder, dataset, data, world)
 
 
-def _data(task: Task) -> str:
-    return task.config.data or task.run.config.data
+def _seen(config: EvaluateConfig) -> bool:
+    """Whether the run was trained on these images."""
+    return config.data is None and not config.test_images
+
+
+def _say_nothing(message: str) -> None:
+    """What rank 0 says, the other processes need not repeat."""
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise RunError(f"{path}: cannot write: {error.strerror}") from error
 
 
 def _settings(task: Task) -> dict[str, Any]:
@@ -290,18 +218,12 @@ def _settings(task: Task) -> dict[str, Any]:
     config = task.config
     return {
         "step": task.run.step,
-        "data": _data(task),
-        "training_images": config.data is None,
+        "data": task.data,
+        "training_images": _seen(config),
+        "test_images": config.test_images,
         "num": config.num,
         "seed": config.seed,
     }
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean over images, and its standard error (0 for one image)."""
-    values = values.double()
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), error
 
 
 if __name__ == "__main__":

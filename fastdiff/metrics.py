@@ -12,7 +12,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     ----------
     a, b
         (N, D) and (M, D), two samples of features or pixels. Finite samples of one distribution
-        are at a distance above 0: compare with that of real images.
+        are at a distance above 0: compare with that of real images. Means and covariances are
+        computed in float64.
+
+    Raises
+    ------
+    ValueError
+        The samples are not 2-d, of different D, or of fewer than 2 rows.
 
     Examples
     --------
@@ -21,7 +27,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     >>> round(fastdiff.metrics.frechet_distance(a, a + [3.0, 4.0]), 6)
     25.0
     """
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"a has shape {a.shape}, b {b.shape}, expected (N, D) and (M, D) with 2 or more rows"
+        )
+    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     # tr (C_a C_b)^(1/2) from the symmetric R C_b R with R^2 = C_a: real whatever the rank
     # (some pixels are always black), where the root of the product is ill-conditioned.
     values, vectors = np.linalg.eigh(cov_a)

@@ -8,10 +8,12 @@ and model/ (diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continue
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from typing import Any
 
 from fastdiff import _cli
+from fastdiff.training import watchers
 from fastdiff.training.config import TrainConfig, read_config_file
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError
@@ -24,6 +26,7 @@ NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
 def main(argv: list[str]) -> int:
     """Train as ``argv`` says; return the exit code."""
     from fastdiff.training.data import load_dataset
+    from fastdiff.training.download import download
     from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
     from fastdiff.training.trainer import Trainer
 
@@ -34,10 +37,13 @@ def main(argv: list[str]) -> int:
     folder = RunFolder(config.run_folder)
     device = choose_device(config.device, world)
     use_threads(config)
+    watchers.check(config)
     with world.joined(device):
         if not config.resume:
             world.first(folder.check_new)
-        dataset = load_dataset(config.data, config.data_dir, config.image_size)
+        if config.download:
+            world.first(lambda: download(config.data, config.data_dir))
+        dataset = load_dataset(config.data, config.data_dir, config.image_size, least=2, warn=say)
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
             newest = newest_checkpoint(folder, say)
@@ -106,8 +112,11 @@ def parse(argv: list[str]) -> TrainConfig:
     if config.resume:
         from fastdiff.training.run import RunFolder
 
-        saved = RunFolder(config.run_folder).saved_config("--resume")
-        config = settle(saved)
+        folder = config.run_folder
+        saved = RunFolder(folder).saved_config("--resume")
+        # The folder that was asked for, whatever its config.json says: it may have been moved, or
+        # come from somebody else.
+        config = dataclasses.replace(settle(saved), out=str(folder))
         changed = config.changes_that_break_resuming(saved)
         if changed:
             raise UserError(

@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training.test_distributed import CPU, in_processes
 
 from fastdiff import _cli, evaluate
 from fastdiff.likelihood import flow_likelihood
+from fastdiff.metrics import frechet_distance
 from fastdiff.nn import PRESETS
+from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
-from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
+from fastdiff.training import RunFolder, TrainConfig, Trainer, features, load_dataset, load_run
 
 CONFIG = TrainConfig(
     preset="tiny",
@@ -140,14 +144,19 @@ def test_likelihood_and_reconstruction(run_evaluate, runs):
     assert not (folder / "frechet.json").exists()
 
 
-def test_without_a_flag_every_metric_is_evaluated_anew(run_evaluate, runs, tmp_path):
+def test_without_a_flag_every_metric_is_evaluated_anew(run_evaluate, runs, tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images[..., None])
     argv = ["plain", "--num", "2", "--steps", "2", "--probes", "1", "--tolerance", "1e-2"]
+    monkeypatch.setattr(features, "CLASSIFIER_STEPS", 3)
+    argv += ["--samples", "20"]
     for data in ([], ["--data", "images.npz"]):
-        assert run_evaluate(*argv, *data)[0] == 0
+        code, _, error = run_evaluate(*argv, *data)
+        assert code == 0
+    assert "left out: --samples 20: --frechet needs twice as many real images" in error
     folder = runs / "plain" / "evaluation"
-    for name in evaluate.METRICS:
+    assert json.loads((folder / "frechet.json").read_text())["data"] == "digits"
+    for name in evaluate.METRICS.keys() - {"frechet"}:
         values = json.loads((folder / f"{name}.json").read_text())
         assert (values["data"], values["training_images"]) == ("images.npz", False)
     assert (
@@ -155,9 +164,45 @@ def test_without_a_flag_every_metric_is_evaluated_anew(run_evaluate, runs, tmp_p
     )
 
 
+def test_two_processes_find_what_one_finds(runs, tmp_path):
+    config = evaluate.EvaluateConfig(
+        run=str(runs / "learned"),
+        bpd=True,
+        likelihood=True,
+        reconstruction=True,
+        frechet=True,
+        num=3,
+        probes=1,
+        steps=(3,),
+        tolerance=1e-2,
+        samples=20,
+        batch_size=8,
+        features="training.test_features:mean_and_spread",
+        device="cpu",
+    )
+
+    def work(world):
+        evaluate._evaluate(evaluate._prepare(config, CPU, world, print), print)
+
+    found = []
+    for size in (1, 2):
+        results = in_processes(size, work)
+        assert list(results.values()) == [None] * size
+        folder = runs / "learned/evaluation"
+        found.append({p.name: json.loads(p.read_text()) for p in folder.glob("*.json")})
+        for path in folder.glob("*.json"):
+            path.unlink()
+    assert found[0].keys() == {f"{name}.json" for name in evaluate.METRICS}
+    for name, one in found[0].items():
+        for key, value in one.items():
+            numbers = isinstance(value, (float, list))
+            expected = pytest.approx(value, rel=1e-3) if numbers else value
+            assert found[1][name][key] == expected, (name, key)
+
+
 def test_every_metric_has_a_flag():
     flags = {f.name for f in dataclasses.fields(evaluate.EvaluateConfig) if f.type == "bool"}
-    assert flags == set(evaluate.METRICS)
+    assert flags - {"test_images"} == set(evaluate.METRICS)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +221,13 @@ def test_every_metric_has_a_flag():
         (["plain", "--data", "digit"], ["--data digit", "digits, fashion-mnist"]),
         (["plain", "--data", "large.npz"], ["--data large.npz: images of 9x9x1", "8x8x1"]),
         (["learned", "--data", "small.npz"], ["--data small.npz", "class-conditional"]),
+        (["learned", "--data", "many.npz"], ["--data many.npz: 80 classes", "trained with 10"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(run_evaluate, runs, tmp_path, argv, fragments):
     np.savez(tmp_path / "large.npz", np.zeros((80, 9, 9, 1), np.uint8))
     np.savez(tmp_path / "small.npz", np.zeros((80, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "many.npz", np.zeros((80, 8, 8, 1), np.uint8), np.arange(80))
     if "--steps" not in argv:
         argv = [*argv, "--steps", "4"]
     code, out, error = run_evaluate(*argv)
@@ -189,3 +236,108 @@ def test_bad_input_is_one_line_that_names_it(run_evaluate, runs, tmp_path, argv,
     assert error.count("\n") == 1
     for fragment in fragments:
         assert fragment in error
+
+
+FRECHET = ["--frechet", "--samples", "40", "--sample-steps", "3"]
+
+
+def mean_and_spread(levels):
+    """Features that can be computed by hand; a user's module."""
+    pixels = levels.double().flatten(1) / 255
+    return torch.stack((pixels.mean(1), pixels.std(1)), 1).numpy()
+
+
+@pytest.fixture
+def own_features(monkeypatch):
+    module = types.ModuleType("own")
+    module.function = mean_and_spread
+    module.broken = lambda levels: levels.float()
+    module.nan = lambda levels: torch.full((len(levels), 2), torch.nan)
+    module.number = 3
+    monkeypatch.setitem(sys.modules, "own", module)
+
+
+@pytest.mark.parametrize("name", ["plain", "learned"])
+def test_distance_and_floor_are_those_of_the_images(run_evaluate, runs, own_features, name):
+    flags = ["--features", "own:function", "--seed", "5", "--eta", "0.5"]
+    code, out, _ = run_evaluate(name, *FRECHET, *flags)
+    assert code == 0
+    values = json.loads((runs / name / "evaluation/frechet.json").read_text())
+
+    dataset = load_dataset("digits")
+    order = np.random.default_rng((5, 40)).permutation(len(dataset))
+    real = torch.from_numpy(dataset.images).permute(0, 3, 1, 2)
+    reference = mean_and_spread(real[order[40:]])
+    floor = frechet_distance(mean_and_spread(real[order[:40]]), reference)
+    run = load_run(runs / name)
+    labels = torch.from_numpy(dataset.labels[order[:40]]) if name == "learned" else None
+    levels = generate(run, DDIM(run.diffusion, 3, eta=0.5), 40, 5, labels)
+    distance = frechet_distance(mean_and_spread(levels), reference)
+    assert values["real_vs_real"] == pytest.approx(floor, rel=1e-6)
+    assert values["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+    assert values["num"] == 40
+    assert values["num_reference"] == len(dataset) - 40
+    assert f"{distance:.3g}" in out.replace(f"{distance:.4g}", f"{distance:.3g}")
+    for text in ("Frechet distance, 40 samples", f"{floor:.4g}", "rounded to uint8", "x the floor"):
+        assert text in out
+    grid = Image.open(runs / name / "evaluation/frechet.png")
+    assert grid.size == (7 * 34 + 2, 6 * 34 + 2)  # all 40
+    report = (runs / name / "report.html").read_text()
+    assert f"{values['frechet_distance']:.4g}" in report
+
+
+def test_the_classifier_is_trained_once_and_can_be_shared(run_evaluate, runs, monkeypatch):
+    monkeypatch.setattr(features, "CLASSIFIER_STEPS", 60)
+    code, out, error = run_evaluate("plain", *FRECHET)
+    assert code == 0
+    assert "training the classifier" in error
+    path = runs / "plain/evaluation/features.safetensors"
+    first = json.loads((runs / "plain/evaluation/frechet.json").read_text())
+    assert first["feature_dimensions"] == 32
+    assert first["features_accuracy"] > 0.5  # of ten classes
+    assert f"right about {first['features_accuracy']:.0%}" in out
+    written = path.stat().st_mtime_ns
+    _, _, error = run_evaluate("plain", *FRECHET)
+    assert "training" not in error
+    assert path.stat().st_mtime_ns == written
+    again = json.loads((runs / "plain/evaluation/frechet.json").read_text())
+    assert again == first
+    # The noise of an untrained model lies far above the floor.
+    assert first["ratio"] > 3
+
+    code, _, error = run_evaluate("learned", *FRECHET, "--features", str(path))
+    assert code == 0
+    assert "training" not in error
+    # One that was trained on other images is replaced.
+    images = load_dataset("digits")
+    np.savez("halves.npz", images=images.images[:400], labels=images.labels[:400] % 2)
+    code, _, error = run_evaluate("plain", *FRECHET, "--data", "halves.npz")
+    assert "training the classifier for features on halves.npz" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--samples", "1"], ["--samples 1", "at least 2"]),
+        (["--samples", "899"], ["--samples 899", "1797", "at most 898"]),
+        (["--sample-steps", "0"], ["--sample-steps 0", "at least 1"]),
+        (["--sample-steps", "13"], ["--sample-steps", "13"]),
+        (["--sampler", "ddum"], ["--sampler 'ddum'", "ddim, "]),
+        (["--features", "clasifier"], ["--features clasifier", "module:function"]),
+        (["--features", "own:missing"], ["--features own:missing: cannot import", "missing"]),
+        (["--features", "nowhere_at_all:f"], ["cannot import", "nowhere_at_all"]),
+        (["--features", "own:number"], ["--features own:number: is not a function"]),
+        (["--features", "own:broken"], ["own:broken: gave (", "expected (", ", D)"]),
+        (["--features", "own:nan"], ["own:nan: gave features that are not finite"]),
+        (["--data", "plain.npz"], ["plain.npz has no classes", "module:function"]),
+        (["--test-images"], ["--data digits has no test images"]),
+    ],
+)
+def test_bad_input_of_frechet_is_one_line(run_evaluate, own_features, argv, fragments):
+    np.savez("plain.npz", load_dataset("digits").images)
+    code, _, error = run_evaluate("plain", *FRECHET, *argv)
+    assert code == 2
+    last = error.splitlines()[-1]
+    assert last.startswith("python -m fastdiff.evaluate: error: ")
+    for fragment in fragments:
+        assert fragment in last

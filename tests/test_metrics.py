@@ -33,3 +33,17 @@ def test_of_features_that_are_constant():
     b = _sample(np.zeros(2), 4 * np.eye(2), seed=1)
     dead = [np.column_stack([x, np.full(len(x), 0.3)]) for x in (a, b)]
     assert frechet_distance(*dead) == pytest.approx(2)
+
+
+def test_in_float64_whatever_is_given():
+    # At this offset float32 has steps of 1/16: variances of 1 would be lost in its means.
+    a = _sample(np.full(2, 1e6), np.diag([4.0, 9.0])).astype(np.float32)
+    b = _sample(np.full(2, 1e6), np.diag([1.0, 16.0]), seed=1).astype(np.float32)
+    assert frechet_distance(a, b) == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("shapes", [((4,), (4,)), ((4, 2), (4, 3)), ((1, 2), (4, 2))])
+def test_samples_that_have_no_covariance_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"a has shape .* expected \(N, D\) and \(M, D\)"):
+        frechet_distance(*map(np.zeros, shapes))
+    assert frechet_distance(np.zeros((3, 1)), np.ones((3, 1))) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdiff import _backends, _cli, train
 from fastdiff.losses import LOSSES
@@ -108,6 +109,16 @@ def test_resume_skips_a_damaged_checkpoint_and_says_so(run_train, tmp_path):
     assert "every checkpoint" in error.splitlines()[-1]
 
 
+def test_a_moved_run_goes_on_where_it_is(run_train, tmp_path):
+    assert run_train(*FLAGS)[0] == 0
+    path = tmp_path / "runs/digits/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "out": "../elsewhere"}))
+    code, error = run_train("--resume", "--steps", "7")
+    assert code == 0, error
+    assert json.loads(path.read_text())["steps"] == 7
+    assert not (tmp_path.parent / "elsewhere").exists()
+
+
 def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     from fastdiff.training import load_run
@@ -150,16 +161,26 @@ def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_pa
         (["--resume"], ["--resume", "holds no run"]),
         (["--data", "empty"], ["--data empty", "no images"]),
         (["--data", "two", "--class-cond"], ["--class-cond", "classes"]),
+        (["--data", "one"], ["--data one: 1 image; give at least 2"]),
+        (["--data", "mixed"], ["a.png is 8x8, b.png is 9x8", "--image-size"]),
+        (["--data", "broken"], ["none of 1 images can be read: broken/a.png (not an image"]),
+        (["--data", "labels.npz"], ["labels.npz: 3 images but 2 labels"]),
+        (["--download"], ["--download fetches cifar10 and fashion-mnist only, not --data digits"]),
+        (["--wandb", "w"], ["--wandb w needs the package wandb", "pip install wandb"]),
         (["--config", "absent.yaml"], ["--config absent.yaml", "No such file"]),
         (["--config", "bad.yaml"], ["--config bad.yaml", "unknown setting 'stepz'", "steps"]),
         (["--out", "file/run"], ["--out file/run", "cannot write in file"]),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, argv, fragments):
-    from PIL import Image
-
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "two").mkdir()
+def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, monkeypatch, argv, fragments):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name in ("empty", "one", "two", "mixed", "broken"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "one/a.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mixed/a.png")
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "mixed/b.png")
+    (tmp_path / "broken/a.png").write_bytes(b"nothing")
+    np.savez(tmp_path / "labels.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(2))
     (tmp_path / "bad.yaml").write_text("stepz: 3\n")
     (tmp_path / "file").write_text("")
     for name in "ab":
@@ -169,6 +190,19 @@ def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, argv, fragment
     assert_one_line(run_train(*flags, *argv), *fragments)
     assert contents(tmp_path) == before
     assert not (tmp_path / "runs").exists()
+
+
+def test_training_goes_on_without_the_images_that_cannot_be_read(run_train, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{k}.png")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-40])
+    code, error = run_train(*FLAGS, "--data", "photos", "--steps", "1", "--batch-size", "4")
+    assert code == 0, error
+    assert "skipped 1 of 4 images that cannot be read: photos/1.png (" in error
+    assert "3 images of 8x8x1" in error
 
 
 def test_an_environment_of_no_process_is_one_line(run_train, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Named U-Net configurations: the published ones of SPEC §11, and two small ones."""
+"""Named U-Net configurations: the published ones of SPEC §11, and small ones."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ PRESETS: dict[str, UNetConfig] = {
         channel_mult=(1, 2, 2),
         attention_resolutions=(7,),
         dropout=0.1,
+    ),
+    # The same images on a CPU: 1.2 million parameters and less than a fifth of the time.
+    "mnist_small": UNetConfig(
+        sample_size=28,
+        in_channels=1,
+        channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(7,),
+        time_conditioning="scale_shift",
+        num_groups=8,
     ),
     # 8x8 handwritten digits, for training in minutes on a laptop's CPU: 16 million multiplications
     # per image, 57 with 64 channels. After 1,000 steps of batch 128 scale_shift reached a loss of

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import pickle
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,16 +29,30 @@ CIFAR10_CLASSES = (
     "truck",
 )
 
+# Names of the images and of the labels in an .npz file.
+_NPZ_NAMES = (("images", "arr_0"), ("labels", "arr_1"))
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+# Deflate shrinks nothing more than 1032 times. Images, even of black and white shapes, stay below
+# a hundred; and a small file is harmless whatever it claims.
+_MOST_EXPANSION = 100
+_UNPACKED_ALWAYS = 1 << 28
+
+_LARGEST_BATCH = 1 << 26
 
 # Every class up to the highest label gets a name and an embedding; no dataset of images comes near
 # this, a damaged or unrelated array of integers does.
 MAX_CLASSES = 1 << 16
 
 
-def read_idx_pair(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read MNIST's training files, plain or .gz: images (N, H, W, 1), labels; None if absent."""
-    images = _plain_or_gz(folder / "train-images-idx3-ubyte")
-    labels = _plain_or_gz(folder / "train-labels-idx1-ubyte")
+def read_idx_pair(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray] | None:
+    """Read MNIST's files, plain or .gz: images (N, H, W, 1), labels (N,); None if absent."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images = _plain_or_gz(folder / f"{prefix}-images-idx3-ubyte")
+    labels = _plain_or_gz(folder / f"{prefix}-labels-idx1-ubyte")
     if images is None or labels is None:
         return None
     pixels, classes = read_idx(images, 3), read_idx(labels, 1)
@@ -49,27 +65,31 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Read an IDX file of bytes with ``ndim`` dimensions.
 
     The header is 0, 0, type (8 = unsigned byte), number of dimensions, then each length as a
-    big-endian 32-bit integer.
+    big-endian 32-bit integer. No more is unpacked than the header declares.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * ndim)
+            if header[:4] != bytes((0, 0, 8, ndim)):
+                raise UserError(f"--data-dir: {path} is not an IDX file of {ndim}-d bytes")
+            shape = tuple(
+                int.from_bytes(header[i : i + 4], "big") for i in range(4, 4 + 4 * ndim, 4)
+            )
+            size = math.prod(shape)
+            _check_unpacked_size(f"--data-dir: {path}", path.stat().st_size, size)
+            content = file.read(size + 1)
     except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UserError(f"--data-dir: cannot read {path}: {error}") from error
-    header = 4 + 4 * ndim
-    if content[:4] != bytes((0, 0, 8, ndim)):
-        raise UserError(f"--data-dir: {path} is not an IDX file of {ndim}-d bytes")
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
-    if len(content) != header + math.prod(shape):
+    if len(content) != size:
         raise UserError(f"--data-dir: {path} is damaged: its length does not match its header")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def read_cifar10(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read CIFAR-10's five training batches, python or binary format; None if absent."""
+def read_cifar10(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray] | None:
+    """Read CIFAR-10's batches, python (torchvision's) or binary format; None if absent."""
+    names = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}[split]
     for suffix, read in (("", _cifar10_pickle), (".bin", _cifar10_binary)):
-        paths = [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)]
+        paths = [folder / (name + suffix) for name in names]
         if all(path.is_file() for path in paths):
             parts = [read(path) for path in paths]
             pixels = np.concatenate([pixels for pixels, _ in parts])
@@ -85,40 +105,96 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]
     """Read images and, if there, labels of an .npz file (never unpickling).
 
     Images are the array named "images" or "arr_0", uint8 (N, H, W) or (N, H, W, C); labels,
-    "labels" or "arr_1", are integers (N,) from 0 to at most `MAX_CLASSES` - 1.
+    "labels" or "arr_1", are integers (N,) from 0 to at most `MAX_CLASSES` - 1. Other arrays are
+    not read, and these two only after what their headers declare was found to be true.
     """
+    what = f"--data {path}"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            found = [next((n for n in pair if n in names), None) for pair in _NPZ_NAMES]
+            if found[0] is None:
+                raise UserError(
+                    f"{what}: no array named 'images' or 'arr_0'; has {sorted(names)[:10]}"
+                )
+            images, labels = (
+                None if name is None else _read_npy(archive, f"{name}.npy", what) for name in found
+            )
+    except UserError:
+        raise
     except Exception as error:
         # What zipfile, zlib and NumPy raise on bytes they did not expect is not a documented set.
-        raise UserError(f"--data {path}: not a readable .npz file: {error}") from error
-    images = arrays.get("images", arrays.get("arr_0"))
-    labels = arrays.get("labels", arrays.get("arr_1"))
-    if images is None:
-        raise UserError(f"--data {path}: no array named 'images' or 'arr_0'; has {list(arrays)}")
+        raise UserError(f"{what}: not a readable .npz file: {error}") from error
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] > 4 or not images.size:
         raise UserError(
-            f"--data {path}: expected images as uint8 (N, H, W, C) with 1 to 4 channels, got "
+            f"{what}: expected images as uint8 (N, H, W, C) with 1 to 4 channels, got "
             f"{images.dtype} {images.shape}"
         )
     if labels is None:
         return images, None, ()
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"--data {path}: expected labels as integers (N,)")
+        raise UserError(f"{what}: expected labels as integers (N,)")
     _same_length(images, labels, path)
     if not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
         raise UserError(
-            f"--data {path}: expected labels from 0 to at most {MAX_CLASSES - 1}, got "
+            f"{what}: expected labels from 0 to at most {MAX_CLASSES - 1}, got "
             f"{labels.min()}..{labels.max()}"
         )
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return images, labels.astype(np.int64), classes
 
 
+def _read_npy(archive: zipfile.ZipFile, member: str, what: str) -> np.ndarray:
+    """Read one array of an .npz file: first its header, then what that declares."""
+    info = archive.getinfo(member)
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _READ_HEADER:
+            raise UserError(f"{what}: {member} is of an unknown version {version}")
+        shape, _, dtype = _READ_HEADER[version](file)
+        if dtype.hasobject:
+            raise UserError(
+                f"{what}: refused to load {member}, which holds pickled Python objects: loading "
+                "them could run code; save it as an array of numbers"
+            )
+        size = math.prod(shape) * dtype.itemsize
+        if size != info.file_size - file.tell():
+            raise UserError(
+                f"{what}: {member} is damaged: its header declares {dtype} {shape}, {size} bytes, "
+                f"but it holds {info.file_size - file.tell()}"
+            )
+        _check_unpacked_size(f"{what}: {member}", info.compress_size, size)
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _check_unpacked_size(what: str, packed: int, unpacked: int) -> None:
+    """Refuse, before it is unpacked, what would fill the memory."""
+    if unpacked > _UNPACKED_ALWAYS and unpacked > _MOST_EXPANSION * packed:
+        raise UserError(
+            f"{what}: refused to unpack {packed} bytes to {unpacked}, which images do not; it may "
+            "be a decompression bomb"
+        )
+    memory = memory_bytes()
+    if memory is not None and unpacked > memory:
+        raise UserError(
+            f"{what}: {unpacked / 2**30:.1f} GiB of pixels do not fit into the memory, "
+            f"{memory / 2**30:.1f} GiB; a folder of image files is read piece by piece"
+        )
+
+
+def memory_bytes() -> int | None:
+    """Size of the machine's memory; None where it cannot be asked for."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
 def _cifar10_pickle(path: Path) -> tuple[np.ndarray, list[int]]:
+    _check_batch_size(path)
     try:
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels, labels = np.asarray(batch[b"data"]), [int(i) for i in batch[b"labels"]]
@@ -133,11 +209,20 @@ def _cifar10_pickle(path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def _cifar10_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    _check_batch_size(path)
     content = np.fromfile(path, np.uint8)
     if content.size % 3073:
         raise UserError(f"--data-dir: {path} is damaged: not a whole number of 3073-byte records")
     records = content.reshape(-1, 3073)
     return records[:, 1:], records[:, 0]
+
+
+def _check_batch_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > _LARGEST_BATCH:
+        raise UserError(
+            f"--data-dir: {path} is no CIFAR-10 batch: it has {size} bytes, those have 31 million"
+        )
 
 
 class _ArrayUnpickler(pickle.Unpickler):

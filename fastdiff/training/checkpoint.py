@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -143,6 +144,12 @@ def load(path: Path) -> Checkpoint:
         raise
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename or path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        # torch's message advises to load it all the same.
+        raise DamagedCheckpoint(
+            f"refused to load {path / 'state.pt'}: it is not made of tensors, numbers and strings "
+            "alone, and loading anything else could run code"
+        ) from error
     except Exception as error:
         # What a parser raises on bytes it did not expect is not a documented set.
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error

@@ -8,20 +8,21 @@ A dataset is anything with ``__len__``, ``shape`` (H, W, C), ``labels``, ``num_c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
+from fastdiff.training import hub
 from fastdiff.training.archives import CIFAR10_CLASSES, read_cifar10, read_idx_pair, read_npz
 from fastdiff.training.config import BUILT_IN_DATA
+from fastdiff.training.encoded import EncodedDataset, EncodedImages
 from fastdiff.training.errors import UserError
-
-IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+from fastdiff.training.image_files import IMAGE_SUFFIXES
 
 FASHION_MNIST_CLASSES = (
     "T-shirt",
@@ -36,12 +37,17 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 
-# Where Debian's dataset-fashion-mnist and torchvision (run from the project's folder) put files.
+# Where torchvision (run from the project's folder) and Debian's dataset-fashion-mnist put files.
 USUAL_PLACES = ("data", "/usr/share/datasets")
 
-_EXIF_ORIENTATION = 0x0112
+_FILES = {
+    "fashion-mnist": (("FashionMNIST/raw",), read_idx_pair, FASHION_MNIST_CLASSES),
+    "cifar10": (("cifar-10-batches-py", "cifar-10-batches-bin"), read_cifar10, CIFAR10_CLASSES),
+}
 
-# A folder that decodes to less than this is decoded once and kept; a larger one, batch by batch.
+Split = Literal["train", "test"]
+
+# What decodes to less than this is decoded once and kept; a larger set, batch by batch.
 IN_MEMORY_BYTES = 2 << 30
 
 
@@ -78,73 +84,76 @@ class ArrayDataset:
         return self.images[indices]
 
 
-class FolderDataset:
-    """Images decoded from files when they are asked for, by a pool of threads."""
-
-    def __init__(
-        self,
-        paths: list[Path],
-        shape: tuple[int, int, int],
-        labels: np.ndarray | None,
-        classes: tuple[str, ...],
-    ) -> None:
-        self.paths = paths
-        self.shape = shape
-        self.labels = labels
-        self.classes = classes
-        self.num_classes = len(classes)
-        self._pool = ThreadPoolExecutor(_num_workers(), thread_name_prefix="fastdiff-decode")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Decode images to uint8 (B, H, W, C)."""
-        decode = self._pool.map(lambda i: _decode(self.paths[i], self.shape), indices)
-        return np.stack(list(decode))
+Dataset = ArrayDataset | EncodedDataset
 
 
-Dataset = ArrayDataset | FolderDataset
-
-
-def load_dataset(data: str, data_dir: str | None = None, image_size: int | None = None) -> Dataset:
+def load_dataset(
+    data: str,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    *,
+    split: Split = "train",
+    least: int = 1,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Dataset:
     """Load what ``--data`` names.
 
     Parameters
     ----------
     data : str
-        "digits", "fashion-mnist", "cifar10", a folder of images, or an .npz file.
+        "digits", "fashion-mnist", "cifar10", "hf:NAME" or "hf:NAME:SPLIT" (a dataset of the
+        Hugging Face Hub), a folder of images or one that `datasets` saved, or an .npz file.
     data_dir : str, optional
         Where the files of fashion-mnist and cifar10 are.
     image_size : int, optional
-        For a folder: resize and centre-crop every image to this size.
+        For a folder and hf: resize and centre-crop every image to this size.
+    split : {"train", "test"}
+        The test images of fashion-mnist, cifar10 and hf, which training never sees.
+    least : int
+        Smallest number of images that is of use.
+    warn : callable
+        Is told which images cannot be used.
 
     Raises
     ------
     UserError
         For an unknown name and for files that are missing, unreadable or of mixed sizes.
     """
+    dataset = _load(data, data_dir, image_size, split, warn)
+    if len(dataset) < least:
+        raise UserError(f"--data {data}: {len(dataset)} image; give at least {least}")
+    return dataset
+
+
+def _load(data, data_dir, image_size, split, warn) -> Dataset:
     path = Path(data)
-    if data not in BUILT_IN_DATA and not path.exists():
+    from_hub = data.startswith(hub.PREFIX) or hub.is_saved(path)
+    if data not in BUILT_IN_DATA and not from_hub and not path.exists():
         raise UserError(
             f"--data {data}: no such dataset, folder or file; give one of "
-            f"{', '.join(BUILT_IN_DATA)}, a folder of images, or an .npz file"
+            f"{', '.join(BUILT_IN_DATA)}, hf:NAME, a folder of images, or an .npz file"
         )
-    if image_size is not None and (data in BUILT_IN_DATA or not path.is_dir()):
+    if image_size is not None and not from_hub and (data in BUILT_IN_DATA or not path.is_dir()):
         raise UserError(f"--image-size applies to a folder of images, not to --data {data}")
+    if from_hub:
+        return _decoded(data, *hub.load(data, split), image_size, warn)
+    if data in _FILES:
+        return ArrayDataset(*_built_in(data, data_dir, split))
+    if split != "train":
+        raise UserError(f"--data {data} has no test images of its own")
     if data == "digits":
         return _digits()
-    if data == "fashion-mnist":
-        images, labels = _first_found(data, data_dir, ("FashionMNIST/raw",), read_idx_pair)
-        return ArrayDataset(images, labels, FASHION_MNIST_CLASSES)
-    if data == "cifar10":
-        layouts = ("cifar-10-batches-py", "cifar-10-batches-bin")
-        return ArrayDataset(*_first_found(data, data_dir, layouts, read_cifar10), CIFAR10_CLASSES)
     if path.is_dir():
-        return _folder(path, image_size)
+        return _folder(path, image_size, warn)
     if path.suffix == ".npz":
         return ArrayDataset(*read_npz(path))
     raise UserError(f"--data {data}: neither a folder of images nor an .npz file")
+
+
+def has_files(data: str, data_dir: str | None = None) -> bool:
+    """Whether the files of fashion-mnist or cifar10 are in ``data_dir`` or a usual place."""
+    _, read, _ = _FILES[data]
+    return any(read(folder, "train") is not None for folder in _places(data, data_dir))
 
 
 class Batches:
@@ -224,49 +233,41 @@ def _digits() -> ArrayDataset:
     return ArrayDataset(images, digits.target.astype(np.int64), tuple("0123456789"))
 
 
-def _first_found(data, data_dir, layouts, read):
-    """Return ``read(folder)`` for the first place that has the dataset's files."""
-    roots = [Path(data_dir)] if data_dir is not None else [Path(p) for p in USUAL_PLACES]
-    folders = [root / sub for root in roots for sub in ("", data, *layouts)]
-    for folder in folders:
-        found = read(folder)
+def _built_in(data: str, data_dir: str | None, split: Split):
+    """Images, labels and classes in the first place that has the dataset's files."""
+    _, read, classes = _FILES[data]
+    for folder in _places(data, data_dir):
+        found = read(folder, split)
         if found is not None:
-            return found
+            return *found, classes
     where = data_dir if data_dir is not None else " or ".join(USUAL_PLACES)
     raise UserError(
-        f"--data {data}: its files are not in {where}; download them and give their folder "
-        "with --data-dir"
+        f"--data {data}: its {split} files are not in {where}; give their folder with --data-dir, "
+        "or add --download (which needs torchvision)"
     )
 
 
-def _folder(folder: Path, image_size: int | None) -> Dataset:
-    paths = _image_paths(folder)
-    with ThreadPoolExecutor(_num_workers()) as pool:
-        headers = list(pool.map(_read_header, paths))
-    if image_size is None:
-        first = headers[0][0]
-        for path, (size, _) in zip(paths, headers, strict=True):
-            if size != first:
-                raise UserError(
-                    f"--data {folder}: images of mixed sizes: {paths[0].name} is "
-                    f"{first[0]}x{first[1]}, {path.name} is {size[0]}x{size[1]}; "
-                    "give one size with --image-size"
-                )
-        width, height = first
-    else:
-        width = height = image_size
-    channels = 1 if all(mode in ("1", "L", "LA") for _, mode in headers) else 3
+def _places(data: str, data_dir: str | None) -> list[Path]:
+    roots = [Path(data_dir)] if data_dir is not None else [Path(p) for p in USUAL_PLACES]
+    return [root / sub for root in roots for sub in ("", data, *_FILES[data][0])]
 
+
+def _folder(folder: Path, image_size: int | None, warn: Callable[[str], None]) -> Dataset:
+    paths = _image_paths(folder)
     labels, classes = None, ()
     if all(path.parent != folder for path in paths):
         names = [path.relative_to(folder).parts[0] for path in paths]
         classes = tuple(sorted(set(names)))
         labels = np.array([classes.index(name) for name in names], np.int64)
+    return _decoded(str(folder), EncodedImages(paths, paths), labels, classes, image_size, warn)
 
-    dataset = FolderDataset(paths, (height, width, channels), labels, classes)
-    if len(paths) * height * width * channels > IN_MEMORY_BYTES:
+
+def _decoded(data, images, labels, classes, image_size, warn) -> Dataset:
+    """Encoded images as a dataset: in memory if they fit, else decoded when they are needed."""
+    dataset = EncodedDataset.checked(data, images, labels, classes, image_size, warn)
+    if dataset.num_bytes > IN_MEMORY_BYTES:
         return dataset
-    return ArrayDataset(dataset.read(np.arange(len(paths))), labels, classes)
+    return ArrayDataset(*dataset.decode_all(), dataset.classes)
 
 
 def _image_paths(folder: Path) -> list[Path]:
@@ -285,51 +286,3 @@ def _image_paths(folder: Path) -> list[Path]:
             f"{', '.join(sorted(IMAGE_SUFFIXES))} are read"
         )
     return paths
-
-
-def _open(path: Path):
-    from PIL import Image
-
-    try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"--data: cannot read the image {path}: {error}") from error
-
-
-def _read_header(path: Path) -> tuple[tuple[int, int], str]:
-    with _open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(
-                f"--data: {path} has more than 8 bits per channel ({image.mode}); "
-                "convert it to 8 bits first"
-            )
-        try:
-            orientation = image.getexif().get(_EXIF_ORIENTATION)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"--data: cannot read the image {path}: {error}") from error
-        on_its_side = orientation in (5, 6, 7, 8)
-        return image.size[::-1] if on_its_side else image.size, image.mode
-
-
-def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode an image: upright as its EXIF says, and what is transparent in it on white."""
-    from PIL import Image, ImageOps
-
-    height, width, channels = shape
-    with _open(path) as image:
-        try:
-            pixels = ImageOps.exif_transpose(image)
-            if "A" in pixels.getbands() or "transparency" in pixels.info:
-                pixels = pixels.convert("RGBA")
-                white = Image.new("RGBA", pixels.size, "white")
-                pixels = Image.alpha_composite(white, pixels)
-            pixels = pixels.convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"--data: cannot read the image {path}: {error}") from error
-    if pixels.size != (width, height):
-        pixels = ImageOps.fit(pixels, (width, height))
-    return np.asarray(pixels).reshape(shape)
-
-
-def _num_workers() -> int:
-    return min(16, os.cpu_count() or 1)

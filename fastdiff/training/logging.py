@@ -1,16 +1,24 @@
-"""What a run shows of its training: metrics.jsonl, loss.png."""
+"""What a run shows of its training: metrics.jsonl, loss.png, and what watches it."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.watchers import Watcher, watchers
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fastdiff.training.config import TrainConfig
+    from fastdiff.training.run import RunFolder
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -35,18 +43,42 @@ class Metrics:
     last_step : int
         Lines after this step, written by a run that was lost after its last checkpoint, are
         dropped, so that the file reads as if the run had never stopped.
+    watchers : sequence of Watcher
+        Are told the same, until the context ends.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, watchers: Sequence[Watcher] = ()) -> None:
         self.path = path
+        self.watchers = watchers
         self.entries = [e for e in read_metrics(path) if e["step"] <= last_step]
         write_atomic(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, folder: RunFolder, last_step: int) -> Metrics:
+        """Those of a run, with the watchers that its settings ask for."""
+        path = folder.path / "metrics.jsonl"
+        return cls(path, last_step, watchers(config, folder.path, last_step))
 
     def write(self, **entry: Any) -> None:
         """Append one line."""
         self.entries.append(entry)
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        for watcher in self.watchers:
+            watcher.write(entry)
+
+    def save_grid(self, grid: Image.Image, folder: Path, step: int) -> None:
+        """Write the sample grid of a step, and show it to the watchers."""
+        grid.save(folder / f"step-{step:08d}.png")
+        for watcher in self.watchers:
+            watcher.picture(grid, step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for watcher in self.watchers:
+            watcher.close()
 
     def plot(self, path: Path) -> None:
         """Draw loss against step: every entry, and a running mean over a twentieth of them."""

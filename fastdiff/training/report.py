@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastdiff.training.run import RunFolder
 
 # Grids shown, spread evenly over the run; more would make the page large, not clearer.
-_MAX_GRIDS = 8
+_MAX_GRIDS = 9
 
 # Title, unit of the vertical axis, logarithmic.
 _CURVES = {
@@ -30,15 +30,34 @@ _CURVES = {
     "loss_scale": ("Loss scale of float16", "", True),
 }
 
+# Titles of what `fastdiff.evaluate` writes: NAME.json and its pictures.
+_EVALUATIONS = {
+    "bpd": "Bits/dim: variational bound",
+    "likelihood": "Bits/dim: probability flow",
+    "frechet": "Frechet distance",
+    "reconstruction": "Reconstruction error of DDIM",
+}
+_PICTURES = {
+    "bpd": ("rate_distortion", "Progressive coding"),
+    "frechet": ("frechet", "Samples that were measured"),
+}
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
+h3 { margin: 1.5rem 0 .3rem }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem }
+.facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; padding: 0 }
+.facts div { color: #666 } .facts b { display: block; color: #222; font-size: 1.3rem }
+.facts b { font-weight: 600; font-variant-numeric: tabular-nums }
 figure { margin: 0 } figcaption { color: #666; text-align: center }
 img { max-width: 100%; height: auto } .grids img { image-rendering: pixelated; width: 100% }
-table { border-collapse: collapse } td { padding: .15rem 1rem .15rem 0; vertical-align: top }
-td:first-child { color: #666 }
+.side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start }
+.side figure { max-width: min(640px, 100%) }
+table { border-collapse: collapse } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
+td { overflow-wrap: anywhere } td:first-child { color: #666; white-space: nowrap }
+.settings { columns: 2 26rem } .settings table { width: 100% } .settings tr { break-inside: avoid }
 """
 
 
@@ -49,6 +68,7 @@ def write(folder: RunFolder) -> Path:
     """
     entries = read_metrics(folder.path / "metrics.jsonl")
     settings = json.loads(folder.config.read_text())
+    evaluation = _evaluated(folder.path / "evaluation")
     title = html.escape(folder.path.resolve().name)
     parts = [
         "<!doctype html>",
@@ -56,14 +76,16 @@ def write(folder: RunFolder) -> Path:
         '<meta name="viewport" content="width=device-width">',
         f"<style>{_STYLE}</style>",
         f"<h1>{title}</h1>",
-        _summary(entries, settings),
+        _summary(entries, settings, evaluation),
         "<h2>Samples</h2>",
         _grids(folder.samples),
         "<h2>Curves</h2>",
         _curves(entries),
-        _evaluation(folder.path / "evaluation"),
+        _evaluation(evaluation, folder.path / "evaluation"),
         "<h2>Settings</h2>",
+        '<div class="settings">',
         _table({name: value for name, value in settings.items() if value is not None}),
+        "</div>",
         "</html>",
     ]
     path = folder.path / "report.html"
@@ -71,15 +93,28 @@ def write(folder: RunFolder) -> Path:
     return path
 
 
-def _summary(entries: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+def _summary(
+    entries: list[dict[str, Any]], settings: dict[str, Any], evaluation: dict[str, dict[str, Any]]
+) -> str:
     if not entries:
         return "<p>No step has been logged yet.</p>"
     last = entries[-1]
     rate = float(np.median([entry["images_per_second"] for entry in entries]))
-    return (
-        f"<p>Step {last['step']:,} of {settings['steps']:,} &middot; loss {last['loss']:.4f} "
-        f"&middot; {rate:,.0f} images/s (median)</p>"
-    )
+    facts = {
+        f"step of {settings['steps']:,}": f"{last['step']:,}",
+        "loss": f"{last['loss']:.4f}",
+        "images/s (median)": f"{rate:,.0f}",
+        "MiB of memory": f"{max(entry['memory_mib'] for entry in entries):,}",
+    }
+    for name, label in (("bpd", "bits/dim (bound)"), ("likelihood", "bits/dim (flow)")):
+        if "bits_per_dim" in evaluation.get(name, {}):
+            facts[label] = _shown(evaluation[name]["bits_per_dim"])
+    found = evaluation.get("frechet", {})
+    if "frechet_distance" in found:
+        floor = _shown(found.get("real_vs_real"))
+        facts[f"Frechet distance (floor {floor})"] = _shown(found["frechet_distance"])
+    cells = (f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in facts.items())
+    return f'<div class="facts">{"".join(cells)}</div>'
 
 
 def _grids(folder: Path) -> str:
@@ -112,6 +147,8 @@ def _curve(entries: list[dict[str, Any]], name: str, unit: str, log: bool) -> by
     axes.set(xlabel="step", ylabel=unit)
     if log and all(value > 0 for _, value in points):
         axes.set_yscale("log")
+    elif all(value >= 0 for _, value in points):
+        axes.set_ylim(bottom=0)
     return _png(figure)
 
 
@@ -131,13 +168,32 @@ def _by_timestep(entries: list[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def _evaluation(folder: Path) -> str:
-    """What `fastdiff.evaluate` found: the numbers of each metric, without its curves."""
-    sections = []
+def _evaluated(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `fastdiff.evaluate` found, by metric, in the order of the page."""
+    found = {}
     for path in sorted(folder.glob("*.json")):
-        values = json.loads(path.read_text())
-        single = {name: v for name, v in values.items() if not isinstance(v, (list, dict))}
-        sections.append(f"<h3>{html.escape(path.stem)}</h3>{_table(single)}")
+        try:
+            values = json.loads(path.read_text())
+        except (ValueError, RecursionError):
+            continue  # cut off, or not ours
+        if isinstance(values, dict):
+            found[path.stem] = values
+    order = list(_EVALUATIONS)
+    return dict(sorted(found.items(), key=lambda item: (*order, item[0]).index(item[0])))
+
+
+def _evaluation(evaluation: dict[str, dict[str, Any]], folder: Path) -> str:
+    """The numbers of each metric, without its curves, beside its picture."""
+    sections = []
+    for name, values in evaluation.items():
+        single = {k: v for k, v in values.items() if not isinstance(v, (list, dict))}
+        single.pop("metric", None)
+        picture = ""
+        file, caption = _PICTURES.get(name, (None, ""))
+        if file is not None and (folder / f"{file}.png").is_file():
+            picture = _figure((folder / f"{file}.png").read_bytes(), caption)
+        title = html.escape(_EVALUATIONS.get(name, name))
+        sections.append(f'<h3>{title}</h3><div class="side">{_table(single)}{picture}</div>')
     return "<h2>Evaluation</h2>" + "".join(sections) if sections else ""
 
 
@@ -167,7 +223,14 @@ def _figure(png: bytes, caption: str) -> str:
 
 def _table(values: dict[str, Any]) -> str:
     rows = (
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(_shown(value))}</td></tr>"
         for name, value in values.items()
     )
     return f"<table>{''.join(rows)}</table>"
+
+
+def _shown(value: Any) -> str:
+    """A value for people: numbers to four digits, yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

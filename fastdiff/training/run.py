@@ -92,16 +92,40 @@ class RunFolder:
             raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
 
     def saved_config(self, argument: str) -> TrainConfig:
-        """Read config.json; `UserError` naming ``argument`` if this is no run folder."""
+        """Read config.json.
+
+        Raises
+        ------
+        UserError
+            This is no run folder, or something in it is a link that leads out of it: nothing may
+            be read or overwritten elsewhere because of what a folder from others contains.
+        """
+        self._refuse_links(argument)
         try:
             values = json.loads(self.config.read_text())
         except OSError as error:
             raise UserError(
                 f"{argument}: {self.path} holds no run ({self.config.name}: {error.strerror})"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{argument}: {self.config} is not valid JSON: {error}") from error
         return TrainConfig().updated(values, f"{argument}: {self.config}")
+
+    def _refuse_links(self, argument: str) -> None:
+        root = os.path.realpath(self.path)  # which may itself be a link
+        for parent, folders, files in os.walk(root):
+            if parent == os.path.join(root, "wandb"):
+                folders.clear()  # links from there to its cache, and we never read what is there
+                continue
+            for name in folders + files:
+                path = os.path.join(parent, name)
+                if os.path.islink(path):
+                    target = os.path.realpath(path)
+                    if not target.startswith(root + os.sep):
+                        raise UserError(
+                            f"{argument}: {path} is a link that leads out of the run folder, to "
+                            f"{target}; put the file itself there"
+                        )
 
 
 def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:

@@ -151,9 +151,11 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.world.is_first,
         )
-        with bar, contextlib.closing(batches), self._writing(), self.world.peers():
+        closing = contextlib.ExitStack()
+        closing.callback(batches.close)
+        with bar, closing, self._writing(), self.world.peers():
             if self.world.is_first:
-                self.metrics = Metrics(self.folder.path / "metrics.jsonl", last_step=self.step)
+                self.metrics = closing.enter_context(Metrics.of_run(config, self.folder, self.step))
             self._restart_clock()
             while self.step < config.steps and not self.world.any(should_stop()):
                 images, labels = next(batches)
@@ -266,7 +268,7 @@ class Trainer:
             grid[indices] = to_uint8(images)
         grid = self.world.assemble(grid)
         if self.world.is_first:
-            image_grid(grid).save(self.folder.samples / f"step-{self.step:08d}.png")
+            self.metrics.save_grid(image_grid(grid), self.folder.samples, self.step)
             self.metrics.plot(self.folder.path / "loss.png")
             report.write(self.folder)
 

@@ -60,8 +60,15 @@ def test_it_shows_curves_samples_evaluation_and_settings(folder):
         picture.save(folder.samples / f"step-{step:08d}.png")
     picture.save(folder.samples / "ddim-50-seed-0.png")
     (folder.path / "evaluation").mkdir()
-    found = {"bits_per_dim": 3.25, "vb": [1, 2]}
-    (folder.path / "evaluation/bpd.json").write_text(json.dumps(found))
+    evaluation = folder.path / "evaluation"
+    found = {"metric": "bpd", "bits_per_dim": 3.2500001, "vb": [1, 2], "test_images": True}
+    (evaluation / "bpd.json").write_text(json.dumps(found))
+    found = {"frechet_distance": 0.123456, "real_vs_real": 0.0123456}
+    (evaluation / "frechet.json").write_text(json.dumps(found))
+    Image.fromarray(np.full((4, 4), 77, np.uint8)).save(evaluation / "frechet.png")
+    (evaluation / "likelihood.json").write_text('{"cut off": ')
+    (evaluation / "own.json").write_text('{"<b>": 7}')
+    (evaluation / "list.json").write_text("[1]")
 
     path = report.write(folder)
     page = Page(path.read_text())
@@ -69,14 +76,20 @@ def test_it_shows_curves_samples_evaluation_and_settings(folder):
     assert "a<b>&c" in text
     assert "<script>alert(1)</script>" in text  # as text
     assert "script" not in page.tags
-    assert "Step 110 of 2,000" in text
-    assert "160 images/s" in text
-    assert "3.25" in text
+    facts = {"step of 2,000": "110", "images/s (median)": "160", "MiB of memory": "300"}
+    facts |= {"bits/dim (bound)": "3.25", "Frechet distance (floor 0.01235)": "0.1235"}
+    for name, value in facts.items():
+        assert f"{value} {name}" in text
+    titles = [t for t in page.text if t in (*report._EVALUATIONS.values(), "own")]
+    assert titles == ["Bits/dim: variational bound", "Frechet distance", "own"]
+    assert "test_images yes" in text
+    assert "<b> 7" in text
     assert "[1, 2]" not in text
     curves = ["Training loss", "Loss by timestep", "Norm of the gradient", "Learning rate"]
     curves += ["Throughput", "Memory"]
-    grids = [f"step {step}" for step in (1, 4, 6, 9, 12, 15, 17, 20)]
-    assert list(page.pictures) == grids + curves
+    grids = [f"step {step}" for step in (1, 3, 6, 8, 11, 13, 15, 18, 20)]
+    assert list(page.pictures) == [*grids, *curves, "Samples that were measured"]
+    assert page.pictures["Samples that were measured"].getpixel((0, 0)) == 77
     assert page.pictures["step 20"].getpixel((0, 0)) == 20
     for name in curves:
         red, _, blue = np.moveaxis(np.asarray(page.pictures[name].convert("RGB"), int), -1, 0)
