@@ -155,20 +155,20 @@ class Forward {
     for (int64_t g = 0; g < count; ++g) set_affine(operands, unit + g, g * depth, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
-      write_parts(y_of(start), end - begin, pieces.run, size_, stream_,
-                  [&](char* y, int64_t row, int64_t rows) {
+      write_parts(y_of(start), end - begin, pieces.run, size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t row, int64_t rows, bool stream) {
                     kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run,
-                                       slope + begin + row, offset + begin + row);
+                                       slope + begin + row, offset + begin + row, stream);
                   });
       return;
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
-      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_,
-                  [&](char* y, int64_t, int64_t) {
+      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t, int64_t, bool stream) {
                     kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), slope + row,
-                                       offset + row);
+                                       offset + row, stream);
                   });
     }
   }
@@ -263,10 +263,10 @@ class Forward {
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;
-      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_,
-                  [&](char* y, int64_t pixel, int64_t pixels) {
+      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t pixel, int64_t pixels, bool stream) {
                     kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, slope,
-                                         offset);
+                                         offset, stream);
                   });
     }
     finish_streaming();

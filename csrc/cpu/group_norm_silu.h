@@ -27,9 +27,9 @@ struct GroupNormKernels {
                      F* square);
   // y = act(slope x + offset)
   void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
-                    const F* offset);
+                    const F* offset, bool stream);
   void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
-                      const F* offset);
+                      const F* offset, bool stream);
   // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                         const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
@@ -39,10 +39,12 @@ struct GroupNormKernels {
   // grad_x = a dz + b d + c; dz from `kept` if not null.
   void (*row_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t rows,
                      int64_t n, const F* k, const F* slope, const F* offset, const F* a, const F* b,
-                     const F* c);
+                     const F* c, bool stream);
   void (*pixel_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t pixels,
                        int64_t channels, const F* k, const F* slope, const F* offset, const F* a,
-                       const F* b, const F* c);
+                       const F* b, const F* c, bool stream);
+  // Whether the loops that write tensors do so past the caches if `stream`; others ignore it.
+  bool streams;
 };
 
 template <typename F>
@@ -109,19 +111,20 @@ void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, c
   }
 }
 
-// Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`
-// parts of `length` elements of `size` bytes each. `to` is the place in `out`, or if `stream` a tile in
-// the L1 cache that is then written past the caches: reading the lines of a result that is about to be
-// overwritten costs a third of the traffic.
+// Calls write(to, first, n, stream) for parts [first, first + n) of `count` parts of `length` elements
+// of `size` bytes each. `to` is their place in `out`, to be written past the caches if `stream`:
+// reading the lines of a result that is about to be overwritten costs a third of the traffic. Loops
+// that cannot (`streams` is false) write runs of kPiece elements into a tile in the L1 cache, which is
+// copied past the caches; that is slower, as the copy waits for no memory and the loop only for it.
 template <typename Write>
-void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream,
+void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream, bool streams,
                  const Write& write) {
-  if (!stream || length > kPiece) return write(out, int64_t{0}, count);
+  if (!stream || streams || length > kPiece) return write(out, int64_t{0}, count, stream);
   alignas(64) char tile[kPiece * sizeof(double)];
   const int64_t step = kPiece / length;
   for (int64_t first = 0; first < count; first += step) {
     const int64_t n = std::min(step, count - first);
-    write(tile, first, n);
+    write(tile, first, n, false);
     stream_bytes(out + first * length * size, tile, n * length * size);
   }
 }

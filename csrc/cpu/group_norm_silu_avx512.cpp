@@ -23,13 +23,15 @@ constexpr int64_t kLanes = 16;
 constexpr Mask kAll = 0xFFFF;
 FASTDIFF_INLINE V all(float value) { return _mm512_set1_ps(value); }
 
-// How x lies in memory; lanes outside the mask are 0.
+// How x lies in memory; lanes outside the mask are 0. stream() writes a whole vector past the caches, to
+// an address that is aligned to it.
 struct Float32 {
   using Type = float;
   static FASTDIFF_INLINE V load(const float* x, Mask m) { return _mm512_maskz_loadu_ps(m, x); }
   static FASTDIFF_INLINE void store(float* y, V value, Mask m) {
     _mm512_mask_storeu_ps(y, m, value);
   }
+  static FASTDIFF_INLINE void stream(float* y, V value) { _mm512_stream_ps(y, value); }
 };
 
 struct BFloat16 {
@@ -42,6 +44,9 @@ struct BFloat16 {
   static FASTDIFF_INLINE void store(uint16_t* y, V value, Mask m) {
     _mm256_mask_storeu_epi16(y, m, (__m256i)_mm512_cvtneps_pbh(value));
   }
+  static FASTDIFF_INLINE void stream(uint16_t* y, V value) {
+    _mm256_stream_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh(value));
+  }
 };
 
 struct Float16 {
@@ -51,6 +56,9 @@ struct Float16 {
   }
   static FASTDIFF_INLINE void store(uint16_t* y, V value, Mask m) {
     _mm256_mask_storeu_epi16(y, m, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static FASTDIFF_INLINE void stream(uint16_t* y, V value) {
+    _mm256_stream_si256((__m256i*)y, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 };
 
@@ -97,6 +105,40 @@ FASTDIFF_INLINE void for_vectors(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) body(i, kAll);
   if (i < n) body(i, static_cast<Mask>((1u << (n - i)) - 1));
+}
+
+// Bytes from the last address before y to which a vector of results is aligned.
+template <typename T>
+FASTDIFF_INLINE int64_t misaligned_bytes(const T* y) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) % (kLanes * sizeof(T)));
+}
+
+// y[i] = value(i, mask) for n elements, past the caches if kStream.
+template <typename S, bool kStream, typename Value>
+FASTDIFF_INLINE void write_run(typename S::Type* y, int64_t n, const Value& value) {
+  const auto write = [&](int64_t i, Mask m) FASTDIFF_LAMBDA { S::store(y + i, value(i, m), m); };
+  if constexpr (!kStream) return for_vectors(n, write);
+  constexpr int64_t size = sizeof(typename S::Type);
+  int64_t i = std::min(n, (kLanes * size - misaligned_bytes(y)) / size % kLanes);
+  if (i) write(0, static_cast<Mask>((1u << i) - 1));
+  for (; i + kLanes <= n; i += kLanes) S::stream(y + i, value(i, kAll));
+  if (i < n) write(i, static_cast<Mask>((1u << (n - i)) - 1));
+}
+
+// The same for one vector of a channels_last result, whose stores are aligned if kStream.
+template <typename S, bool kStream>
+FASTDIFF_INLINE void write_vector(typename S::Type* y, V value, Mask m) {
+  if constexpr (kStream) {
+    S::stream(y, value);
+  } else {
+    S::store(y, value, m);
+  }
+}
+
+// Whether every vector of a channels_last result is aligned.
+template <typename T>
+FASTDIFF_INLINE bool are_vectors_aligned(const T* y, int64_t channels) {
+  return channels % kLanes == 0 && misaligned_bytes(y) == 0;
 }
 
 // The sums over the lanes of four vectors, at a third of the cost of four single sums.
@@ -201,29 +243,45 @@ struct Kernels {
     });
   }
 
-  static void row_apply(const void* x_data, void* y_data, int64_t rows, int64_t n,
-                        const float* slope, const float* offset) {
+  template <bool kStream>
+  static FASTDIFF_INLINE void row_apply_(const void* x_data, void* y_data, int64_t rows, int64_t n,
+                                         const float* slope, const float* offset) {
     for (int64_t row = 0; row < rows; ++row) {
       const auto* x = in<S>(x_data) + row * n;
-      auto* y = out<S>(y_data) + row * n;
       const V a = all(slope[row]), b = all(offset[row]);
-      for_vectors(n, [&](int64_t i, Mask m) FASTDIFF_LAMBDA {
-        S::store(y + i, A::value(_mm512_fmadd_ps(a, S::load(x + i, m), b)), m);
+      write_run<S, kStream>(out<S>(y_data) + row * n, n, [&](int64_t i, Mask m) FASTDIFF_LAMBDA {
+        return A::value(_mm512_fmadd_ps(a, S::load(x + i, m), b));
       });
     }
   }
 
-  static void pixel_apply(const void* x_data, void* y_data, int64_t pixels, int64_t channels,
-                          const float* slope, const float* offset) {
+  static void row_apply(const void* x, void* y, int64_t rows, int64_t n, const float* slope,
+                        const float* offset, bool stream) {
+    if (stream) return row_apply_<true>(x, y, rows, n, slope, offset);
+    row_apply_<false>(x, y, rows, n, slope, offset);
+  }
+
+  template <bool kStream>
+  static FASTDIFF_INLINE void pixel_apply_(const void* x_data, void* y_data, int64_t pixels,
+                                           int64_t channels, const float* slope,
+                                           const float* offset) {
     for_pixel_blocks<4>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
                                               FASTDIFF_LAMBDA {
       const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
       for (int j = 0; j < kCount; ++j) {
         const int64_t i = (p + j) * channels + c;
-        S::store(out<S>(y_data) + i, A::value(_mm512_fmadd_ps(a, S::load(in<S>(x_data) + i, m), b)),
-                 m);
+        const V z = _mm512_fmadd_ps(a, S::load(in<S>(x_data) + i, m), b);
+        write_vector<S, kStream>(out<S>(y_data) + i, A::value(z), m);
       }
     });
+  }
+
+  static void pixel_apply(const void* x, void* y, int64_t pixels, int64_t channels,
+                          const float* slope, const float* offset, bool stream) {
+    if (stream && are_vectors_aligned(out<S>(y), channels)) {
+      return pixel_apply_<true>(x, y, pixels, channels, slope, offset);
+    }
+    pixel_apply_<false>(x, y, pixels, channels, slope, offset);
   }
 
   static FASTDIFF_INLINE V dz_of(V grad, V d, V slope, V offset) {
@@ -307,9 +365,8 @@ struct Kernels {
 
   // grad_x of the vector at element i; the other arguments are the coefficients of its row or channels.
   template <bool kKept>
-  static FASTDIFF_INLINE void write_grad_x(const void* x, const void* grad, const float* kept,
-                                           void* grad_x, int64_t i, Mask m, V k, V slope, V offset,
-                                           V a, V b, V c) {
+  static FASTDIFF_INLINE V grad_x_of(const void* x, const void* grad, const float* kept, int64_t i,
+                                     Mask m, V k, V slope, V offset, V a, V b, V c) {
     const V d = _mm512_sub_ps(S::load(in<S>(x) + i, m), k);
     V dz;
     if constexpr (kKept) {
@@ -317,33 +374,34 @@ struct Kernels {
     } else {
       dz = dz_of(S::load(in<S>(grad) + i, m), d, slope, offset);
     }
-    S::store(out<S>(grad_x) + i, _mm512_fmadd_ps(a, dz, _mm512_fmadd_ps(b, d, c)), m);
+    return _mm512_fmadd_ps(a, dz, _mm512_fmadd_ps(b, d, c));
   }
 
-  template <bool kKept>
-  static FASTDIFF_INLINE void row_grad_x_(const void* x, const void* grad, const float* kept,
+  template <bool kKept, bool kStream>
+  static void row_grad_x_(const void* x, const void* grad, const float* kept,
                                           void* grad_x, int64_t rows, int64_t n, const float* k,
                                           const float* slope, const float* offset, const float* a,
                                           const float* b, const float* c) {
     for (int64_t row = 0; row < rows; ++row) {
       const V center = all(k[row]), s = all(slope[row]), o = all(offset[row]);
       const V of_dz = all(a[row]), of_d = all(b[row]), constant = all(c[row]);
-      for_vectors(n, [&](int64_t i, Mask m) FASTDIFF_LAMBDA {
-        write_grad_x<kKept>(x, grad, kept, grad_x, row * n + i, m, center, s, o, of_dz, of_d,
-                            constant);
+      write_run<S, kStream>(out<S>(grad_x) + row * n, n, [&](int64_t i, Mask m) FASTDIFF_LAMBDA {
+        return grad_x_of<kKept>(x, grad, kept, row * n + i, m, center, s, o, of_dz, of_d, constant);
       });
     }
   }
 
   static void row_grad_x(const void* x, const void* grad, const float* kept, void* grad_x,
                          int64_t rows, int64_t n, const float* k, const float* slope,
-                         const float* offset, const float* a, const float* b, const float* c) {
-    if (kept) return row_grad_x_<true>(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
-    row_grad_x_<false>(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
+                         const float* offset, const float* a, const float* b, const float* c,
+                         bool stream) {
+    const auto run = kept ? (stream ? row_grad_x_<true, true> : row_grad_x_<true, false>)
+                          : (stream ? row_grad_x_<false, true> : row_grad_x_<false, false>);
+    run(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
   }
 
-  template <bool kKept>
-  static FASTDIFF_INLINE void pixel_grad_x_(const void* x, const void* grad, const float* kept,
+  template <bool kKept, bool kStream>
+  static void pixel_grad_x_(const void* x, const void* grad, const float* kept,
                                             void* grad_x, int64_t pixels, int64_t channels,
                                             const float* k, const float* slope, const float* offset,
                                             const float* a, const float* b, const float* constant) {
@@ -353,25 +411,27 @@ struct Kernels {
       const V o = Float32::load(offset + c, m), of_dz = Float32::load(a + c, m);
       const V of_d = Float32::load(b + c, m), of_1 = Float32::load(constant + c, m);
       for (int j = 0; j < kCount; ++j) {
-        write_grad_x<kKept>(x, grad, kept, grad_x, (p + j) * channels + c, m, center, s, o, of_dz,
-                            of_d, of_1);
+        const int64_t i = (p + j) * channels + c;
+        write_vector<S, kStream>(
+            out<S>(grad_x) + i,
+            grad_x_of<kKept>(x, grad, kept, i, m, center, s, o, of_dz, of_d, of_1), m);
       }
     });
   }
 
   static void pixel_grad_x(const void* x, const void* grad, const float* kept, void* grad_x,
                            int64_t pixels, int64_t channels, const float* k, const float* slope,
-                           const float* offset, const float* a, const float* b, const float* c) {
-    if (kept) {
-      return pixel_grad_x_<true>(x, grad, kept, grad_x, pixels, channels, k, slope, offset, a, b,
-                                 c);
-    }
-    pixel_grad_x_<false>(x, grad, kept, grad_x, pixels, channels, k, slope, offset, a, b, c);
+                           const float* offset, const float* a, const float* b, const float* c,
+                           bool stream) {
+    stream = stream && are_vectors_aligned(out<S>(grad_x), channels);
+    const auto run = kept ? (stream ? pixel_grad_x_<true, true> : pixel_grad_x_<true, false>)
+                          : (stream ? pixel_grad_x_<false, true> : pixel_grad_x_<false, false>);
+    run(x, grad, kept, grad_x, pixels, channels, k, slope, offset, a, b, c);
   }
 
   static GroupNormKernels<float> table() {
-    return {row_sums,      pixel_sums,      row_apply,  pixel_apply,
-            row_grad_sums, pixel_grad_sums, row_grad_x, pixel_grad_x};
+    return {row_sums,        pixel_sums, row_apply,    pixel_apply, row_grad_sums,
+            pixel_grad_sums, row_grad_x, pixel_grad_x, true};
   }
 };
 

@@ -220,12 +220,12 @@ class Backward {
     const int64_t base = unit * layout_.group_numel();
     for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
                                          int64_t) {
-      write_parts(out_of(base + first), rows, n, size_, stream_,
-                  [&](char* out, int64_t part, int64_t parts) {
+      write_parts(out_of(base + first), rows, n, size_, stream_, kernels_.streams,
+                  [&](char* out, int64_t part, int64_t parts, bool stream) {
                     const int64_t i = first + part * n, c = row + part;
                     kernels_.row_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr,
                                         out, parts, n, from.k + c, from.slope + c, from.offset + c,
-                                        from.a + c, from.b + c, from.c + c);
+                                        from.a + c, from.b + c, from.c + c, stream);
                   });
     });
     finish_streaming();
@@ -306,12 +306,12 @@ class Backward {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t first = pieces.begin(piece) * channels;
-      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
-                  [&](char* out, int64_t pixel, int64_t pixels) {
+      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_, kernels_.streams,
+                  [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
                     const int64_t i = first + pixel * channels;
                     kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
                                           kept ? kept + i : nullptr, out, pixels, channels, from.k,
-                                          from.slope, from.offset, from.a, from.b, from.c);
+                                          from.slope, from.offset, from.a, from.b, from.c, stream);
                   });
     }
     finish_streaming();

@@ -233,11 +233,11 @@ FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F
       pixel_sums<S>(x, p, n, k, s, q);                                                           \
     }                                                                                            \
     CLONES static void apply(const void* x, void* y, int64_t rows, int64_t n, const F* a,        \
-                             const F* b) {                                                       \
+                             const F* b, bool) {                                                 \
       row_apply<S, A>(x, y, rows, n, a, b);                                                      \
     }                                                                                            \
     CLONES static void pixel_apply_(const void* x, void* y, int64_t p, int64_t n, const F* a,    \
-                                    const F* b) {                                                \
+                                    const F* b, bool) {                                          \
       pixel_apply<S, A>(x, y, p, n, a, b);                                                       \
     }                                                                                            \
     CLONES static void grad_sums(const void* x, const void* g, int64_t rows, int64_t n,          \
@@ -254,13 +254,13 @@ FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F
     }                                                                                            \
     CLONES static void grad_x(const void* x, const void* g, const F* kept, void* out,            \
                               int64_t rows, int64_t n, const F* k, const F* s, const F* o,       \
-                              const F* a, const F* b, const F* c) {                              \
+                              const F* a, const F* b, const F* c, bool) {                        \
       if (kept) return row_grad_x<S, A, true>(x, g, kept, out, rows, n, k, s, o, a, b, c);       \
       row_grad_x<S, A, false>(x, g, kept, out, rows, n, k, s, o, a, b, c);                       \
     }                                                                                            \
     CLONES static void pixel_grad_x_(const void* x, const void* g, const F* kept, void* out,     \
                                      int64_t p, int64_t n, const F* k, const F* s, const F* o,   \
-                                     const F* a, const F* b, const F* c) {                       \
+                                     const F* a, const F* b, const F* c, bool) {                 \
       if (kept) return pixel_grad_x<S, A, true>(x, g, kept, out, p, n, k, s, o, a, b, c);        \
       pixel_grad_x<S, A, false>(x, g, kept, out, p, n, k, s, o, a, b, c);                        \
     }                                                                                            \
@@ -279,7 +279,7 @@ FASTDIFF_GROUP_NORM_KERNELS(Float64Identity, , Plain<double>, Identity)
 template <typename K>
 GroupNormKernels<typename K::F> table() {
   return {K::sums,      K::pixel_sums_,      K::apply,  K::pixel_apply_,
-          K::grad_sums, K::pixel_grad_sums_, K::grad_x, K::pixel_grad_x_};
+          K::grad_sums, K::pixel_grad_sums_, K::grad_x, K::pixel_grad_x_, false};
 }
 
 }  // namespace
