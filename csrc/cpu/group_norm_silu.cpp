@@ -20,7 +20,7 @@ class Forward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
-        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        stream_(is_streamed(layout_, 2 * size_)),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {}
 
   void run() const { layout_.channels_last ? run_pixels() : run_rows(); }

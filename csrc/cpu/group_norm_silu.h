@@ -111,6 +111,12 @@ void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, c
   }
 }
 
+// Whether a result is written past the caches: when they do not hold it together with what it is made
+// of, `size` bytes per element in all.
+inline bool is_streamed(const GroupNormLayout& layout, int64_t size) {
+  return layout.batch * layout.channels * layout.pixels * size >= 2 * kStreamBytes;
+}
+
 // Calls write(to, first, n, stream) for parts [first, first + n) of `count` parts of `length` elements
 // of `size` bytes each. `to` is their place in `out`, to be written past the caches if `stream`:
 // reading the lines of a result that is about to be overwritten costs a third of the traffic. Loops

@@ -8,9 +8,9 @@
 namespace fastdiff::cpu {
 namespace {
 
-// A group up to this size keeps dz for its second pass in a core's L2 cache, rather than computing
-// the activation's slope twice.
-constexpr int64_t kKeptElements = 65536;
+// A group, or channels_last sample, up to this size keeps dz for its second pass in the caches, rather
+// than computing the activation's slope twice and reading grad again.
+constexpr int64_t kKeptElements = int64_t{1} << 20;
 
 template <typename F>
 void store(const ChannelGradient& gradient, int64_t index, F value) {
@@ -39,7 +39,7 @@ class Backward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
-        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        stream_(is_streamed(layout_, 3 * size_)),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
     if (args.grad_weight.data) of_weight_.resize(layout_.batch * layout_.channels);
     if (args.grad_bias.data) of_bias_.resize(layout_.batch * layout_.channels);
@@ -254,16 +254,18 @@ class Backward {
     }
     std::vector<F> memory(per_channel), sums(3 * channels * count);
     const int64_t elements = pieces.length * channels;
+    // The caller's memory: the threads that share a sample use none of their own.
+    F* kept = numel <= kKeptElements && args_.grad_x ? thread_scratch<F>(numel) : nullptr;
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
       const Coefficients coefficients(args_, sample, 0, channels, memory.data());
       prepare_sample(sample, coefficients);
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        sum_pixels(sample, pieces, begin, end, coefficients, nullptr, sums.data());
+        sum_pixels(sample, pieces, begin, end, coefficients, kept, sums.data());
       });
       finish_sample(sample, count, sums.data(), coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        write_pixels(sample, pieces, begin, end, coefficients, nullptr);
+        write_pixels(sample, pieces, begin, end, coefficients, kept);
       });
     }
   }
