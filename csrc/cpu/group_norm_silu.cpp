@@ -140,11 +140,8 @@ class Forward {
                   F* offset) const {
     const F mean = static_cast<const F*>(args_.mean)[unit];
     const F rstd = static_cast<const F*>(args_.rstd)[unit];
-    for (int64_t c = first; c < first + layout_.group_channels(); ++c) {
-      const ChannelAffine<F> affine = operands.affine(c, mean, rstd, operands.channel_bias[c]);
-      slope[c] = affine.slope;
-      offset[c] = affine.offset;
-    }
+    clones<affines_loop<F, false>>(operands, first, layout_.group_channels(), mean, rstd,
+                                   slope + first, offset + first);
   }
 
   // The pieces [begin, end) of the rows of `count` groups. `memory`: 2 per channel.

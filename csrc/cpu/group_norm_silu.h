@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "fastdiff/group_norm_silu.h"
 #include "parallel.h"
+#include "simd.h"
 #include "tile.h"
 
 namespace fastdiff::cpu {
@@ -151,11 +152,6 @@ struct Operands {
         scale(read(args.scale, sample, first, n, F(0), memory + 3 * n)),
         shift(read(args.shift, sample, first, n, F(0), memory + 4 * n)) {}
 
-  // The coefficients of z in x, if `added` is the channel's bias, and in d = h - mean if it is mean.
-  ChannelAffine<F> affine(int64_t c, F mean, F rstd, F added) const {
-    return channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
-  }
-
  private:
   static const F* read(const ChannelVector& vector, int64_t sample, int64_t first, int64_t n,
                        F neutral, F* memory) {
@@ -171,5 +167,22 @@ struct Operands {
     }
   }
 };
+
+// The coefficients of z for the n channels of one group: in x, or in d = h - mean if kCentered.
+template <typename F, bool kCentered>
+FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t first, int64_t n, F mean, F rstd,
+                              F* __restrict slope, F* __restrict offset) {
+  const F *weight = operands.weight + first, *bias = operands.bias + first;
+  const F *scale = operands.scale + first, *shift = operands.shift + first;
+  const F* channel_bias = operands.channel_bias + first;
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const F added = kCentered ? mean : channel_bias[c];
+    const ChannelAffine<F> affine =
+        channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
+    slope[c] = affine.slope;
+    offset[c] = affine.offset;
+  }
+}
 
 }  // namespace fastdiff::cpu
