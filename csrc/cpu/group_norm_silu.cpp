@@ -7,12 +7,14 @@
 namespace fastdiff::cpu {
 namespace {
 
-// Elements whose mean is the center of a group's sums.
-constexpr int64_t kCenterElements = 256;
+// Elements whose mean is the center of a group's sums: few where reading them twice would cost.
+int64_t center_elements(const GroupNormLayout& layout) {
+  return std::clamp<int64_t>(layout.group_numel() / 16, 16, 256);
+}
 
 // Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean of
-// some of the group's elements, is within sqrt(N / kCenterElements) standard deviations of the mean
-// whatever the data: what E[h^2] - E[h]^2 loses for large means is not lost here.
+// M of the group's N elements, is within sqrt(N / M) standard deviations of the mean whatever the
+// data: what E[h^2] - E[h]^2 loses for large means is not lost here.
 template <typename F>
 class Forward {
  public:
@@ -87,7 +89,7 @@ class Forward {
   void find_centers(int64_t unit, int64_t count, const Pieces& pieces, int64_t rows,
                     const Operands<F>& operands, F* centers, F* k) const {
     const int64_t depth = layout_.group_channels();
-    const int64_t sampled = std::min(pieces.run, kCenterElements);
+    const int64_t sampled = std::min(pieces.run, center_elements(layout_));
     const F zero = 0;
     F square;
     for (int64_t g = 0; g < count; ++g) {
@@ -209,7 +211,7 @@ class Forward {
     const Operands<F> operands(args_, sample, 0, channels, memory);
     F* k = memory + Operands<F>::kCount * channels;
     F *centers = k + channels, *sum = centers + channels, *square = sum + channels;
-    const int64_t sampled = std::min(layout_.pixels, 1 + kCenterElements / depth);
+    const int64_t sampled = std::min(layout_.pixels, 1 + center_elements(layout_) / depth);
     std::fill(k, k + channels, F(0));
     kernels_.pixel_sums(x_of(first), sampled, channels, k, sum, square);
     for (int64_t g = 0; g < layout_.groups; ++g) {

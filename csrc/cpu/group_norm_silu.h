@@ -32,6 +32,7 @@ struct GroupNormKernels {
   void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
                       const F* offset, bool stream);
   // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
+  // The sums s2 of rows are left out if it is null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                         const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
   void (*pixel_grad_sums)(const void* x, const void* grad, int64_t pixels, int64_t channels,

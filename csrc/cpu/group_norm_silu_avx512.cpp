@@ -142,7 +142,7 @@ struct Kernels {
         [&](int64_t row, __mmask8 m) FASTDIFF_LAMBDA {
           _mm_mask_storeu_ps(s0 + row, m, sums_of(t0));
           _mm_mask_storeu_ps(s1 + row, m, sums_of(t1));
-          _mm_mask_storeu_ps(s2 + row, m, sums_of(t2));
+          if (s2) _mm_mask_storeu_ps(s2 + row, m, sums_of(t2));
         });
   }
 

@@ -240,17 +240,20 @@ class Backward {
       F* to = sums + (piece - begin);
       kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n, from.k + row,
                              from.slope + row, from.offset + row, kept ? kept + first : nullptr, to,
-                             to + stride, to + 2 * stride);
+                             to + stride, sums_per_channel() == 3 ? to + 2 * stride : nullptr);
     });
   }
+
+  // Only the gradient of channel_bias takes s2.
+  int64_t sums_per_channel() const { return args_.grad_channel_bias.data ? 3 : 2; }
 
   // From sums per piece to totals per channel.
   void add_pieces(const Pieces& pieces, const F* sums, int64_t channels, double* totals) const {
     if (pieces.per_run == 1) {
-      std::copy(sums, sums + 3 * channels, totals);
+      std::copy(sums, sums + sums_per_channel() * channels, totals);
       return;
     }
-    for (int64_t i = 0; i < 3 * channels; ++i) {
+    for (int64_t i = 0; i < sums_per_channel() * channels; ++i) {
       const F* of_row = sums + i * pieces.per_run;
       totals[i] = 0;
       for (int64_t piece = 0; piece < pieces.per_run; ++piece) totals[i] += of_row[piece];

@@ -147,7 +147,7 @@ FASTDIFF_HD void row_grad_sums(const void* x_data, const void* grad_data, int64_
     }
     s0[row] = t0;
     s1[row] = t1;
-    s2[row] = t2;
+    if (s2) s2[row] = t2;
   }
 }
 
