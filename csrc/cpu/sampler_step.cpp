@@ -35,7 +35,7 @@ FASTDIFF_HD void add_learned_noise(const StepRow<T> row, const T* v, const T* no
   for (int64_t i = 0; i < n; ++i) x_s[i] += step_sigma(row, v[i]) * noise[i];
 }
 
-// Not templates: GCC clones only functions. All work on tiles in the L1 cache, where adding the noise
+// All work on tiles in the L1 cache, where adding the noise
 // in a second pass costs little; memory is read and written once.
 FASTDIFF_HD void step_loop(const StepRow<float>& row, float scale, const float* x,
                            const float* cond, const float* uncond, float* x_s, float* x0,

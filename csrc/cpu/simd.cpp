@@ -8,10 +8,14 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
+// Where loops have no clones, Philox still has code of its own for both.
 Isa best_isa() {
 #if FASTDIFF_HAS_CLONES
   if (__builtin_cpu_supports("x86-64-v4")) return Isa::kAvx512;
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::kAvx2;
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f")) return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2")) return Isa::kAvx2;
 #endif
   return Isa::kPortable;
 }
@@ -37,16 +41,18 @@ std::vector<const char*> isa_names() {
 }
 
 const char* simd_level() {
+#if FASTDIFF_HAS_CLONES
   switch (isa()) {
     case Isa::kAvx512:
       return "x86-64-v4 (AVX-512)";
     case Isa::kAvx2:
       return "x86-64-v3 (AVX2)";
     default:
-      return FASTDIFF_HAS_CLONES
-                 ? "portable"
-                 : "portable (GCC 12 or newer on x86-64 builds for AVX2 and AVX-512 too)";
+      return "portable";
   }
+#else
+  return "the compiler's baseline (GCC 12 or newer builds for AVX2 and AVX-512 too)";
+#endif
 }
 
 }  // namespace fastdiff::cpu
