@@ -208,15 +208,8 @@ def _triton(
     kernels.group_norm_silu(
         *results,
         x.contiguous(memory_format=memory_format_of(x)),
-        num_groups,
-        _adjacent(weight),
-        _adjacent(bias),
-        eps,
-        _adjacent(channel_bias),
-        _adjacent(scale),
-        _adjacent(shift),
-        activation,
-        _channels_last(x),
+        *(num_groups, _adjacent(weight), _adjacent(bias), eps, _adjacent(channel_bias)),
+        *(_adjacent(scale), _adjacent(shift), activation, _channels_last(x)),
     )
     return results
 
@@ -249,9 +242,8 @@ def _backward_fake(
     activation: int,
     *needs: bool,
 ) -> _Gradients:
-    operands = weight, bias, channel_bias, scale, shift
-    _checks.check_one_device(x, grad, mean, rstd, *operands)
-    return _empty_gradients(x, operands, needs)
+    _checks.check_one_device(x, grad, mean, rstd, weight, bias, channel_bias, scale, shift)
+    return _empty_gradients(x, (weight, bias, channel_bias, scale, shift), needs)
 
 
 def _backward_reference(
