@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pathlib
 from types import ModuleType
 
@@ -31,11 +32,27 @@ def load(kind: str) -> str | None:
     path = _FOLDER / f"_C_{kind}.so"
     if not path.exists():
         return _NOT_BUILT[kind]
+    if kind == "cpu":
+        check_instruction_set()
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} cannot be loaded: {error}"
     return None
+
+
+def check_instruction_set() -> None:
+    """Refuse a FASTDIFF_CPU_ISA that this build does not have or this machine does not run.
+
+    The CPU library reads the variable itself, once: "portable", "avx2" or "avx512". Its loops are
+    compiled for each; unset, it runs the best.
+    """
+    wanted, build = os.environ.get("FASTDIFF_CPU_ISA"), build_info()
+    if wanted and build is not None and wanted not in (names := build.isa_names()):
+        raise ValueError(
+            f"FASTDIFF_CPU_ISA is {wanted!r}; this build has, and this machine runs, "
+            f"{', '.join(names)}"
+        )
 
 
 def build_info() -> ModuleType | None:

@@ -26,6 +26,7 @@ def collect() -> dict[str, Any]:
             "compiler": build.compiler,
             "built with torch": f"{build.torch_version}; runs with {build.torch_target_version} on",
             "CPU instruction set in use": build.simd_level(),
+            "values of FASTDIFF_CPU_ISA": " ".join(build.isa_names()),
             "CUDA toolkit": build.cuda_version or "none",
             "CUDA architectures": build.cuda_arch_list or "none",
         }

@@ -1,6 +1,7 @@
 // Facts of this build for `python -m fastdiff.info`; no operators.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cpu/simd.h"
 
@@ -16,4 +17,6 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("cuda_arch_list") = FASTDIFF_CUDA_ARCHS;
   m.def("simd_level", [] { return fastdiff::cpu::simd_level(); },
         "Instruction set that the CPU kernels use on this machine.");
+  m.def("isa_names", &fastdiff::cpu::isa_names,
+        "The values of FASTDIFF_CPU_ISA that this build has and this machine runs.");
 }

@@ -23,24 +23,30 @@ FASTDIFF_HD void slopes(T factor, const T* prediction, const T* noise, T* out, i
 }
 
 // Not templates: GCC clones only functions.
-FASTDIFF_CLONES float sum_mse(const float* p, const float* e, int64_t n) {
+FASTDIFF_HD float sum_mse_loop(const float* p, const float* e, int64_t n) {
   return sum_of<LossKind::kMse>(p, e, n);
 }
-FASTDIFF_CLONES float sum_l1(const float* p, const float* e, int64_t n) {
+constexpr auto sum_mse = clones<sum_mse_loop>;
+FASTDIFF_HD float sum_l1_loop(const float* p, const float* e, int64_t n) {
   return sum_of<LossKind::kL1>(p, e, n);
 }
-FASTDIFF_CLONES float sum_huber(const float* p, const float* e, int64_t n) {
+constexpr auto sum_l1 = clones<sum_l1_loop>;
+FASTDIFF_HD float sum_huber_loop(const float* p, const float* e, int64_t n) {
   return sum_of<LossKind::kHuber>(p, e, n);
 }
-FASTDIFF_CLONES void slopes_mse(float c, const float* p, const float* e, float* out, int64_t n) {
+constexpr auto sum_huber = clones<sum_huber_loop>;
+FASTDIFF_HD void slopes_mse_loop(float c, const float* p, const float* e, float* out, int64_t n) {
   slopes<LossKind::kMse>(c, p, e, out, n);
 }
-FASTDIFF_CLONES void slopes_l1(float c, const float* p, const float* e, float* out, int64_t n) {
+constexpr auto slopes_mse = clones<slopes_mse_loop>;
+FASTDIFF_HD void slopes_l1_loop(float c, const float* p, const float* e, float* out, int64_t n) {
   slopes<LossKind::kL1>(c, p, e, out, n);
 }
-FASTDIFF_CLONES void slopes_huber(float c, const float* p, const float* e, float* out, int64_t n) {
+constexpr auto slopes_l1 = clones<slopes_l1_loop>;
+FASTDIFF_HD void slopes_huber_loop(float c, const float* p, const float* e, float* out, int64_t n) {
   slopes<LossKind::kHuber>(c, p, e, out, n);
 }
+constexpr auto slopes_huber = clones<slopes_huber_loop>;
 
 // The training default, mse of two bfloat16 arrays, two values in a word so that nothing is widened
 // or packed; the general path converts tile by tile.
@@ -49,7 +55,7 @@ bool two_bfloat16(const EpsLossArgs& args) {
          args.prediction_type == DType::kBFloat16 && args.noise_type == DType::kBFloat16;
 }
 
-FASTDIFF_CLONES float sum_mse_bfloat16(const uint16_t* p, const uint16_t* e, int64_t n) {
+FASTDIFF_HD float sum_mse_bfloat16_loop(const uint16_t* p, const uint16_t* e, int64_t n) {
   const Pair* p_pairs = reinterpret_cast<const Pair*>(p);
   const Pair* e_pairs = reinterpret_cast<const Pair*>(e);
   float low_sum = 0.0f, high_sum = 0.0f;
@@ -61,9 +67,10 @@ FASTDIFF_CLONES float sum_mse_bfloat16(const uint16_t* p, const uint16_t* e, int
   if (n % 2) low_sum += loss_term<LossKind::kMse>(low(p[n - 1]) - low(e[n - 1]));
   return low_sum + high_sum;
 }
+constexpr auto sum_mse_bfloat16 = clones<sum_mse_bfloat16_loop>;
 
-FASTDIFF_CLONES void slopes_mse_bfloat16(float c, const uint16_t* p, const uint16_t* e,
-                                         uint16_t* out, int64_t n) {
+FASTDIFF_HD void slopes_mse_bfloat16_loop(float c, const uint16_t* p, const uint16_t* e,
+                                          uint16_t* out, int64_t n) {
   const Pair* __restrict p_pairs = reinterpret_cast<const Pair*>(p);
   const Pair* __restrict e_pairs = reinterpret_cast<const Pair*>(e);
   Pair* __restrict out_pairs = reinterpret_cast<Pair*>(out);
@@ -78,6 +85,7 @@ FASTDIFF_CLONES void slopes_mse_bfloat16(float c, const uint16_t* p, const uint1
     out[n - 1] = static_cast<uint16_t>(round_to_bfloat16(y) >> 16);
   }
 }
+constexpr auto slopes_mse_bfloat16 = clones<slopes_mse_bfloat16_loop>;
 
 float tile_sum(LossKind kind, const float* p, const float* e, int64_t n) {
   return kind == LossKind::kMse  ? sum_mse(p, e, n)

@@ -7,12 +7,14 @@
 namespace fastdiff::cpu {
 namespace {
 
-// Elements whose mean is the center of a group's sums.
-constexpr int64_t kCenterElements = 256;
+// Elements whose mean is the center of a group's sums: few where reading them twice would cost.
+int64_t center_elements(const GroupNormLayout& layout) {
+  return std::clamp<int64_t>(layout.group_numel() / 16, 16, 256);
+}
 
 // Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean of
-// some of the group's elements, is within sqrt(N / kCenterElements) standard deviations of the mean
-// whatever the data: what E[h^2] - E[h]^2 loses for large means is not lost here.
+// M of the group's N elements, is within sqrt(N / M) standard deviations of the mean whatever the
+// data: what E[h^2] - E[h]^2 loses for large means is not lost here.
 template <typename F>
 class Forward {
  public:
@@ -20,7 +22,7 @@ class Forward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
-        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        stream_(is_streamed(layout_, 2 * size_)),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {}
 
   void run() const { layout_.channels_last ? run_pixels() : run_rows(); }
@@ -87,7 +89,7 @@ class Forward {
   void find_centers(int64_t unit, int64_t count, const Pieces& pieces, int64_t rows,
                     const Operands<F>& operands, F* centers, F* k) const {
     const int64_t depth = layout_.group_channels();
-    const int64_t sampled = std::min(pieces.run, kCenterElements);
+    const int64_t sampled = std::min(pieces.run, center_elements(layout_));
     const F zero = 0;
     F square;
     for (int64_t g = 0; g < count; ++g) {
@@ -140,11 +142,8 @@ class Forward {
                   F* offset) const {
     const F mean = static_cast<const F*>(args_.mean)[unit];
     const F rstd = static_cast<const F*>(args_.rstd)[unit];
-    for (int64_t c = first; c < first + layout_.group_channels(); ++c) {
-      const ChannelAffine<F> affine = operands.affine(c, mean, rstd, operands.channel_bias[c]);
-      slope[c] = affine.slope;
-      offset[c] = affine.offset;
-    }
+    clones<affines_loop<F, false>>(operands, first, layout_.group_channels(), mean, rstd,
+                                   slope + first, offset + first);
   }
 
   // The pieces [begin, end) of the rows of `count` groups. `memory`: 2 per channel.
@@ -155,20 +154,20 @@ class Forward {
     for (int64_t g = 0; g < count; ++g) set_affine(operands, unit + g, g * depth, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
-      write_parts(y_of(start), end - begin, pieces.run, size_, stream_,
-                  [&](char* y, int64_t row, int64_t rows) {
+      write_parts(y_of(start), end - begin, pieces.run, size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t row, int64_t rows, bool stream) {
                     kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run,
-                                       slope + begin + row, offset + begin + row);
+                                       slope + begin + row, offset + begin + row, stream);
                   });
       return;
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
-      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_,
-                  [&](char* y, int64_t, int64_t) {
+      write_parts(y_of(start), 1, pieces.size(piece), size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t, int64_t, bool stream) {
                     kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), slope + row,
-                                       offset + row);
+                                       offset + row, stream);
                   });
     }
   }
@@ -212,7 +211,7 @@ class Forward {
     const Operands<F> operands(args_, sample, 0, channels, memory);
     F* k = memory + Operands<F>::kCount * channels;
     F *centers = k + channels, *sum = centers + channels, *square = sum + channels;
-    const int64_t sampled = std::min(layout_.pixels, 1 + kCenterElements / depth);
+    const int64_t sampled = std::min(layout_.pixels, 1 + center_elements(layout_) / depth);
     std::fill(k, k + channels, F(0));
     kernels_.pixel_sums(x_of(first), sampled, channels, k, sum, square);
     for (int64_t g = 0; g < layout_.groups; ++g) {
@@ -263,10 +262,10 @@ class Forward {
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;
-      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_,
-                  [&](char* y, int64_t pixel, int64_t pixels) {
+      write_parts(y_of(start), pieces.size(piece), channels, size_, stream_, kernels_.streams,
+                  [&](char* y, int64_t pixel, int64_t pixels, bool stream) {
                     kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, slope,
-                                         offset);
+                                         offset, stream);
                   });
     }
     finish_streaming();

@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "fastdiff/group_norm_silu.h"
 #include "parallel.h"
+#include "simd.h"
 #include "tile.h"
 
 namespace fastdiff::cpu {
@@ -27,10 +28,11 @@ struct GroupNormKernels {
                      F* square);
   // y = act(slope x + offset)
   void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
-                    const F* offset);
+                    const F* offset, bool stream);
   void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
-                      const F* offset);
+                      const F* offset, bool stream);
   // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
+  // The sums s2 of rows are left out if it is null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                         const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
   void (*pixel_grad_sums)(const void* x, const void* grad, int64_t pixels, int64_t channels,
@@ -39,10 +41,12 @@ struct GroupNormKernels {
   // grad_x = a dz + b d + c; dz from `kept` if not null.
   void (*row_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t rows,
                      int64_t n, const F* k, const F* slope, const F* offset, const F* a, const F* b,
-                     const F* c);
+                     const F* c, bool stream);
   void (*pixel_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t pixels,
                        int64_t channels, const F* k, const F* slope, const F* offset, const F* a,
-                       const F* b, const F* c);
+                       const F* b, const F* c, bool stream);
+  // Whether the loops that write tensors do so past the caches if `stream`; others ignore it.
+  bool streams;
 };
 
 template <typename F>
@@ -109,19 +113,26 @@ void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, c
   }
 }
 
-// Calls write(to, first, n) for runs of `step` parts of at most kPiece elements in all, of `count`
-// parts of `length` elements of `size` bytes each. `to` is the place in `out`, or if `stream` a tile in
-// the L1 cache that is then written past the caches: reading the lines of a result that is about to be
-// overwritten costs a third of the traffic.
+// Whether a result is written past the caches: when they do not hold it together with what it is made
+// of, `size` bytes per element in all.
+inline bool is_streamed(const GroupNormLayout& layout, int64_t size) {
+  return layout.batch * layout.channels * layout.pixels * size >= 2 * kStreamBytes;
+}
+
+// Calls write(to, first, n, stream) for parts [first, first + n) of `count` parts of `length` elements
+// of `size` bytes each. `to` is their place in `out`, to be written past the caches if `stream`:
+// reading the lines of a result that is about to be overwritten costs a third of the traffic. Loops
+// that cannot (`streams` is false) write runs of kPiece elements into a tile in the L1 cache, which is
+// copied past the caches; that is slower, as the copy waits for no memory and the loop only for it.
 template <typename Write>
-void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream,
+void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream, bool streams,
                  const Write& write) {
-  if (!stream || length > kPiece) return write(out, int64_t{0}, count);
+  if (!stream || streams || length > kPiece) return write(out, int64_t{0}, count, stream);
   alignas(64) char tile[kPiece * sizeof(double)];
   const int64_t step = kPiece / length;
   for (int64_t first = 0; first < count; first += step) {
     const int64_t n = std::min(step, count - first);
-    write(tile, first, n);
+    write(tile, first, n, false);
     stream_bytes(out + first * length * size, tile, n * length * size);
   }
 }
@@ -142,11 +153,6 @@ struct Operands {
         scale(read(args.scale, sample, first, n, F(0), memory + 3 * n)),
         shift(read(args.shift, sample, first, n, F(0), memory + 4 * n)) {}
 
-  // The coefficients of z in x, if `added` is the channel's bias, and in d = h - mean if it is mean.
-  ChannelAffine<F> affine(int64_t c, F mean, F rstd, F added) const {
-    return channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
-  }
-
  private:
   static const F* read(const ChannelVector& vector, int64_t sample, int64_t first, int64_t n,
                        F neutral, F* memory) {
@@ -162,5 +168,22 @@ struct Operands {
     }
   }
 };
+
+// The coefficients of z for the n channels of one group: in x, or in d = h - mean if kCentered.
+template <typename F, bool kCentered>
+FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t first, int64_t n, F mean, F rstd,
+                              F* __restrict slope, F* __restrict offset) {
+  const F *weight = operands.weight + first, *bias = operands.bias + first;
+  const F *scale = operands.scale + first, *shift = operands.shift + first;
+  const F* channel_bias = operands.channel_bias + first;
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    const F added = kCentered ? mean : channel_bias[c];
+    const ChannelAffine<F> affine =
+        channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
+    slope[c] = affine.slope;
+    offset[c] = affine.offset;
+  }
+}
 
 }  // namespace fastdiff::cpu

@@ -1,4 +1,5 @@
-#include <cmath>
+#include <memory>
+#include <vector>
 
 #include "bfloat16.h"
 #include "float16.h"
@@ -8,9 +9,9 @@
 namespace fastdiff::cpu {
 namespace {
 
-// A group up to this size keeps dz for its second pass in a core's L2 cache, rather than computing
-// the activation's slope twice.
-constexpr int64_t kKeptElements = 65536;
+// A group, or channels_last sample, up to this size keeps dz for its second pass in the caches, rather
+// than computing the activation's slope twice and reading grad again.
+constexpr int64_t kKeptElements = int64_t{1} << 20;
 
 template <typename F>
 void store(const ChannelGradient& gradient, int64_t index, F value) {
@@ -30,6 +31,51 @@ void store(const ChannelGradient& gradient, int64_t index, F value) {
   }
 }
 
+// Gradients per channel of one group; null for those not asked for.
+struct GradientRows {
+  double *weight, *bias, *channel_bias, *scale, *shift;
+};
+
+// From the sums s0, s1, s2 over the pixels of the n channels of one group: the coefficients of the
+// second pass, and all gradients but that of x.
+template <typename F>
+FASTDIFF_HD void finish_loop(const Operands<F>& operands, int64_t first, int64_t n, double rstd,
+                             double pixels, const double* __restrict s0, const double* __restrict s1,
+                             const double* __restrict s2, F* __restrict a, F* __restrict b,
+                             F* __restrict c, const GradientRows& rows) {
+  const F *weight = operands.weight + first, *bias = operands.bias + first;
+  const F* scale = operands.scale + first;
+  double m0 = 0, m1 = 0;
+#pragma omp simd reduction(+ : m0, m1)
+  for (int64_t i = 0; i < n; ++i) {
+    const double gamma = weight[i] * (F(1) + scale[i]);
+    m0 += gamma * s0[i];
+    m1 += gamma * rstd * s1[i];
+  }
+  m0 /= static_cast<double>(n) * pixels;
+  m1 /= static_cast<double>(n) * pixels;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double gamma = weight[i] * (F(1) + scale[i]);
+    a[i] = static_cast<F>(rstd * gamma);
+    b[i] = static_cast<F>(-rstd * rstd * m1);
+    c[i] = static_cast<F>(-rstd * m0);
+  }
+  const auto fill = [n](double* __restrict row, const auto& gradient) {
+    if (!row) return;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) row[i] = gradient(i);
+  };
+  fill(rows.weight, [=](int64_t i) { return (F(1) + scale[i]) * (rstd * s1[i]); });
+  fill(rows.bias, [=](int64_t i) { return (F(1) + scale[i]) * s0[i]; });
+  fill(rows.channel_bias, [=](int64_t i) {
+    const double gamma = weight[i] * (F(1) + scale[i]);
+    return rstd * (gamma * s0[i] - pixels * m0 - rstd * s2[i] * m1);
+  });
+  fill(rows.scale, [=](int64_t i) { return weight[i] * (rstd * s1[i]) + bias[i] * s0[i]; });
+  fill(rows.shift, [=](int64_t i) { return s0[i]; });
+}
+
 // Two passes over x and grad: the sums s0, s1, s2 of group_norm_silu.h per channel, of d = h - mean
 // in place of h_hat = d rstd; then grad_x = a dz + b d + c.
 template <typename F>
@@ -39,16 +85,23 @@ class Backward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
-        stream_(layout_.batch * layout_.channels * layout_.pixels * size_ > kStreamBytes),
+        stream_(is_streamed(layout_, 3 * size_)),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
-    if (args.grad_weight.data) of_weight_.resize(layout_.batch * layout_.channels);
-    if (args.grad_bias.data) of_bias_.resize(layout_.batch * layout_.channels);
+    const int64_t count = layout_.batch * layout_.channels;
+    for (const ChannelGradient* gradient : {&args.grad_weight, &args.grad_bias,
+                                            &args.grad_channel_bias, &args.grad_scale,
+                                            &args.grad_shift}) {
+      rows_.push_back(std::make_unique_for_overwrite<double[]>(gradient->data ? count : 0));
+    }
   }
 
   void run() {
     layout_.channels_last ? run_pixels() : run_rows();
-    sum_over_batch(args_.grad_weight, of_weight_);
-    sum_over_batch(args_.grad_bias, of_bias_);
+    sum_over_batch(args_.grad_weight, rows_[0].get());
+    sum_over_batch(args_.grad_bias, rows_[1].get());
+    store_rows(args_.grad_channel_bias, rows_[2].get());
+    store_rows(args_.grad_scale, rows_[3].get());
+    store_rows(args_.grad_shift, rows_[4].get());
   }
 
  private:
@@ -77,57 +130,42 @@ class Backward {
 
   // What the first pass needs for the channels of one group, from index `first` of the coefficients.
   void prepare(int64_t unit, int64_t first, const Coefficients& to) const {
-    for (int64_t c = first; c < first + layout_.group_channels(); ++c) {
-      const ChannelAffine<F> affine = to.operands.affine(c, mean(unit), rstd(unit), mean(unit));
+    const int64_t depth = layout_.group_channels();
+    clones<affines_loop<F, true>>(to.operands, first, depth, mean(unit), rstd(unit),
+                                  to.slope + first, to.offset + first);
+    for (int64_t c = first; c < first + depth; ++c) {
       to.k[c] = mean(unit) - to.operands.channel_bias[c];
-      to.slope[c] = affine.slope;
-      to.offset[c] = affine.offset;
     }
   }
 
-  // From the sums of a group's channels: the coefficients of the second pass, and all gradients
-  // but that of x. sums: s0, then s1, then s2, `stride` apart.
+  // sums: s0, then s1, then s2 of the group's channels, `stride` apart.
   void finish(int64_t unit, int64_t first, const double* sums, int64_t stride,
               const Coefficients& to) {
     const int64_t depth = layout_.group_channels();
-    const double r = rstd(unit), pixels = static_cast<double>(layout_.pixels);
-    double m0 = 0, m1 = 0;
-    for (int64_t c = first; c < first + depth; ++c) {
-      const double gamma = to.operands.weight[c] * (F(1) + to.operands.scale[c]);
-      m0 += gamma * sums[c];
-      m1 += gamma * r * sums[stride + c];
-    }
-    m0 /= static_cast<double>(layout_.group_numel());
-    m1 /= static_cast<double>(layout_.group_numel());
-    const int64_t base = unit * depth - first;  // unit * depth: the group's first in (B, C)
-    for (int64_t c = first; c < first + depth; ++c) {
-      const double factor = F(1) + to.operands.scale[c], weight = to.operands.weight[c];
-      const double gamma = weight * factor;
-      const double s0 = sums[c], s1 = r * sums[stride + c], s2 = r * sums[2 * stride + c];
-      to.a[c] = static_cast<F>(r * gamma);
-      to.b[c] = static_cast<F>(-r * r * m1);
-      to.c[c] = static_cast<F>(-r * m0);
-      const int64_t index = base + c;
-      if (args_.grad_channel_bias.data) {
-        store(args_.grad_channel_bias, index, r * (gamma * s0 - pixels * m0 - s2 * m1));
-      }
-      if (args_.grad_scale.data) {
-        store(args_.grad_scale, index, weight * s1 + to.operands.bias[c] * s0);
-      }
-      if (args_.grad_shift.data) store(args_.grad_shift, index, s0);
-      if (!of_weight_.empty()) of_weight_[index] = factor * s1;
-      if (!of_bias_.empty()) of_bias_[index] = factor * s0;
-    }
+    const auto row = [&](int which, const ChannelGradient& gradient) {
+      return gradient.data ? rows_[which].get() + unit * depth : nullptr;
+    };
+    const GradientRows rows{row(0, args_.grad_weight), row(1, args_.grad_bias),
+                            row(2, args_.grad_channel_bias), row(3, args_.grad_scale),
+                            row(4, args_.grad_shift)};
+    const double* s0 = sums + first;
+    clones<finish_loop<F>>(to.operands, first, depth, rstd(unit),
+                           static_cast<double>(layout_.pixels), s0, s0 + stride, s0 + 2 * stride,
+                           to.a + first, to.b + first, to.c + first, rows);
   }
 
-  void sum_over_batch(const ChannelGradient& gradient, const std::vector<double>& samples) const {
+  void store_rows(const ChannelGradient& gradient, const double* rows) const {
+    if (!gradient.data) return;
+    for (int64_t i = 0; i < layout_.batch * layout_.channels; ++i) store(gradient, i, rows[i]);
+  }
+
+  void sum_over_batch(const ChannelGradient& gradient, double* rows) const {
     if (!gradient.data) return;
     const int64_t channels = layout_.channels;
-    std::vector<double> sums(samples.begin(), samples.begin() + channels);
     for (int64_t k = 1; k < layout_.batch; ++k) {
-      for (int64_t c = 0; c < channels; ++c) sums[c] += samples[k * channels + c];
+      for (int64_t c = 0; c < channels; ++c) rows[c] += rows[k * channels + c];
     }
-    for (int64_t c = 0; c < channels; ++c) store(gradient, c, sums[c]);
+    for (int64_t c = 0; c < channels; ++c) store(gradient, c, rows[c]);
   }
 
   // Groups are runs of rows, one per channel.
@@ -202,13 +240,20 @@ class Backward {
       F* to = sums + (piece - begin);
       kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n, from.k + row,
                              from.slope + row, from.offset + row, kept ? kept + first : nullptr, to,
-                             to + stride, to + 2 * stride);
+                             to + stride, sums_per_channel() == 3 ? to + 2 * stride : nullptr);
     });
   }
 
+  // Only the gradient of channel_bias takes s2.
+  int64_t sums_per_channel() const { return args_.grad_channel_bias.data ? 3 : 2; }
+
   // From sums per piece to totals per channel.
   void add_pieces(const Pieces& pieces, const F* sums, int64_t channels, double* totals) const {
-    for (int64_t i = 0; i < 3 * channels; ++i) {
+    if (pieces.per_run == 1) {
+      std::copy(sums, sums + sums_per_channel() * channels, totals);
+      return;
+    }
+    for (int64_t i = 0; i < sums_per_channel() * channels; ++i) {
       const F* of_row = sums + i * pieces.per_run;
       totals[i] = 0;
       for (int64_t piece = 0; piece < pieces.per_run; ++piece) totals[i] += of_row[piece];
@@ -220,12 +265,12 @@ class Backward {
     const int64_t base = unit * layout_.group_numel();
     for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
                                          int64_t) {
-      write_parts(out_of(base + first), rows, n, size_, stream_,
-                  [&](char* out, int64_t part, int64_t parts) {
+      write_parts(out_of(base + first), rows, n, size_, stream_, kernels_.streams,
+                  [&](char* out, int64_t part, int64_t parts, bool stream) {
                     const int64_t i = first + part * n, c = row + part;
                     kernels_.row_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr,
                                         out, parts, n, from.k + c, from.slope + c, from.offset + c,
-                                        from.a + c, from.b + c, from.c + c);
+                                        from.a + c, from.b + c, from.c + c, stream);
                   });
     });
     finish_streaming();
@@ -254,16 +299,18 @@ class Backward {
     }
     std::vector<F> memory(per_channel), sums(3 * channels * count);
     const int64_t elements = pieces.length * channels;
+    // The caller's memory: the threads that share a sample use none of their own.
+    F* kept = numel <= kKeptElements && args_.grad_x ? thread_scratch<F>(numel) : nullptr;
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
       const Coefficients coefficients(args_, sample, 0, channels, memory.data());
       prepare_sample(sample, coefficients);
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        sum_pixels(sample, pieces, begin, end, coefficients, nullptr, sums.data());
+        sum_pixels(sample, pieces, begin, end, coefficients, kept, sums.data());
       });
       finish_sample(sample, count, sums.data(), coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        write_pixels(sample, pieces, begin, end, coefficients, nullptr);
+        write_pixels(sample, pieces, begin, end, coefficients, kept);
       });
     }
   }
@@ -306,12 +353,12 @@ class Backward {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t first = pieces.begin(piece) * channels;
-      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
-                  [&](char* out, int64_t pixel, int64_t pixels) {
+      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_, kernels_.streams,
+                  [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
                     const int64_t i = first + pixel * channels;
                     kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
                                           kept ? kept + i : nullptr, out, pixels, channels, from.k,
-                                          from.slope, from.offset, from.a, from.b, from.c);
+                                          from.slope, from.offset, from.a, from.b, from.c, stream);
                   });
     }
     finish_streaming();
@@ -322,8 +369,8 @@ class Backward {
   const int64_t size_;  // bytes of an element
   const bool stream_;
   const GroupNormKernels<F> kernels_;
-  // (B, C): what a sample adds to the gradients of weight and bias.
-  std::vector<double> of_weight_, of_bias_;
+  // (B, C) each: what the samples add to the gradients of weight and bias, and the other three.
+  std::vector<std::unique_ptr<double[]>> rows_;
 };
 
 }  // namespace

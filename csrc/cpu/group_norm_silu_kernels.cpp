@@ -147,7 +147,7 @@ FASTDIFF_HD void row_grad_sums(const void* x_data, const void* grad_data, int64_
     }
     s0[row] = t0;
     s1[row] = t1;
-    s2[row] = t2;
+    if (s2) s2[row] = t2;
   }
 }
 
@@ -222,64 +222,66 @@ FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F
   }
 }
 
-// GCC clones only functions that are not templates: a struct of them per dtype and activation.
-#define FASTDIFF_GROUP_NORM_KERNELS(NAME, CLONES, S, A)                                          \
-  struct NAME {                                                                                  \
-    using F = S::F;                                                                              \
-    CLONES static void sums(const void* x, int64_t rows, int64_t n, const F* k, F* s, F* q) {    \
-      row_sums<S>(x, rows, n, k, s, q);                                                          \
-    }                                                                                            \
-    CLONES static void pixel_sums_(const void* x, int64_t p, int64_t n, const F* k, F* s, F* q) {\
-      pixel_sums<S>(x, p, n, k, s, q);                                                           \
-    }                                                                                            \
-    CLONES static void apply(const void* x, void* y, int64_t rows, int64_t n, const F* a,        \
-                             const F* b) {                                                       \
-      row_apply<S, A>(x, y, rows, n, a, b);                                                      \
-    }                                                                                            \
-    CLONES static void pixel_apply_(const void* x, void* y, int64_t p, int64_t n, const F* a,    \
-                                    const F* b) {                                                \
-      pixel_apply<S, A>(x, y, p, n, a, b);                                                       \
-    }                                                                                            \
-    CLONES static void grad_sums(const void* x, const void* g, int64_t rows, int64_t n,          \
-                                 const F* k, const F* a, const F* b, F* kept, F* s0, F* s1,      \
-                                 F* s2) {                                                        \
-      if (kept) return row_grad_sums<S, A, true>(x, g, rows, n, k, a, b, kept, s0, s1, s2);      \
-      row_grad_sums<S, A, false>(x, g, rows, n, k, a, b, kept, s0, s1, s2);                      \
-    }                                                                                            \
-    CLONES static void pixel_grad_sums_(const void* x, const void* g, int64_t p, int64_t n,      \
-                                        const F* k, const F* a, const F* b, F* kept, F* s0,      \
-                                        F* s1, F* s2) {                                          \
-      if (kept) return pixel_grad_sums<S, A, true>(x, g, p, n, k, a, b, kept, s0, s1, s2);       \
-      pixel_grad_sums<S, A, false>(x, g, p, n, k, a, b, kept, s0, s1, s2);                       \
-    }                                                                                            \
-    CLONES static void grad_x(const void* x, const void* g, const F* kept, void* out,            \
-                              int64_t rows, int64_t n, const F* k, const F* s, const F* o,       \
-                              const F* a, const F* b, const F* c) {                              \
-      if (kept) return row_grad_x<S, A, true>(x, g, kept, out, rows, n, k, s, o, a, b, c);       \
-      row_grad_x<S, A, false>(x, g, kept, out, rows, n, k, s, o, a, b, c);                       \
-    }                                                                                            \
-    CLONES static void pixel_grad_x_(const void* x, const void* g, const F* kept, void* out,     \
-                                     int64_t p, int64_t n, const F* k, const F* s, const F* o,   \
-                                     const F* a, const F* b, const F* c) {                       \
-      if (kept) return pixel_grad_x<S, A, true>(x, g, kept, out, p, n, k, s, o, a, b, c);        \
-      pixel_grad_x<S, A, false>(x, g, kept, out, p, n, k, s, o, a, b, c);                        \
-    }                                                                                            \
-  };
+// GroupNormKernels of the loops above for values in S and activation A, cloned for float.
+template <typename S, typename A, typename F = typename S::F>
+struct Table {
+  template <auto kLoop>
+  static constexpr auto best() {
+    if constexpr (sizeof(F) == 4) return clones<kLoop>;
+    return kLoop;
+  }
 
-FASTDIFF_GROUP_NORM_KERNELS(Float32SiLU, FASTDIFF_CLONES, Plain<float>, SiLU)
-FASTDIFF_GROUP_NORM_KERNELS(Float32Identity, FASTDIFF_CLONES, Plain<float>, Identity)
-FASTDIFF_GROUP_NORM_KERNELS(BFloat16SiLU, FASTDIFF_CLONES, BFloat16, SiLU)
-FASTDIFF_GROUP_NORM_KERNELS(BFloat16Identity, FASTDIFF_CLONES, BFloat16, Identity)
-FASTDIFF_GROUP_NORM_KERNELS(Float16SiLU, FASTDIFF_CLONES, Float16, SiLU)
-FASTDIFF_GROUP_NORM_KERNELS(Float16Identity, FASTDIFF_CLONES, Float16, Identity)
-FASTDIFF_GROUP_NORM_KERNELS(Float64SiLU, , Plain<double>, SiLU)
-FASTDIFF_GROUP_NORM_KERNELS(Float64Identity, , Plain<double>, Identity)
-#undef FASTDIFF_GROUP_NORM_KERNELS
+  static void row_apply_(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
+                         const F* offset, bool) {
+    best<row_apply<S, A, F>>()(x, y, rows, n, slope, offset);
+  }
+  static void pixel_apply_(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
+                           const F* offset, bool) {
+    best<pixel_apply<S, A, F>>()(x, y, pixels, channels, slope, offset);
+  }
+  static void row_grad_sums_(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
+                             const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2) {
+    const auto loop = kept ? best<row_grad_sums<S, A, true, F>>()
+                           : best<row_grad_sums<S, A, false, F>>();
+    loop(x, grad, rows, n, k, slope, offset, kept, s0, s1, s2);
+  }
+  static void pixel_grad_sums_(const void* x, const void* grad, int64_t pixels, int64_t channels,
+                               const F* k, const F* slope, const F* offset, F* kept, F* s0, F* s1,
+                               F* s2) {
+    const auto loop = kept ? best<pixel_grad_sums<S, A, true, F>>()
+                           : best<pixel_grad_sums<S, A, false, F>>();
+    loop(x, grad, pixels, channels, k, slope, offset, kept, s0, s1, s2);
+  }
+  static void row_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
+                          int64_t rows, int64_t n, const F* k, const F* slope, const F* offset,
+                          const F* a, const F* b, const F* c, bool) {
+    const auto loop = kept ? best<row_grad_x<S, A, true, F>>() : best<row_grad_x<S, A, false, F>>();
+    loop(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
+  }
+  static void pixel_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
+                            int64_t pixels, int64_t channels, const F* k, const F* slope,
+                            const F* offset, const F* a, const F* b, const F* c, bool) {
+    const auto loop = kept ? best<pixel_grad_x<S, A, true, F>>()
+                           : best<pixel_grad_x<S, A, false, F>>();
+    loop(x, grad, kept, grad_x, pixels, channels, k, slope, offset, a, b, c);
+  }
 
-template <typename K>
-GroupNormKernels<typename K::F> table() {
-  return {K::sums,      K::pixel_sums_,      K::apply,  K::pixel_apply_,
-          K::grad_sums, K::pixel_grad_sums_, K::grad_x, K::pixel_grad_x_};
+  static GroupNormKernels<F> table() {
+    return {best<row_sums<S, F>>(),
+            best<pixel_sums<S, F>>(),
+            row_apply_,
+            pixel_apply_,
+            row_grad_sums_,
+            pixel_grad_sums_,
+            row_grad_x_,
+            pixel_grad_x_,
+            false};
+  }
+};
+
+template <typename S>
+GroupNormKernels<typename S::F> table_of(Activation activation) {
+  return activation == Activation::kSilu ? Table<S, SiLU>::table() : Table<S, Identity>::table();
 }
 
 }  // namespace
@@ -288,23 +290,22 @@ template <>
 GroupNormKernels<float> group_norm_kernels<float>(DType x_type, Activation activation) {
 #if FASTDIFF_HAS_CLONES
   static const bool has_avx512 =
-      __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+      isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
   if (has_avx512) return group_norm_kernels_avx512(x_type, activation);
 #endif
-  const bool silu = activation == Activation::kSilu;
   switch (x_type) {
     case DType::kBFloat16:
-      return silu ? table<BFloat16SiLU>() : table<BFloat16Identity>();
+      return table_of<BFloat16>(activation);
     case DType::kFloat16:
-      return silu ? table<Float16SiLU>() : table<Float16Identity>();
+      return table_of<Float16>(activation);
     default:
-      return silu ? table<Float32SiLU>() : table<Float32Identity>();
+      return table_of<Plain<float>>(activation);
   }
 }
 
 template <>
 GroupNormKernels<double> group_norm_kernels<double>(DType, Activation activation) {
-  return activation == Activation::kSilu ? table<Float64SiLU>() : table<Float64Identity>();
+  return table_of<Plain<double>>(activation);
 }
 
 }  // namespace fastdiff::cpu

@@ -8,21 +8,23 @@
 namespace fastdiff::cpu {
 namespace {
 
-FASTDIFF_CLONES void noised(float a, float b, const float* x0, const float* noise, float* out,
-                            int64_t n) {
+FASTDIFF_HD void noised_loop(float a, float b, const float* x0, const float* noise, float* out,
+                             int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = fastdiff::q_sample(a, b, x0[i], noise[i]);
 }
+constexpr auto noised = clones<noised_loop>;
 
-FASTDIFF_CLONES void scaled(float a, const float* x0, float* out, int64_t n) {
+FASTDIFF_HD void scaled_loop(float a, const float* x0, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = a * x0[i];
 }
+constexpr auto scaled = clones<scaled_loop>;
 
 // All three arrays in bfloat16: a word holds two values, so that nothing is widened or packed. The
 // general path converts tile by tile and takes three times as long, more than memory does.
-FASTDIFF_CLONES void noised_bfloat16(float a, float b, const uint16_t* x0, const uint16_t* noise,
-                                     uint16_t* out, int64_t n) {
+FASTDIFF_HD void noised_bfloat16_loop(float a, float b, const uint16_t* x0, const uint16_t* noise,
+                                      uint16_t* out, int64_t n) {
   const Pair* __restrict x_pairs = reinterpret_cast<const Pair*>(x0);
   const Pair* __restrict noise_pairs = reinterpret_cast<const Pair*>(noise);
   Pair* __restrict out_pairs = reinterpret_cast<Pair*>(out);
@@ -37,6 +39,7 @@ FASTDIFF_CLONES void noised_bfloat16(float a, float b, const uint16_t* x0, const
     out[n - 1] = static_cast<uint16_t>(round_to_bfloat16(y) >> 16);
   }
 }
+constexpr auto noised_bfloat16 = clones<noised_bfloat16_loop>;
 
 // Mirrored samples are gathered pixel by pixel; the conversion is that of load_tile.
 const float* load_flipped(const QSampleArgs& args, int64_t sample, int64_t first, int64_t n,

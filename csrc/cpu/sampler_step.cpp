@@ -35,35 +35,41 @@ FASTDIFF_HD void add_learned_noise(const StepRow<T> row, const T* v, const T* no
   for (int64_t i = 0; i < n; ++i) x_s[i] += step_sigma(row, v[i]) * noise[i];
 }
 
-// Not templates: GCC clones only functions. All work on tiles in the L1 cache, where adding the noise
+// All work on tiles in the L1 cache, where adding the noise
 // in a second pass costs little; memory is read and written once.
-FASTDIFF_CLONES void step(const StepRow<float>& row, float scale, const float* x,
-                          const float* cond, const float* uncond, float* x_s, float* x0,
-                          int64_t n) {
+FASTDIFF_HD void step_loop(const StepRow<float>& row, float scale, const float* x,
+                           const float* cond, const float* uncond, float* x_s, float* x0,
+                           int64_t n) {
   step_all<false, false>(row, scale, x, cond, uncond, x_s, x0, n);
 }
-FASTDIFF_CLONES void step_with_x0(const StepRow<float>& row, float scale, const float* x,
-                                  const float* cond, const float* uncond, float* x_s, float* x0,
-                                  int64_t n) {
+constexpr auto step = clones<step_loop>;
+FASTDIFF_HD void step_with_x0_loop(const StepRow<float>& row, float scale, const float* x,
+                                   const float* cond, const float* uncond, float* x_s, float* x0,
+                                   int64_t n) {
   step_all<false, true>(row, scale, x, cond, uncond, x_s, x0, n);
 }
-FASTDIFF_CLONES void guided_step(const StepRow<float>& row, float scale, const float* x,
-                                 const float* cond, const float* uncond, float* x_s, float* x0,
-                                 int64_t n) {
+constexpr auto step_with_x0 = clones<step_with_x0_loop>;
+FASTDIFF_HD void guided_step_loop(const StepRow<float>& row, float scale, const float* x,
+                                  const float* cond, const float* uncond, float* x_s, float* x0,
+                                  int64_t n) {
   step_all<true, false>(row, scale, x, cond, uncond, x_s, x0, n);
 }
-FASTDIFF_CLONES void guided_step_with_x0(const StepRow<float>& row, float scale, const float* x,
-                                         const float* cond, const float* uncond, float* x_s,
-                                         float* x0, int64_t n) {
+constexpr auto guided_step = clones<guided_step_loop>;
+FASTDIFF_HD void guided_step_with_x0_loop(const StepRow<float>& row, float scale, const float* x,
+                                          const float* cond, const float* uncond, float* x_s,
+                                          float* x0, int64_t n) {
   step_all<true, true>(row, scale, x, cond, uncond, x_s, x0, n);
 }
-FASTDIFF_CLONES void noised(const StepRow<float>& row, const float* noise, float* x_s, int64_t n) {
+constexpr auto guided_step_with_x0 = clones<guided_step_with_x0_loop>;
+FASTDIFF_HD void noised_loop(const StepRow<float>& row, const float* noise, float* x_s, int64_t n) {
   add_noise(row, noise, x_s, n);
 }
-FASTDIFF_CLONES void noised_by(const StepRow<float>& row, const float* v, const float* noise,
-                               float* x_s, int64_t n) {
+constexpr auto noised = clones<noised_loop>;
+FASTDIFF_HD void noised_by_loop(const StepRow<float>& row, const float* v, const float* noise,
+                                float* x_s, int64_t n) {
   add_learned_noise(row, v, noise, x_s, n);
 }
+constexpr auto noised_by = clones<noised_by_loop>;
 
 // All arrays in bfloat16 and no noise: two values to a word, so that nothing is widened or packed. The
 // general path converts tile by tile, which takes longer than memory does.
@@ -92,15 +98,17 @@ FASTDIFF_HD void step_pairs(const StepRow<float> row, float scale, const uint16_
     x_s[i] = static_cast<uint16_t>(round_to_bfloat16(y) >> 16);
   }
 }
-FASTDIFF_CLONES void step_bfloat16(const StepRow<float>& row, const uint16_t* x,
-                                   const uint16_t* output, uint16_t* x_s, int64_t n) {
+FASTDIFF_HD void step_bfloat16_loop(const StepRow<float>& row, const uint16_t* x,
+                                    const uint16_t* output, uint16_t* x_s, int64_t n) {
   step_pairs<false>(row, 1.0f, x, output, nullptr, x_s, n);
 }
-FASTDIFF_CLONES void guided_step_bfloat16(const StepRow<float>& row, float scale,
-                                          const uint16_t* x, const uint16_t* cond,
-                                          const uint16_t* uncond, uint16_t* x_s, int64_t n) {
+constexpr auto step_bfloat16 = clones<step_bfloat16_loop>;
+FASTDIFF_HD void guided_step_bfloat16_loop(const StepRow<float>& row, float scale,
+                                           const uint16_t* x, const uint16_t* cond,
+                                           const uint16_t* uncond, uint16_t* x_s, int64_t n) {
   step_pairs<true>(row, scale, x, cond, uncond, x_s, n);
 }
+constexpr auto guided_step_bfloat16 = clones<guided_step_bfloat16_loop>;
 
 
 void sampler_step_double(const SamplerStepArgs& args) {

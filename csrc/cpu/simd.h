@@ -1,21 +1,64 @@
 #pragma once
 
-// Functions marked FASTDIFF_CLONES are compiled for several instruction sets and chosen by the
-// loader, so that one library runs on every x86-64 and still uses AVX2 or AVX-512 where they are.
-// GCC knows these levels from version 12 on; other compilers build for the baseline only.
+#include <cstdint>
+#include <vector>
+
+// GCC knows the levels x86-64-v3 and v4 from version 12 on; elsewhere, and under the address
+// sanitizer, everything is built for the compiler's baseline only.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     __GNUC__ >= 12 && !defined(__SANITIZE_ADDRESS__)
 #define FASTDIFF_HAS_CLONES 1
-#define FASTDIFF_CLONES \
-  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FASTDIFF_HAS_CLONES 0
-#define FASTDIFF_CLONES
 #endif
 
 namespace fastdiff::cpu {
 
-// The instruction set that the clones run with on this machine.
+// Instruction sets that loops are compiled for, each with those before it: one library runs on every
+// x86-64 and still uses AVX2 or AVX-512 where they are.
+enum class Isa : int32_t { kPortable, kAvx2, kAvx512 };
+
+// The environment variable FASTDIFF_CPU_ISA, read once, or the best of this machine. A value that
+// fastdiff/_native.py refuses counts as unset.
+Isa isa();
+
+// By name, those that this build has and this machine runs.
+std::vector<const char*> isa_names();
+
+// The instruction set in use, for people.
 const char* simd_level();
+
+// `clones<loop>` is a function like `loop`, an always_inline function, that is compiled for every
+// instruction set and runs the one that isa() says.
+#if FASTDIFF_HAS_CLONES
+template <auto kLoop>
+struct Clones;
+
+template <typename Result, typename... Args, Result (*kLoop)(Args...)>
+struct Clones<kLoop> {
+  __attribute__((target("arch=x86-64-v4"))) static Result avx512(Args... args) {
+    return kLoop(args...);
+  }
+  __attribute__((target("arch=x86-64-v3"))) static Result avx2(Args... args) {
+    return kLoop(args...);
+  }
+  static Result run(Args... args) {
+    switch (isa()) {
+      case Isa::kAvx512:
+        return avx512(args...);
+      case Isa::kAvx2:
+        return avx2(args...);
+      default:
+        return kLoop(args...);
+    }
+  }
+};
+
+template <auto kLoop>
+constexpr auto clones = Clones<kLoop>::run;
+#else
+template <auto kLoop>
+constexpr auto clones = kLoop;
+#endif
 
 }  // namespace fastdiff::cpu

@@ -16,34 +16,39 @@
 namespace fastdiff::cpu {
 namespace {
 
-FASTDIFF_CLONES void from_bfloat16(const uint16_t* in, float* out, int64_t n) {
+FASTDIFF_HD void from_bfloat16_loop(const uint16_t* in, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = bits_to_float(static_cast<uint32_t>(in[i]) << 16);
 }
+constexpr auto from_bfloat16 = clones<from_bfloat16_loop>;
 
-FASTDIFF_CLONES void from_float16(const uint16_t* in, float* out, int64_t n) {
+FASTDIFF_HD void from_float16_loop(const uint16_t* in, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = float16_to_float(in[i]);
 }
+constexpr auto from_float16 = clones<from_float16_loop>;
 
-FASTDIFF_CLONES void from_uint8(const uint8_t* in, float* out, int64_t n) {
+FASTDIFF_HD void from_uint8_loop(const uint8_t* in, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = pixel_from_uint8(in[i]);
 }
+constexpr auto from_uint8 = clones<from_uint8_loop>;
 
-FASTDIFF_CLONES void to_bfloat16(const float* in, uint16_t* out, int64_t n) {
+FASTDIFF_HD void to_bfloat16_loop(const float* in, uint16_t* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(round_to_bfloat16(in[i]) >> 16);
 }
+constexpr auto to_bfloat16 = clones<to_bfloat16_loop>;
 
-FASTDIFF_CLONES void to_float16(const float* in, uint16_t* out, int64_t n) {
+FASTDIFF_HD void to_float16_loop(const float* in, uint16_t* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = round_to_float16(in[i]);
 }
+constexpr auto to_float16 = clones<to_float16_loop>;
 
 // The counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.
-FASTDIFF_CLONES void philox_words_portable(uint64_t key, uint64_t stream, uint64_t first,
-                                           PhiloxWords& words) {
+FASTDIFF_HD void philox_words_portable_loop(uint64_t key, uint64_t stream, uint64_t first,
+                                            PhiloxWords& words) {
   const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
 #pragma omp simd
   for (int lane = 0; lane < kPhiloxLanes; ++lane) {
@@ -56,14 +61,15 @@ FASTDIFF_CLONES void philox_words_portable(uint64_t key, uint64_t stream, uint64
     words.w[3][lane] = w.w3;
   }
 }
+constexpr auto philox_words_portable = clones<philox_words_portable_loop>;
 
 using PhiloxFunction = void (*)(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words);
 
-// Chosen once, when the library is loaded, as the clones are.
+// Chosen once, when the library is loaded.
 PhiloxFunction best_philox_words() {
 #if FASTDIFF_HAS_PHILOX_X86
-  if (__builtin_cpu_supports("avx512f")) return philox_words_avx512;
-  if (__builtin_cpu_supports("avx2")) return philox_words_avx2;
+  if (isa() == Isa::kAvx512) return philox_words_avx512;
+  if (isa() == Isa::kAvx2) return philox_words_avx2;
 #endif
   return philox_words_portable;
 }
@@ -71,7 +77,7 @@ PhiloxFunction best_philox_words() {
 const PhiloxFunction philox_words = best_philox_words();
 
 // The normals of sixteen blocks, in order.
-FASTDIFF_CLONES void normals_from_words(const PhiloxWords& words, float* out) {
+FASTDIFF_HD void normals_from_words_loop(const PhiloxWords& words, float* out) {
   float n0[kPhiloxLanes], n1[kPhiloxLanes], n2[kPhiloxLanes], n3[kPhiloxLanes];
 #pragma omp simd
   for (int lane = 0; lane < kPhiloxLanes; ++lane) {
@@ -86,6 +92,7 @@ FASTDIFF_CLONES void normals_from_words(const PhiloxWords& words, float* out) {
     out[4 * lane + 3] = n3[lane];
   }
 }
+constexpr auto normals_from_words = clones<normals_from_words_loop>;
 
 void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks, float* out) {
   PhiloxWords words;

@@ -56,34 +56,42 @@ FASTDIFF_HD void gradients_of(const VlbRow& shared_row, const VlbGradients& shar
 }
 
 // Not templates: GCC clones only functions.
-FASTDIFF_CLONES Sums kl_fixed(const VlbRow& row, const Tile& tile) {
+FASTDIFF_HD Sums kl_fixed_loop(const VlbRow& row, const Tile& tile) {
   return sums_of<false, false>(row, tile);
 }
-FASTDIFF_CLONES Sums kl_learned(const VlbRow& row, const Tile& tile) {
+constexpr auto kl_fixed = clones<kl_fixed_loop>;
+FASTDIFF_HD Sums kl_learned_loop(const VlbRow& row, const Tile& tile) {
   return sums_of<false, true>(row, tile);
 }
-FASTDIFF_CLONES Sums decoder_fixed(const VlbRow& row, const Tile& tile) {
+constexpr auto kl_learned = clones<kl_learned_loop>;
+FASTDIFF_HD Sums decoder_fixed_loop(const VlbRow& row, const Tile& tile) {
   return sums_of<true, false>(row, tile);
 }
-FASTDIFF_CLONES Sums decoder_learned(const VlbRow& row, const Tile& tile) {
+constexpr auto decoder_fixed = clones<decoder_fixed_loop>;
+FASTDIFF_HD Sums decoder_learned_loop(const VlbRow& row, const Tile& tile) {
   return sums_of<true, true>(row, tile);
 }
-FASTDIFF_CLONES void kl_fixed_gradient(const VlbRow& row, const VlbGradients& grad,
-                                       const Tile& tile, float* output, float* v) {
+constexpr auto decoder_learned = clones<decoder_learned_loop>;
+FASTDIFF_HD void kl_fixed_gradient_loop(const VlbRow& row, const VlbGradients& grad,
+                                        const Tile& tile, float* output, float* v) {
   gradients_of<false, false>(row, grad, tile, output, v);
 }
-FASTDIFF_CLONES void kl_learned_gradient(const VlbRow& row, const VlbGradients& grad,
-                                         const Tile& tile, float* output, float* v) {
+constexpr auto kl_fixed_gradient = clones<kl_fixed_gradient_loop>;
+FASTDIFF_HD void kl_learned_gradient_loop(const VlbRow& row, const VlbGradients& grad,
+                                          const Tile& tile, float* output, float* v) {
   gradients_of<false, true>(row, grad, tile, output, v);
 }
-FASTDIFF_CLONES void decoder_fixed_gradient(const VlbRow& row, const VlbGradients& grad,
-                                            const Tile& tile, float* output, float* v) {
+constexpr auto kl_learned_gradient = clones<kl_learned_gradient_loop>;
+FASTDIFF_HD void decoder_fixed_gradient_loop(const VlbRow& row, const VlbGradients& grad,
+                                             const Tile& tile, float* output, float* v) {
   gradients_of<true, false>(row, grad, tile, output, v);
 }
-FASTDIFF_CLONES void decoder_learned_gradient(const VlbRow& row, const VlbGradients& grad,
-                                              const Tile& tile, float* output, float* v) {
+constexpr auto decoder_fixed_gradient = clones<decoder_fixed_gradient_loop>;
+FASTDIFF_HD void decoder_learned_gradient_loop(const VlbRow& row, const VlbGradients& grad,
+                                               const Tile& tile, float* output, float* v) {
   gradients_of<true, true>(row, grad, tile, output, v);
 }
+constexpr auto decoder_learned_gradient = clones<decoder_learned_gradient_loop>;
 
 Sums tile_sums(const VlbRow& row, const Tile& tile) {
   const auto function = row.first ? (tile.v ? decoder_learned : decoder_fixed)

@@ -208,15 +208,8 @@ def _triton(
     kernels.group_norm_silu(
         *results,
         x.contiguous(memory_format=memory_format_of(x)),
-        num_groups,
-        _adjacent(weight),
-        _adjacent(bias),
-        eps,
-        _adjacent(channel_bias),
-        _adjacent(scale),
-        _adjacent(shift),
-        activation,
-        _channels_last(x),
+        *(num_groups, _adjacent(weight), _adjacent(bias), eps, _adjacent(channel_bias)),
+        *(_adjacent(scale), _adjacent(shift), activation, _channels_last(x)),
     )
     return results
 
@@ -249,9 +242,8 @@ def _backward_fake(
     activation: int,
     *needs: bool,
 ) -> _Gradients:
-    operands = weight, bias, channel_bias, scale, shift
-    _checks.check_one_device(x, grad, mean, rstd, *operands)
-    return _empty_gradients(x, operands, needs)
+    _checks.check_one_device(x, grad, mean, rstd, weight, bias, channel_bias, scale, shift)
+    return _empty_gradients(x, (weight, bias, channel_bias, scale, shift), needs)
 
 
 def _backward_reference(
@@ -312,55 +304,48 @@ def _backward_triton(
     return results
 
 
-class _GroupNormSilu(torch.autograd.Function):
-    """Keeps x, the small operands, mean and rstd; the activation's input is computed again."""
+def _below_autograd(op, *args):
+    """Call past the autograd kernel, or what the dispatcher has for an op without one (1 us)."""
+    guard = torch._C._AutoDispatchBelowAutograd()
+    try:
+        return op(*args)
+    finally:
+        del guard
 
-    # mean and rstd leave through the list `statistics`: as outputs they would have to be marked as
-    # not differentiable, and would bring gradients back.
+
+class _GroupNormSilu(torch.autograd.Function):
+    """Keeps x, the small operands, mean and rstd; the activation's input is computed again.
+
+    On tiny tensors Python is most of the time, so what is no tensor travels in one argument: `call`
+    is [op, backward, num_groups, eps, activation], and forward leaves mean and rstd in it. As
+    outputs they would have to be marked as not differentiable, and would bring gradients back.
+    """
+
     @staticmethod
-    def forward(
-        ctx,
-        statistics,
-        op,
-        backward,
-        x,
-        num_groups,
-        weight,
-        bias,
-        eps,
-        channel_bias,
-        scale,
-        shift,
-        activation,
-    ):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, *statistics[:] = op(
-                x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation
-            )
-        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, *statistics)
-        ctx.rest = backward, num_groups, eps, activation
-        ctx.set_materialize_grads(False)
+    def forward(ctx, call, x, weight, bias, channel_bias, scale, shift):
+        op, _, num_groups, eps, activation = call
+        y, mean, rstd = _below_autograd(
+            op, x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation
+        )
+        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, mean, rstd)
+        ctx.call = tuple(call)
+        call[:] = mean, rstd
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, mean, rstd = ctx.saved_tensors
-        backward, num_groups, eps, activation = ctx.rest
-        wanted = ctx.needs_input_grad
-        needs = wanted[3], wanted[5], wanted[6], wanted[8], wanted[9], wanted[10]
-        if grad is None or not any(needs):
-            gradients = (None,) * len(needs)
-        elif torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
-            gradients = _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation)
+        x, weight, bias, channel_bias, scale, shift, mean, rstd = ctx.saved_tensors
+        _, backward, num_groups, eps, activation = ctx.call
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
+            inputs = x, weight, bias, channel_bias, scale, shift
+            found = _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation)
         else:
-            x, *operands = inputs
-            results = backward(grad, x, mean, rstd, num_groups, *operands, activation, *needs)
-            gradients = [r if needed else None for r, needed in zip(results, needs, strict=True)]
-        grad_x, grad_weight, grad_bias, grad_channel_bias, grad_scale, grad_shift = gradients
-        return (
-            *(None, None, None, grad_x, None, grad_weight, grad_bias, None),
-            *(grad_channel_bias, grad_scale, grad_shift, None),
-        )
+            found = _below_autograd(
+                *(backward, grad, x, mean, rstd, num_groups, weight, bias, channel_bias),
+                *(scale, shift, activation, *needs),
+            )
+        return None, *[f if needed else None for f, needed in zip(found, needs, strict=True)]
 
 
 def _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation):
@@ -376,12 +361,19 @@ def _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation):
     return [next(found) if needed else None for needed in needs]
 
 
-def _autograd(op, *args, backward=None):
+# Function.apply without the part of it that is in Python, which looks for functorch's transforms:
+# `_unsupported` has sent those to the reference.
+_apply = super(torch.autograd.Function, _GroupNormSilu).apply
+
+
+def _autograd(
+    op, x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation, *, backward=None
+):
     if backward is None:
         backward = _backward_op.triton if op is _op.triton else _backward_op.default
-    statistics: list[Tensor] = []
-    y = _GroupNormSilu.apply(statistics, op, backward, *args)
-    return y, *statistics
+    call = [op, backward, num_groups, eps, activation]
+    y = _apply(call, x, weight, bias, channel_bias, scale, shift)
+    return y, *call
 
 
 _op = _library.define(

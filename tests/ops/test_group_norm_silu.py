@@ -153,6 +153,35 @@ def test_a_sample_does_not_depend_on_its_batch(
         assert torch.equal(many.gradients[name][-1:], one.gradients[name])
 
 
+@pytest.mark.skipif(available("cpu") is not None, reason="the CPU library is not built")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((5, 6, 271, 273), "fp32"), ((5, 32, 160, 173), "bf16")],
+    ids=["unaligned", "aligned"],
+)
+def test_large_results_are_those_of_single_samples(
+    shape: tuple[int, ...], dtype: str, layout: str
+) -> None:
+    """Results that caches do not hold are written past them, by other stores: the same bits."""
+    x, grad = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        .to(FLOATS[dtype])
+        .contiguous(memory_format=LAYOUTS[layout])
+        for seed in (0, 1)
+    )
+
+    def run(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        y = ops.group_norm_silu(x, 2, None, None)
+        return y.detach(), *torch.autograd.grad(y, x, grad)
+
+    together = run(x, grad)
+    for k in (0, 4):
+        for one, all_of_them in zip(run(x[k : k + 1], grad[k : k + 1]), together, strict=True):
+            assert torch.equal(one[0], all_of_them[k])
+
+
 @pytest.mark.parametrize("values", ["normal", "std 1000"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
