@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _MANIFEST = "checkpoint.json"
 _FILES = ("model.safetensors", "ema.safetensors", "state.pt")
 
@@ -74,7 +74,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     name = f"step-{checkpoint.step:08d}"
-    temporary, final = folder / (_TEMPORARY + name), folder / name
+    temporary, final = folder / (TEMPORARY + name), folder / name
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
     # Serialized in memory and written by us: safetensors' own writer hides the errno of a full
@@ -97,7 +97,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         sync_folder(temporary)
         if final.exists():
             # Left by a run that went on from an older checkpoint because this one was damaged.
-            final.rename(folder / f"{_TEMPORARY}old-{final.name}")
+            final.rename(folder / f"{TEMPORARY}old-{final.name}")
         temporary.rename(final)
         sync_folder(folder)
     except OSError:
@@ -109,7 +109,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     abandoned = [path for step, path in listed if step > checkpoint.step]
     reached = [path for step, path in listed if step <= checkpoint.step]
     for old in abandoned + reached[max(1, keep) :]:
-        old.rename(folder / (_TEMPORARY + old.name))
+        old.rename(folder / (TEMPORARY + old.name))
     _remove_leftovers(folder)
     return final
 
@@ -179,13 +179,38 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is either the old one or the new one at any moment."""
-    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
     try:
         write_synced(temporary, data)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, and that one process alone succeeds in.
+
+    Raises
+    ------
+    FileExistsError
+        When it is there already.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        write_synced(temporary, data)
+        try:
+            os.link(temporary, path)  # fails if there is one, which a rename does not
+        except FileExistsError:
+            raise
+        except OSError:
+            # Some file systems have no links (FAT, mounted cloud storage). Two processes that get
+            # here in the same instant are not told apart.
+            if path.exists():
+                raise FileExistsError(path) from None
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -208,7 +233,7 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(_TEMPORARY + "*"):
+    for path in folder.glob(TEMPORARY + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,10 +14,12 @@ import torch
 
 from fastdiff._backends import select_backend
 from fastdiff.training.checkpoint import (
+    TEMPORARY,
     Checkpoint,
     DamagedCheckpoint,
     load_newest,
     write_atomic,
+    write_new,
 )
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.distributed import World
@@ -58,9 +60,13 @@ class RunFolder:
         return self.path / "model"
 
     def check_new(self) -> None:
-        """Raise `UserError` if something is there already or the folder cannot be made."""
+        """Raise `UserError` if something is there already or the folder cannot be made.
+
+        Empty folders and temporary files do not count: a start that was killed leaves them.
+        """
         if self.path.is_dir():
-            if any(self.path.iterdir()):
+            found = (path for path in self.path.rglob("*") if not path.is_dir())
+            if not all(path.name.startswith(TEMPORARY) for path in found):
                 raise UserError(
                     f"--out {self.path} exists and is not empty; continue that run with --resume, "
                     "or give another folder with --out"
@@ -76,18 +82,20 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write config.json.
 
-        A new run claims the folder by making checkpoints/, which only one process succeeds in.
+        A new run claims the folder by config.json, which one process alone succeeds in; before
+        that there is nothing to resume, and a run can be started anew.
         """
+        write = write_atomic if config.resume else write_new
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             try:
-                self.checkpoints.mkdir(exist_ok=config.resume)
+                write(self.config, config.to_json().encode())
             except FileExistsError as error:
                 raise UserError(
                     f"--out {self.path}: another process has started a run there; give another "
                     "folder with --out"
                 ) from error
-            write_atomic(self.config, config.to_json().encode())
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
 

@@ -232,7 +232,7 @@ class Trainer:
         self.ema.update()
         # After the whole batch: how it is split must not change what is drawn in it.
         t, losses = map(torch.cat, zip(*drawn, strict=True))
-        self.timesteps.update(t, losses)
+        self.timesteps.update(t, losses, largest=self._share)
         self.meter.add(loss, norm, scale, t, losses)
         self.step += 1
 

@@ -1,6 +1,7 @@
-"""A model small enough that a training step takes milliseconds."""
+"""A model small enough that a training step takes milliseconds, and one thread to train it."""
 
 import pytest
+import torch
 
 from fastdiff.nn import PRESETS, UNetConfig
 
@@ -19,3 +20,12 @@ def tiny_preset(monkeypatch):
         dropout=0.1,
     )
     monkeypatch.setitem(PRESETS, "tiny", config)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors of a few kilobytes: threads would wait for each other (10 times as long)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

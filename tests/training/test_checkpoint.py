@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff.training import Checkpoint, DamagedCheckpoint
-from fastdiff.training.checkpoint import load, load_newest, save, write_atomic
+from fastdiff.training.checkpoint import load, load_newest, save, write_atomic, write_new
 
 
 def make(step: int) -> Checkpoint:
@@ -130,4 +130,19 @@ def test_write_atomic_replaces_or_leaves_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, b"never")
     assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_write_new_writes_once(tmp_path, monkeypatch, links):
+    def refuse(source, target):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:  # as on FAT
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    write_new(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_new(path, b"second")
+    assert path.read_bytes() == b"first"
     assert names(tmp_path) == ["file"]

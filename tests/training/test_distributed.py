@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_waits import CountMethods, CountWaits
 
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
@@ -192,6 +193,20 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     assert not np.array_equal(results[0][0].pop("random"), results[1][0].pop("random"))
     for name, value in results[0][0].items():
         assert np.array_equal(value, results[1][0][name]), name
+
+
+def count_waits(world, path):
+    # Without classes, whose range is looked at on a CPU.
+    run = trainer(path, world, timestep_sampler="loss_second_moment", class_cond=False)
+    batch = torch.from_numpy(images[4 * world.rank :][:4]), None
+    run._train_step(*batch)  # the optimizer's state is made
+    with CountWaits() as waits, CountMethods(waits.seen):
+        run._train_step(*batch)
+    return waits.seen, int(run.timesteps.state_dict()["count"].sum())
+
+
+def test_the_losses_of_all_processes_are_remembered_without_a_wait(tmp_path):
+    assert in_processes(2, count_waits, tmp_path) == {0: ([], 16), 1: ([], 16)}
 
 
 def lose_a_process(world, path):

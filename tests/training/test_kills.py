@@ -1,6 +1,7 @@
 """SIGKILL at every step of a checkpoint's writing and at random moments of a run; a full disk."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.training import Checkpoint, RunError, RunFolder, TrainConfig, Trainer, checkpoint
+from fastdiff.training import (
+    Checkpoint,
+    RunError,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    UserError,
+    checkpoint,
+)
 from fastdiff.training.data import ArrayDataset
 
 CPU = torch.device("cpu")
@@ -64,11 +73,11 @@ def some_checkpoint(step):
     return Checkpoint(step, {}, tensors, tensors, {"step": step})
 
 
-CALLS = ("mkdir", "open", "rename", "unlink", "rmdir", "fsync")
+CALLS = ("mkdir", "open", "link", "rename", "replace", "unlink", "rmdir", "fsync")
 
 
-def save_and_die(folder, step, nth):
-    """Save a checkpoint, and be killed before the n-th call that touches the disk."""
+def killed_before(nth, work):
+    """Do some work, and be killed before its n-th call that touches the disk."""
     count = 0
 
     def counting(original):
@@ -83,7 +92,7 @@ def save_and_die(folder, step, nth):
 
     for name in CALLS:
         setattr(os, name, counting(getattr(os, name)))
-    checkpoint.save(folder, some_checkpoint(step), keep=2)
+    work()
 
 
 def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path):
@@ -92,7 +101,8 @@ def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path)
         folder = tmp_path / str(nth)
         for step in (1, 2):
             checkpoint.save(folder, some_checkpoint(step), keep=2)
-        process = forked(save_and_die, folder, 3, nth)
+        save = functools.partial(checkpoint.save, folder, some_checkpoint(3), keep=2)
+        process = forked(killed_before, nth, save)
         process.join(60)
         newest = checkpoint.load_newest(folder, pytest.fail)
         assert torch.equal(newest.model["w"], torch.full((3,), float(newest.step)))
@@ -108,6 +118,31 @@ def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path)
     assert found == sorted(found)
     assert set(found) == {2, 3}
     assert len(found) > 10
+
+
+def test_killed_before_any_call_of_its_start_a_run_starts_or_resumes(tmp_path):
+    resumable = []
+    for nth in range(1, 100):
+        folder = RunFolder(tmp_path / str(nth))
+        process = forked(killed_before, nth, functools.partial(folder.create, SMALL))
+        process.join(60)
+        resumable.append(folder.config.exists())
+        if resumable[-1]:
+            assert folder.saved_config("--resume") == SMALL
+            with pytest.raises(UserError, match="continue that run with --resume"):
+                folder.check_new()
+            with pytest.raises(UserError, match="another process has started a run"):
+                folder.create(SMALL)
+        else:
+            folder.check_new()
+            folder.create(SMALL)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    # From the link on.
+    assert resumable == sorted(resumable)
+    assert set(resumable) == {False, True}
+    assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["config.json"]
 
 
 def train_for_ever(path, resume, started):
@@ -127,7 +162,7 @@ def kill_at_random(path, times, seed):
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         killed += 1
-        resume = (path / "checkpoints").is_dir()
+        resume = (path / "config.json").exists()
         newest = checkpoint.load_newest(path / "checkpoints", pytest.fail)
         step = 0 if newest is None else newest.step
         assert step >= reached
@@ -139,12 +174,9 @@ def kill_at_random(path, times, seed):
 
 @pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, times):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     whole = trainer(tmp_path / "whole")
     assert whole.train()
     actual = kill_at_random(tmp_path / "killed", times, seed=times)
-    torch.set_num_threads(threads)
     for name, value in whole.unet.state_dict().items():
         assert torch.equal(actual[name], value), name
 

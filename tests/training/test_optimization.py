@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_waits import CountMethods, CountWaits
 
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer
 from fastdiff.training.data import ArrayDataset
@@ -29,14 +28,6 @@ SMALL = TrainConfig(
 )
 CPU = torch.device("cpu")
 DATASET = ArrayDataset(np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(path, **changes):
@@ -137,7 +128,7 @@ def test_float16_that_always_overflows_ends_with_the_step_and_the_scale(tmp_path
 def test_a_passing_fault_is_healed_by_going_back_once(tmp_path, capsys):
     clean = trainer(tmp_path / "clean")
     assert clean.train()
-    for where in ("weight", "gradient"):
+    for where in ("batch", "weight", "gradient"):
         run = trainer(tmp_path / where)
         faults = [5]
 
@@ -153,6 +144,11 @@ def test_a_passing_fault_is_healed_by_going_back_once(tmp_path, capsys):
                     run.unet.conv_in.weight.fill_(math.nan)
             return False
 
+        def spoil(module, args, fault=fault):
+            return (args[0] * (math.nan if fault() else 1.0), *args[1:])
+
+        if where == "batch":
+            run.unet.register_forward_pre_hook(spoil)
         if where == "gradient":
             multiply_gradients(run, lambda step, fault=fault: math.nan if fault() else 1.0)
         assert run.train(should_stop=poison if where == "weight" else lambda: False)
@@ -165,52 +161,6 @@ def test_a_passing_fault_is_healed_by_going_back_once(tmp_path, capsys):
         assert [e["step"] for e in run.metrics.entries] == [
             e["step"] for e in clean.metrics.entries
         ]
-
-
-WAITS = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::equal",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::unique_dim",
-}
-INDEXING = {"aten::index", "aten::index_put_", "aten::index_put"}
-WAITING_METHODS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"}
-
-
-def is_mask(index):
-    """An index whose number of elements only the device knows."""
-    return index is not None and index.dtype in (torch.bool, torch.uint8)
-
-
-class CountWaits(TorchDispatchMode):
-    """Records the operators that make a host wait for a device, as a GPU's would."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if name in WAITS or (name in INDEXING and any(map(is_mask, args[1]))):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class CountMethods(TorchFunctionMode):
-    """The same for methods of tensors, which on a CPU need no operator."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in WAITING_METHODS:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 BY_LOSS = {"timestep_sampler": "loss_second_moment", "loss": "kl", "variance": "learned_range"}

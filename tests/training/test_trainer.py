@@ -213,7 +213,7 @@ def test_a_loaded_run_has_the_averaged_weights(tmp_path, dataset):
     )
 
 
-@pytest.mark.parametrize("where", ["weight", "gradient"])
+@pytest.mark.parametrize("where", ["batch", "weight", "gradient"])
 def test_what_is_not_finite_stops_the_run_and_names_the_step(tmp_path, dataset, where):
     run = trainer(tmp_path, dataset, checkpoint_every=5)
     parameter = run.unet.conv_out.bias
@@ -229,6 +229,8 @@ def test_what_is_not_finite_stops_the_run_and_names_the_step(tmp_path, dataset, 
 
     if where == "gradient":
         parameter.register_hook(poison)
+    if where == "batch":
+        run.unet.register_forward_pre_hook(lambda module, args: (poison(args[0]), *args[1:]))
     with pytest.raises(RunError, match=r"step 7: .* is (nan|inf) .*--lr.*checkpoint of step 5"):
         run.train(should_stop=stop)
     # Stopped before a checkpoint of the ruined weights could be written.
