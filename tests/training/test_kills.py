@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,3 +211,40 @@ def test_a_write_that_fails_half_way_ends_with_a_message_and_resumes(tmp_path):
     again = trainer(tmp_path, resume=True)
     assert again.step == 3
     assert again.train()
+
+
+FILL = """
+set -e
+mkdir disk
+mount -t tmpfs -o size=$2 tmpfs disk
+$1 --out disk/run --steps 6 $3 && exit 3
+ls disk/run/checkpoints
+mount -o remount,size=100m disk
+$1 --out disk/run --resume
+ls disk/run/checkpoints
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "saved"),
+    [
+        ("100k", ""),  # not even for a checkpoint of 12 MB
+        ("20m", "step-00000001\n"),  # for one
+    ],
+)
+def test_a_run_whose_disk_is_full_goes_on_when_there_is_room(tmp_path, size, saved):
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no namespace to mount a small disk in")
+    train = f"{sys.executable} -m fastdiff.train --batch-size 4 --num-samples 1 --device cpu"
+    flags = "--checkpoint-every 1 --sample-every 100 --keep 1"
+    script = ["unshare", "-Urm", "sh", "-c", FILL, "sh", train, size, flags]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot write " in done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.stdout == saved + "step-00000006\n"
