@@ -52,6 +52,8 @@ class EvaluateConfig:
     """Number of images, drawn at random from the data."""
     seed: int = 0
     """Seed of that choice and of all noise."""
+    ema: float | None = None
+    """Which of the run's averages of its weights, by its decay; None: the first."""
     batch_size: int = 256
     """How much the U-Net sees at a time, counted in images; changes memory and speed alone."""
     probes: int = 2
@@ -223,7 +225,8 @@ def main(argv: list[str]) -> int:
         for title, value in result.rows:
             print(f"{title:48}{value}", flush=True)
     _cli.say(
-        f"step {task.run.step} of {config.run}, {len(task.x0)} images of {_data(task)}"
+        f"step {task.run.step} of {config.run} (--ema {task.run.ema}), {len(task.x0)} images of "
+        f"{_data(task)}"
         f"{'' if config.data else ' (which it was trained on)'}: {task.folder}"
     )
     return 0
@@ -243,7 +246,7 @@ def _validate(config: EvaluateConfig) -> None:
 def _prepare(config: EvaluateConfig) -> Task:
     from fastdiff.training.data import load_dataset
 
-    run = load_run(config.run, choose_device(config.device), warn=_cli.say)
+    run = load_run(config.run, choose_device(config.device), _cli.say, config.ema)
     use_threads(run.config)
     timesteps = run.diffusion.num_timesteps
     if min(config.steps) > timesteps:
@@ -290,6 +293,7 @@ def _settings(task: Task) -> dict[str, Any]:
     config = task.config
     return {
         "step": task.run.step,
+        "ema": task.run.ema,
         "data": _data(task),
         "training_images": config.data is None,
         "num": config.num,

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/step-00001000`` with
 
-- ``model.safetensors``, ``ema.safetensors``: the weights,
+- ``model.safetensors``, ``ema.safetensors``, ``ema-2.safetensors`` ...: the weights and their
+  averages, in the order of ``--ema``,
 - ``state.pt``: optimizer, counters and random states, loadable with ``weights_only=True``,
 - ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files.
 
@@ -29,7 +30,7 @@ from torch import Tensor
 _NAME = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 _MANIFEST = "checkpoint.json"
-_FILES = ("model.safetensors", "ema.safetensors", "state.pt")
+_AVERAGE = re.compile(r"ema(-\d+)?\.safetensors")
 
 
 class DamagedCheckpoint(ValueError):
@@ -46,8 +47,10 @@ class Checkpoint:
         Optimizer steps done.
     meta : dict
         JSON-able facts that describe the model, so that it can be built from the checkpoint alone.
-    model, ema : dict of str to Tensor
-        State dicts.
+    model : dict of str to Tensor
+        State dict.
+    emas : list of dict of str to Tensor
+        State dicts of its averages.
     state : dict
         Optimizer, counters and random states: tensors, numbers, strings, lists and dicts.
     """
@@ -55,7 +58,7 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]
     model: dict[str, Tensor]
-    ema: dict[str, Tensor]
+    emas: list[dict[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -81,7 +84,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     # disk, and the checksum is then of what was meant to be written.
     contents = {
         "model.safetensors": safetensors.torch.save(_contiguous(checkpoint.model)),
-        "ema.safetensors": safetensors.torch.save(_contiguous(checkpoint.ema)),
+        **{
+            _average(index): safetensors.torch.save(_contiguous(average))
+            for index, average in enumerate(checkpoint.emas)
+        },
         "state.pt": buffer.getbuffer(),
     }
     manifest = {
@@ -126,14 +132,17 @@ def load(path: Path) -> Checkpoint:
 
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        contents = {name: (path / name).read_bytes() for name in _FILES}
+        # No other name than these is opened, whatever the manifest says.
+        averages = [_average(i) for i in range(sum(map(_is_average, manifest["sha256"])))]
+        names = ("model.safetensors", *averages, "state.pt")
+        contents = {name: (path / name).read_bytes() for name in names}
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{path / name} does not match its checksum")
         return Checkpoint(
             step=int(manifest.pop("step")),
             model=safetensors.torch.load(contents["model.safetensors"]),
-            ema=safetensors.torch.load(contents["ema.safetensors"]),
+            emas=[safetensors.torch.load(contents[name]) for name in averages],
             state=torch.load(
                 io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True
             ),
@@ -222,6 +231,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _average(index: int) -> str:
+    """Name of the file of an average: the first is what older versions wrote."""
+    return f"ema-{index + 1}.safetensors" if index else "ema.safetensors"
+
+
+def _is_average(name: str) -> bool:
+    return _AVERAGE.fullmatch(name) is not None
 
 
 def _listed(folder: Path) -> list[tuple[int, Path]]:

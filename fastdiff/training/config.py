@@ -82,8 +82,9 @@ class TrainConfig:
     """Weight decay: decoupled with adamw, L2 with adam."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    ema: float = 0.99
-    """Decay of the averaged weights that samples are drawn from (warmed up from 0.1)."""
+    ema: tuple[float, ...] = (0.99,)
+    """Decays of the averaged weights, each warmed up from 0.1; several are kept side by side. Grids
+    are drawn from the first, fastdiff.sample takes any of them."""
     seed: int = 0
     """Seed of everything random: weights, order of the data, timesteps, noise."""
 
@@ -116,6 +117,11 @@ class TrainConfig:
     sample_steps: int = 50
     """DDIM steps per sample grid."""
 
+    def __post_init__(self) -> None:
+        # One decay is as good as a list of one.
+        if isinstance(self.ema, (int, float)):
+            object.__setattr__(self, "ema", (float(self.ema),))
+
     @classmethod
     def for_data(cls, data: str) -> TrainConfig:
         """Return the defaults for ``data``: a built-in name, or a folder or file of images."""
@@ -147,9 +153,13 @@ class TrainConfig:
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")
-        for name in ("ema", "label_dropout", "beta1", "beta2"):
+        for name in ("label_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number in [0, 1)")
+        distinct = len(set(self.ema)) == len(self.ema) > 0
+        if not distinct or not all(0 <= decay < 1 for decay in self.ema):
+            given = " ".join(map(str, self.ema))
+            raise UserError(f"--ema {given}: give different numbers in [0, 1)")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: give a number below 2**63")
         if self.batch_size % self.grad_accum:
@@ -309,6 +319,9 @@ def _converted(value: Any, kind: Any, what: str) -> Any:
         if value is None:
             return None
         (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_converted(item, typing.get_args(kind)[0], what) for item in items)
     if typing.get_origin(kind) is Literal:
         options = typing.get_args(kind)
         # YAML 1.1 reads a bare `off` as false.

@@ -255,7 +255,9 @@ class TrainedRun:
     step : int
         Optimizer steps behind the weights.
     unet : UNet
-        With the averaged weights, in eval mode, on the device.
+        With averaged weights, in eval mode, on the device.
+    ema : float
+        Decay of that average.
     diffusion : GaussianDiffusion
         The process it was trained for.
     image_shape : tuple of int
@@ -265,6 +267,7 @@ class TrainedRun:
     config: TrainConfig
     step: int
     unet: UNet
+    ema: float
     diffusion: GaussianDiffusion
     image_shape: tuple[int, int, int]
 
@@ -273,16 +276,17 @@ def load_run(
     folder: str | Path,
     device: torch.device | str = "cpu",
     warn: Callable[[str], None] = warnings.warn,
+    ema: float | None = None,
 ) -> TrainedRun:
     """Load the newest good checkpoint of a run; the folder is all that is needed.
 
     Model and diffusion process are those that the checkpoint describes; config.json adds how the
-    run was computed.
+    run was computed. The weights are the average with decay ``ema``; None: the run's first.
 
     Raises
     ------
     UserError
-        The folder holds no run, or no usable checkpoint.
+        The folder holds no run, or no usable checkpoint, or the run has no such average.
     """
     from fastdiff.nn import UNet
 
@@ -299,13 +303,18 @@ def load_run(
     with naming(what):
         unet = UNet.from_config(newest.meta["unet"])
         image_shape = tuple(newest.meta["image_shape"])
+    ema = config.ema[0] if ema is None else ema
+    averages = dict(zip(config.ema, newest.emas, strict=False))
+    if ema not in averages:
+        known = " or ".join(map(str, averages))
+        raise UserError(f"--ema {ema}: {folder} has averages of decay {known}")
     try:
-        unet.load_state_dict(newest.ema)
+        unet.load_state_dict(averages[ema])
     except RuntimeError as error:
         # torch lists every tensor; that they do not fit says enough.
         raise UserError(f"{what}: its weights do not fit the U-Net that it describes") from error
     unet.eval().requires_grad_(False).to(device)
-    return TrainedRun(config, newest.step, unet, build_diffusion(config), image_shape)
+    return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)
 
 
 def newest_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdiff.nn.config import UNetConfig
 from fastdiff.training.checkpoint import Checkpoint
-from fastdiff.training.errors import UserError
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.errors import UserError, naming
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer
@@ -25,10 +27,10 @@ def snapshot(trainer: Trainer) -> Checkpoint:
         step=trainer.step,
         meta=_facts(trainer),
         model=trainer.unet.state_dict(),
-        ema=trainer.ema.model.state_dict(),
+        emas=[ema.model.state_dict() for ema in trainer.emas],
         state={
             "optimizer": trainer.optimizer.state_dict(),
-            "ema_updates": trainer.ema.num_updates,
+            "ema_updates": trainer.emas[0].num_updates,
             "samples_seen": trainer.step * trainer.config.batch_size,
             "loss_scaler": trainer.scaler.state_dict(),
             "timesteps": trainer.timesteps.state_dict(),
@@ -50,6 +52,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     # As JSON would give them back, tuples as lists.
     here = json.loads(json.dumps(_facts(trainer)))
     there = {name: checkpoint.meta.get(name) for name in here}
+    with naming(f"--resume: checkpoint of step {checkpoint.step}"):
+        there |= _as_written_today(there)
     if there != here:
         raise UserError(
             f"--resume: the checkpoint in {trainer.folder.path} is of another run: "
@@ -57,8 +61,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.step = checkpoint.step
     trainer.unet.load_state_dict(checkpoint.model)
-    trainer.ema.model.load_state_dict(checkpoint.ema)
-    trainer.ema.num_updates = checkpoint.state["ema_updates"]
+    for ema, average in zip(trainer.emas, checkpoint.emas, strict=True):
+        ema.model.load_state_dict(average)
+        ema.num_updates = checkpoint.state["ema_updates"]
     trainer.optimizer.load_state_dict(checkpoint.state["optimizer"])
     trainer.scaler.load_state_dict(checkpoint.state["loss_scaler"])
     trainer.timesteps.load_state_dict(checkpoint.state["timesteps"])
@@ -83,7 +88,7 @@ def save_model(trainer: Trainer) -> None:
         )
         # Beside the old one first, so that there is a whole model/ at any moment but one.
         fresh = folder.path / ".tmp-model"
-        diffusers_format.save_pretrained(trainer.ema.model, fresh, scheduler)
+        diffusers_format.save_pretrained(trainer.emas[0].model, fresh, scheduler)
     except diffusers_format.UnsupportedByDiffusersError as error:
         # Above the progress bar.
         tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)
@@ -103,6 +108,13 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "num_images": len(trainer.dataset),
         "classes": list(trainer.dataset.classes),
     }
+
+
+def _as_written_today(meta: dict[str, Any]) -> dict[str, Any]:
+    """Settings and U-Net of an older version, completed by what it did without a name for it."""
+    settings = TrainConfig().updated(meta["settings"], "settings").identity()
+    unet = UNetConfig.from_dict(meta["unet"]).to_dict()
+    return json.loads(json.dumps({"settings": settings, "unet": unet}))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

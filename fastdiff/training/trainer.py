@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.images import image_grid, to_uint8
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import optimization, report, state
+from fastdiff.training import grids, optimization, report, state
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
@@ -25,9 +24,6 @@ from fastdiff.training.errors import NotFiniteError, RunError, UserError
 from fastdiff.training.logging import Metrics, memory_mib
 from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
-
-# Images of a grid drawn at a time. The same for any number of processes, so that the grid is too.
-_GRID_BATCH = 32
 
 
 class Trainer:
@@ -66,13 +62,11 @@ class Trainer:
         self.device = device
         self.world = world
         self.step = 0
-        self._share = _share(config, world)
+        self.share = _share(config, world)
 
         torch.manual_seed(config.seed)  # weights and dropout
         keys = ops.sample_keys(config.seed, 5 + world.size).tolist()
-        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, self._seed_grid = keys[
-            :5
-        ]
+        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, self.seed_grid = keys[:5]
 
         self.diffusion = build_diffusion(config)
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
@@ -80,7 +74,7 @@ class Trainer:
         if config.channels_last:
             self.unet.to(memory_format=torch.channels_last)
         self.net = world.data_parallel(torch.compile(self.unet) if config.compile else self.unet)
-        self.ema = EMA(self.unet, config.ema)
+        self.emas = [EMA(self.unet, decay) for decay in config.ema]
         self.parameters = list(self.unet.parameters())
         self.optimizer = optimization.optimizer(config, self.parameters)
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
@@ -141,7 +135,7 @@ class Trainer:
                 config.batch_size,
                 config.seed,
                 self.step * config.batch_size,
-                part=slice(self.world.rank * self._share, (self.world.rank + 1) * self._share),
+                part=slice(self.world.rank * self.share, (self.world.rank + 1) * self.share),
             )
         )
         bar = tqdm(
@@ -189,11 +183,11 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        seen = self.step * config.batch_size + self.world.rank * self._share
-        size = self._share // config.grad_accum
+        seen = self.step * config.batch_size + self.world.rank * self.share
+        size = self.share // config.grad_accum
         loss = torch.zeros((), device=self.device)
         drawn: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, self._share, size):
+        for start in range(0, self.share, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
             if not config.channels_last:
@@ -207,7 +201,7 @@ class Trainer:
                 y = self._to_device(labels[part])
                 hidden = self._uniform(self._seed_label, size, seen + start) < config.label_dropout
                 model_kwargs["y"] = y.masked_fill(hidden, self.unet.config.num_classes)
-            with self.world.averaging(self.net, now=start + size == self._share):
+            with self.world.averaging(self.net, now=start + size == self.share):
                 losses = self.diffusion.training_losses(
                     self._predict,
                     x0,
@@ -216,7 +210,7 @@ class Trainer:
                     model_kwargs=model_kwargs,
                     flip=flip,
                 )
-                part_loss = (weight * losses["loss"]).sum() / self._share
+                part_loss = (weight * losses["loss"]).sum() / self.share
                 (part_loss * self.scaler.scale).backward()
             loss += part_loss.detach()
             drawn.append((t, losses["loss"].detach()))
@@ -229,10 +223,11 @@ class Trainer:
         self.optimizer.step()
         self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        for ema in self.emas:
+            ema.update()
         # After the whole batch: how it is split must not change what is drawn in it.
         t, losses = map(torch.cat, zip(*drawn, strict=True))
-        self.timesteps.update(t, losses, largest=self._share)
+        self.timesteps.update(t, losses, largest=self.share)
         self.meter.add(loss, norm, scale, t, losses)
         self.step += 1
 
@@ -242,31 +237,9 @@ class Trainer:
 
     def save_samples(self) -> None:
         """Draw the grid of this step from the averaged weights: always from the same noise."""
-        from fastdiff.samplers import DDIM
-
-        config = self.config
-        height, width, channels = self.dataset.shape
-        sampler = DDIM(self.diffusion, steps=config.sample_steps)
-        keys = self._keys(self._seed_grid, config.num_samples, 0)
-        grid = torch.zeros(config.num_samples, channels, height, width, dtype=torch.uint8)
-        # No more at a time than are trained on at a time: what fits in memory there fits here.
-        size = min(_GRID_BATCH, self._share // config.grad_accum)
-        for indices in self.world.batches(config.num_samples, size):
-            here = indices.to(self.device)
-            model_kwargs = {}
-            if config.class_cond:
-                model_kwargs["y"] = here % self.unet.config.num_classes
-            images = sampler.sample(
-                self._predict_averaged,
-                (len(indices), channels, height, width),
-                seed=keys[here],
-                model_kwargs=model_kwargs,
-                progress=False,
-            )
-            grid[indices] = to_uint8(images)
-        grid = self.world.assemble(grid)
+        grid = grids.draw(self)
         if self.world.is_first:
-            image_grid(grid).save(self.folder.samples / f"step-{self.step:08d}.png")
+            grid.save(self.folder.samples / f"step-{self.step:08d}.png")
             self.metrics.plot(self.folder.path / "loss.png")
             report.write(self.folder)
 
@@ -287,14 +260,11 @@ class Trainer:
         state.restore(self, checkpoint)
 
     def _predict(self, x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.net(x_t, t, **kwargs).float()
 
-    def _predict_averaged(self, x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with self._autocast():
-            return self.ema.model(x_t, t, **kwargs).float()
-
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass: the precision that --amp asks for."""
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "off")
 

@@ -100,7 +100,9 @@ def without_dropout(run):
 def everything(run):
     """All state of a run, as lists that travel between processes."""
     tensors = {f"model.{name}": value for name, value in run.unet.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in run.ema.model.state_dict().items()}
+    for ema in run.emas:
+        average = ema.model.state_dict()
+        tensors |= {f"ema.{ema.decay}.{name}": value for name, value in average.items()}
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors |= {f"timesteps.{name}": value for name, value in run.timesteps.state_dict().items()}

@@ -72,7 +72,7 @@ def forked(work, *args):
 
 def some_checkpoint(step):
     tensors = {"w": torch.full((3,), float(step))}
-    return Checkpoint(step, {}, tensors, tensors, {"step": step})
+    return Checkpoint(step, {}, tensors, [tensors], {"step": step})
 
 
 CALLS = ("mkdir", "open", "link", "rename", "replace", "unlink", "rmdir", "fsync")

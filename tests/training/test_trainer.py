@@ -57,12 +57,14 @@ def resumed(path, dataset, config=SMALL, **changes):
 def everything(trainer):
     """All state of a run, as a flat dict of tensors."""
     tensors = {f"model.{name}": value for name, value in trainer.unet.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in trainer.ema.model.state_dict().items()}
+    for ema in trainer.emas:
+        average = ema.model.state_dict()
+        tensors |= {f"ema.{ema.decay}.{name}": value for name, value in average.items()}
     for index, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors |= {f"timesteps.{k}": value for k, value in trainer.timesteps.state_dict().items()}
     tensors["random"] = torch.get_rng_state()
-    tensors["counters"] = torch.tensor([trainer.step, trainer.ema.num_updates])
+    tensors["counters"] = torch.tensor([trainer.step, trainer.emas[-1].num_updates])
     return tensors
 
 
@@ -76,7 +78,9 @@ BY_LOSS = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"grad_accum": 2}, {"channels_last": True}, BY_LOSS])
+@pytest.mark.parametrize(
+    "changes", [{}, {"grad_accum": 2, "ema": (0.9, 0.5)}, {"channels_last": True}, BY_LOSS]
+)
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dataset, changes):
     whole = trainer(tmp_path / "whole", dataset, **changes)
     assert whole.train()
@@ -178,7 +182,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path, dataset):
 def test_a_grid_is_drawn_no_more_images_at_a_time_than_are_trained_on(tmp_path, dataset):
     one = trainer(tmp_path, dataset, steps=1, batch_size=8, grad_accum=2, num_samples=10)
     sizes = []
-    one.ema.model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    one.emas[0].model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     one.train()
     steps = one.config.sample_steps
     assert sizes == [4] * steps + [4] * steps + [2] * steps
@@ -186,9 +190,9 @@ def test_a_grid_is_drawn_no_more_images_at_a_time_than_are_trained_on(tmp_path, 
     from fastdiff.samplers import DDIM
 
     whole = DDIM(one.diffusion, steps=steps).sample(
-        one.ema.model,
+        one.emas[0].model,
         (10, 1, 8, 8),
-        seed=one._seed_grid,
+        seed=one.seed_grid,
         model_kwargs={"y": torch.arange(10) % 3},
         progress=False,
     )
@@ -205,12 +209,49 @@ def test_a_loaded_run_has_the_averaged_weights(tmp_path, dataset):
     assert run.step == 12
     assert run.image_shape == (1, 8, 8)
     assert not run.unet.training
-    for name, value in done.ema.model.state_dict().items():
+    for name, value in done.emas[0].model.state_dict().items():
         assert torch.equal(run.unet.state_dict()[name], value)
     assert any(
         not torch.equal(value, run.unet.state_dict()[name])
         for name, value in done.unet.state_dict().items()
     )
+
+
+def test_every_average_is_kept_and_the_one_asked_for_is_loaded(tmp_path, dataset):
+    done = trainer(tmp_path, dataset, ema=(0.5, 0.9, 0.0))
+    done.train()
+    for given, ema in ((None, done.emas[0]), *zip((0.5, 0.9, 0.0), done.emas, strict=True)):
+        run = load_run(tmp_path, ema=given)
+        assert run.ema == ema.decay
+        for name, value in ema.model.state_dict().items():
+            assert torch.equal(run.unet.state_dict()[name], value), name
+    weights = [ema.model.conv_in.weight for ema in done.emas]
+    assert torch.equal(weights[2], done.unet.conv_in.weight)  # decay 0 copies
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    with pytest.raises(
+        UserError, match=r"--ema 0\.99: .* has averages of decay 0\.5 or 0\.9 or 0\.0"
+    ):
+        load_run(tmp_path, ema=0.99)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, dataset):
+    """It had one average, by its number, and no name for what came later."""
+    whole = trainer(tmp_path / "whole", dataset)
+    assert whole.train()
+    part = trainer(tmp_path / "part", dataset)
+    part.train(should_stop=lambda: part.step == 5)
+    manifest = tmp_path / "part/checkpoints/step-00000005/checkpoint.json"
+    for path in (manifest, part.folder.config):
+        values = json.loads(path.read_text())
+        settings = values.get("settings", values)
+        settings["ema"] = settings["ema"][0]
+        path.write_text(json.dumps(values))
+    assert load_run(part.folder.path).ema == SMALL.ema[0]
+    again = resumed(part.folder.path, dataset)
+    assert again.train()
+    for name, value in whole.emas[0].model.state_dict().items():
+        assert torch.equal(again.emas[0].model.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("where", ["batch", "weight", "gradient"])
