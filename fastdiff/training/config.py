@@ -55,6 +55,9 @@ class TrainConfig:
     weighting: str | None = None
     """Weight of the error at each timestep: min_snr, snr, snr_plus_one, truncated_snr, p2, exact;
     None: the same everywhere."""
+    self_conditioning: bool = False
+    """Give the U-Net its own estimate of the image as further channels: in half of the training
+    steps, and when sampling that of the step before."""
     timestep_sampler: str = "uniform"
     """How timesteps are drawn: uniform, or loss_second_moment (more often where the loss is large,
     with weights that make up for it; meant for --loss kl)."""

@@ -132,6 +132,7 @@ def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_class
     overrides = {
         "sample_size": height,
         "in_channels": channels,
+        "self_conditioning": config.self_conditioning,
         "learned_variance": config.variance in ("learned", "learned_range"),
         "attention_resolutions": [
             height >> preset.resolutions.index(r) for r in preset.attention_resolutions
@@ -177,7 +178,12 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
         )
     with naming("--loss, --variance or --weighting"):
         diffusion = GaussianDiffusion(
-            schedule, config.prediction, config.variance, config.loss, config.weighting
+            schedule,
+            config.prediction,
+            config.variance,
+            config.loss,
+            config.weighting,
+            config.self_conditioning,
         )
     if diffusion.learns_variance and config.loss not in losses.TRAIN_VARIANCE:
         raise UserError(

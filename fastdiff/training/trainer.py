@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +66,9 @@ class Trainer:
         self.share = _share(config, world)
 
         torch.manual_seed(config.seed)  # weights and dropout
-        keys = ops.sample_keys(config.seed, 5 + world.size).tolist()
-        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, self.seed_grid = keys[:5]
+        keys = ops.sample_keys(config.seed, 6 + world.size).tolist()
+        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, *rest = keys
+        self.seed_grid, self._seed_condition, *seeds_of_ranks = rest
 
         self.diffusion = build_diffusion(config)
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
@@ -79,7 +81,7 @@ class Trainer:
         self.optimizer = optimization.optimizer(config, self.parameters)
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
         if world.rank:
-            torch.manual_seed(keys[5 + world.rank])  # dropout of its own
+            torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
         self.meter = Meter(device, config.log_every, config.timesteps)
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -187,6 +189,7 @@ class Trainer:
         size = self.share // config.grad_accum
         loss = torch.zeros((), device=self.device)
         drawn: list[tuple[Tensor, Tensor]] = []
+        self_condition = config.self_conditioning and self._coin(self._seed_condition)
         for start in range(0, self.share, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
@@ -209,6 +212,7 @@ class Trainer:
                     seed=self._keys(self._seed_noise, size, seen + start),
                     model_kwargs=model_kwargs,
                     flip=flip,
+                    self_condition=self_condition,
                 )
                 part_loss = (weight * losses["loss"]).sum() / self.share
                 (part_loss * self.scaler.scale).backward()
@@ -274,6 +278,10 @@ class Trainer:
     def _uniform(self, seed: int, num: int, first: int) -> Tensor:
         """Uniform numbers in [0, 1), from the low 24 bits of the samples' keys."""
         return (self._keys(seed, num, first) & 0xFFFFFF).float() * 2.0**-24
+
+    def _coin(self, seed: int) -> bool:
+        """Heads or tails of this step, on the host: nothing waits for it."""
+        return np.random.default_rng((seed % 2**63, self.step)).random() < 0.5
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":

@@ -168,6 +168,7 @@ def resume_half_way(world, path):
         "timestep_sampler": "loss_second_moment",
         "loss": "kl",
         "variance": "learned_range",
+        "self_conditioning": True,
     }
     whole = trainer(path / "whole", world, **changes)
     assert whole.train()

@@ -166,7 +166,10 @@ def test_a_passing_fault_is_healed_by_going_back_once(tmp_path, capsys):
 BY_LOSS = {"timestep_sampler": "loss_second_moment", "loss": "kl", "variance": "learned_range"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"amp": "fp16", "grad_accum": 2, "flip": True}, BY_LOSS])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"amp": "fp16", "grad_accum": 2, "flip": True}, BY_LOSS, {"self_conditioning": True}],
+)
 def test_the_device_is_waited_for_once_per_log_interval(tmp_path, changes):
     run = trainer(tmp_path, **changes)
     run.metrics = Metrics(tmp_path / "metrics.jsonl", last_step=0)

@@ -79,7 +79,13 @@ BY_LOSS = {
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"grad_accum": 2, "ema": (0.9, 0.5)}, {"channels_last": True}, BY_LOSS]
+    "changes",
+    [
+        {},
+        {"grad_accum": 2, "ema": (0.9, 0.5), "self_conditioning": True},
+        {"channels_last": True},
+        BY_LOSS,
+    ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dataset, changes):
     whole = trainer(tmp_path / "whole", dataset, **changes)
@@ -119,6 +125,39 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(tmp_path, dataset)
     # Sums of 8 images' gradients in another order: a few float32 roundings (eps 1.2e-7).
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert norms[2] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_half_of_the_steps_are_conditioned_on_an_estimate(tmp_path, dataset):
+    conditioned = {}
+    for accum in (1, 2):
+        run = trainer(
+            tmp_path / str(accum),
+            dataset,
+            self_conditioning=True,
+            steps=60,
+            log_every=60,
+            batch_size=2,
+            grad_accum=accum,
+        )
+        seen = conditioned[accum] = {}
+
+        def watch(module, args, kwargs, run=run, seen=seen):
+            seen.setdefault(run.step, []).append("x_self_cond" in kwargs)
+
+        hook = run.unet.register_forward_pre_hook(watch, with_kwargs=True)
+        run.train(should_stop=lambda run=run: run.step == 40)
+        hook.remove()
+    # The estimate's own pass comes before: without one, once for every part of the batch.
+    assert {len(calls) for calls in conditioned[1].values()} == {1, 2}
+    assert {tuple(calls) for calls in conditioned[2].values()} == {
+        (False, False),
+        (False, True, False, True),
+    }
+    steps = [step for step, calls in conditioned[1].items() if calls == [False, True]]
+    assert steps == [step for step, calls in conditioned[2].items() if True in calls]
+    assert 10 < len(steps) < 30  # of 40 tosses: 20 +- 3.2
+    assert load_run(tmp_path / "1").diffusion.self_conditioning
+    assert load_run(tmp_path / "1").unet.conv_in.in_channels == 2
 
 
 def test_it_learns(tmp_path):
