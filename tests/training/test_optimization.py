@@ -163,6 +163,58 @@ def test_a_passing_fault_is_healed_by_going_back_once(tmp_path, capsys):
         ]
 
 
+def formats_of(run):
+    """What the convolutions of a step work on: (dtype of the output, whether in channels_last)."""
+    seen = set()
+
+    def look(module, args, output):
+        if min(output.shape[1:]) > 1:  # else both formats are the same
+            last = output.is_contiguous(memory_format=torch.channels_last)
+            seen.add((output.dtype, last))
+
+    for module in run.unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(look)
+    return seen
+
+
+# Roundings of activations (eps 2^-9) and of sums in another order (2^-24), some 40 of each.
+@pytest.mark.parametrize(
+    ("changes", "dtype", "last", "rounding"),
+    [
+        ({"amp": "bf16"}, torch.bfloat16, False, 2e-2),
+        ({"channels_last": True}, torch.float32, True, 1e-5),
+        ({"amp": "bf16", "channels_last": True}, torch.bfloat16, True, 2e-2),
+        pytest.param({"compile": True}, None, None, 1e-5, marks=pytest.mark.slow),
+        pytest.param(
+            {"compile": True, "self_conditioning": True}, None, None, 1e-5, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_another_way_to_compute_changes_roundings_alone(tmp_path, changes, dtype, last, rounding):
+    if "compile" in changes:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    losses = {}
+    same = {name: changes[name] for name in changes if name == "self_conditioning"}
+    for name, extra in (("plain", {}), ("other", changes)):
+        run = trainer(tmp_path / name, steps=4, log_every=1, **{**same, **extra})
+        for module in run.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        seen = set() if run.config.compile else formats_of(run)
+        assert run.train(should_stop=lambda run=run: run.step == 3) is False
+        losses[name] = [entry["loss"] for entry in run.metrics.entries]
+        assert all(parameter.dtype == torch.float32 for parameter in run.parameters)
+    assert losses["other"] == pytest.approx(losses["plain"], rel=rounding)
+    if run.config.compile:
+        # One for a pass without an estimate; for one that makes it; for one that is given it.
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == (3 if run.config.self_conditioning else 1)
+    else:
+        assert seen == {(dtype, last)}
+
+
 BY_LOSS = {"timestep_sampler": "loss_second_moment", "loss": "kl", "variance": "learned_range"}
 
 
