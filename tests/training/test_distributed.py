@@ -198,6 +198,42 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         assert np.array_equal(value, results[1][0][name]), name
 
 
+HALVES = {"steps": 12, "grad_accum": 2, "timesteps": 4, "timestep_sampler": "loss_second_moment"}
+
+
+def one_half(world, path, resume):
+    """Six steps of twelve."""
+    run = without_dropout(trainer(path, world, **HALVES, resume=resume))
+    if resume:
+        run.restore(load_newest(run.folder.checkpoints, pytest.fail))
+        assert run.step == 6
+    finished = run.train(should_stop=lambda: run.step == 6 and not resume)
+    assert finished == resume
+    return everything(run)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first):
+    whole = without_dropout(trainer(tmp_path / "whole", World(), **HALVES))
+    start = everything(whole)
+    assert whole.train()
+    for size, resume in ((first, False), (3 - first, True)):
+        if size == 1:
+            result = one_half(World(), tmp_path / "run", resume)
+        else:
+            result = in_processes(2, one_half, tmp_path / "run", resume)[0]
+            assert not isinstance(result, str), result
+    for kind in ("model", "ema", "optimizer", "timesteps"):
+        expected, actual = flat(everything(whole), kind), flat(result, kind)
+        # Sums in another order, as above, over 12 steps.
+        if kind in ("model", "ema"):
+            size = np.linalg.norm(expected - flat(start, kind))
+        else:
+            size = np.linalg.norm(expected)
+        assert size > 0
+        assert np.linalg.norm(expected - actual) < 1e-4 * size, kind
+
+
 def count_waits(world, path):
     # Without classes, whose range is looked at on a CPU.
     run = trainer(path, world, timestep_sampler="loss_second_moment", class_cond=False)
