@@ -102,6 +102,9 @@ class TrainConfig:
     """Keep weights and images in channels_last memory format."""
     compile: bool = False
     """Compile the U-Net with torch.compile."""
+    fsdp: bool = False
+    """Under torchrun: keep only a part of weights, averages and optimizer state in each process
+    (FSDP2), for U-Nets too large for one device."""
 
     out: str | None = None
     """Run folder; None: runs/<name of the data>."""
@@ -169,6 +172,8 @@ class TrainConfig:
             raise UserError(
                 f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}"
             )
+        if self.fsdp and self.compile:
+            raise UserError("--fsdp does not go with --compile; leave one of them out")
         if self.sample_steps > self.timesteps:
             raise UserError(
                 f"--sample-steps {self.sample_steps} is more than --timesteps {self.timesteps}"
@@ -258,6 +263,7 @@ _FREE_ON_RESUME = frozenset(
         "compile",
         "data_dir",
         "device",
+        "fsdp",
         "grad_accum",
         "grad_clip",
         "keep",

@@ -26,7 +26,7 @@ def draw(trainer: Trainer) -> Image:
     """
     from fastdiff.samplers import DDIM
 
-    config, device, averaged = trainer.config, trainer.device, trainer.emas[0].model
+    config, device, averaged = trainer.config, trainer.device, trainer.averaged()
     height, width, channels = trainer.dataset.shape
     sampler = DDIM(trainer.diffusion, steps=config.sample_steps)
     keys = ops.sample_keys(trainer.seed_grid, config.num_samples, device=device)

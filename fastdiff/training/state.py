@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdiff.nn.config import UNetConfig
+from fastdiff.training import shards
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.errors import UserError, naming
@@ -26,10 +27,12 @@ def snapshot(trainer: Trainer) -> Checkpoint:
     return Checkpoint(
         step=trainer.step,
         meta=_facts(trainer),
-        model=trainer.unet.state_dict(),
-        emas=[ema.model.state_dict() for ema in trainer.emas],
+        model=shards.gather(trainer.unet.state_dict()),
+        emas=[shards.gather(ema.model.state_dict()) for ema in trainer.emas],
         state={
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": shards.gather_optimizer(
+                trainer.optimizer, list(trainer.unet.parameters())
+            ),
             "ema_updates": trainer.emas[0].num_updates,
             "samples_seen": trainer.step * trainer.config.batch_size,
             "loss_scaler": trainer.scaler.state_dict(),
@@ -60,11 +63,13 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"{'; '.join(_differences(there, here))}; train anew with another --out"
         )
     trainer.step = checkpoint.step
-    trainer.unet.load_state_dict(checkpoint.model)
+    shards.load(trainer.unet, checkpoint.model)
     for ema, average in zip(trainer.emas, checkpoint.emas, strict=True):
-        ema.model.load_state_dict(average)
+        shards.load(ema.model, average)
         ema.num_updates = checkpoint.state["ema_updates"]
-    trainer.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    trainer.optimizer.load_state_dict(
+        shards.scatter_optimizer(checkpoint.state["optimizer"], list(trainer.unet.parameters()))
+    )
     trainer.scaler.load_state_dict(checkpoint.state["loss_scaler"])
     trainer.timesteps.load_state_dict(checkpoint.state["timesteps"])
     # One random state per process; processes that were not there before keep their own.
@@ -76,19 +81,25 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def save_model(trainer: Trainer) -> None:
-    """Write model/, the averaged weights in diffusers' format, where that can express them."""
+    """Write model/, the averaged weights in diffusers' format, where that can express them.
+
+    All processes must call it; rank 0 writes.
+    """
     from tqdm import tqdm
 
     from fastdiff.nn import diffusers_format
 
     config, folder = trainer.config, trainer.folder
+    averaged = trainer.averaged()
+    if not trainer.world.is_first:
+        return
     try:
         scheduler = diffusers_format.ddpm_scheduler_config(
             trainer.diffusion.schedule.betas, config.prediction, config.variance
         )
         # Beside the old one first, so that there is a whole model/ at any moment but one.
         fresh = folder.path / ".tmp-model"
-        diffusers_format.save_pretrained(trainer.emas[0].model, fresh, scheduler)
+        diffusers_format.save_pretrained(averaged, fresh, scheduler)
     except diffusers_format.UnsupportedByDiffusersError as error:
         # Above the progress bar.
         tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import grids, optimization, report, state
+from fastdiff.training import grids, optimization, report, shards, state
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
@@ -25,6 +26,9 @@ from fastdiff.training.errors import NotFiniteError, RunError, UserError
 from fastdiff.training.logging import Metrics, memory_mib
 from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
+
+if TYPE_CHECKING:
+    from fastdiff.nn import UNet
 
 
 class Trainer:
@@ -73,11 +77,20 @@ class Trainer:
         self.diffusion = build_diffusion(config)
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
         self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
-        if config.channels_last:
+        self._sharded = config.fsdp and world.size > 1
+        # FSDP shards contiguous weights only; activations follow the images' format.
+        if config.channels_last and not self._sharded:
             self.unet.to(memory_format=torch.channels_last)
-        self.net = world.data_parallel(torch.compile(self.unet) if config.compile else self.unet)
         self.emas = [EMA(self.unet, decay) for decay in config.ema]
-        self.parameters = list(self.unet.parameters())
+        if self._sharded:
+            for module in (self.unet, *(ema.model for ema in self.emas)):
+                shards.shard(module, device)
+            self.net = self.unet
+        else:
+            compiled = torch.compile(self.unet) if config.compile else self.unet
+            self.net = world.data_parallel(compiled)
+        # What the optimizer works on: with --fsdp, this process's parts.
+        self.parameters = shards.local(self.unet.parameters())
         self.optimizer = optimization.optimizer(config, self.parameters)
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
         if world.rank:
@@ -176,8 +189,7 @@ class Trainer:
             if self.step < config.steps:
                 return False
             self.save_samples()
-            if self.world.is_first:
-                state.save_model(self)
+            state.save_model(self)
             return True
 
     def _train_step(self, images: Tensor, labels: Tensor | None) -> None:
@@ -218,9 +230,13 @@ class Trainer:
                 (part_loss * self.scaler.scale).backward()
             loss += part_loss.detach()
             drawn.append((t, losses["loss"].detach()))
+        if self._sharded:
+            shards.move_gradients(list(self.unet.parameters()), self.parameters)
         scale = self.scaler.scale.clone()
         self.scaler.unscale(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = shards.norm(gradients, self._sharded)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         finite = norm.isfinite()
         # The fused kernels leave the weights alone when this is 1: decided without a wait.
         self.optimizer.found_inf = (~finite).float()
@@ -246,6 +262,11 @@ class Trainer:
             grid.save(self.folder.samples / f"step-{self.step:08d}.png")
             self.metrics.plot(self.folder.path / "loss.png")
             report.write(self.folder)
+
+    def averaged(self) -> UNet:
+        """The U-Net with the first average of the weights, whole; all processes must call it."""
+        averaged = self.emas[0].model
+        return shards.whole(averaged, self.device) if self._sharded else averaged
 
     def save_checkpoint(self) -> None:
         """Write everything that `restore` needs."""

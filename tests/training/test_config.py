@@ -94,6 +94,7 @@ def test_wrong_values_from_files_are_named(values, message):
         ({"batch_size": 10, "grad_accum": 3}, "--grad-accum 3"),
         ({"sample_steps": 2000}, "--sample-steps 2000"),
         ({"image_size": 0}, "--image-size 0"),
+        ({"fsdp": True, "compile": True}, "--fsdp does not go with --compile"),
     ],
 )
 def test_impossible_settings_are_named(change, flag):

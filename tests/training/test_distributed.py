@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from host_waits import CountMethods, CountWaits
+from PIL import Image
 
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
@@ -21,6 +22,7 @@ from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserErr
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset, Batches
 from fastdiff.training.distributed import World
+from fastdiff.training.state import snapshot
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -98,14 +100,14 @@ def without_dropout(run):
 
 
 def everything(run):
-    """All state of a run, as lists that travel between processes."""
-    tensors = {f"model.{name}": value for name, value in run.unet.state_dict().items()}
-    for ema in run.emas:
-        average = ema.model.state_dict()
-        tensors |= {f"ema.{ema.decay}.{name}": value for name, value in average.items()}
-    for index, state in run.optimizer.state_dict()["state"].items():
+    """All state of a run, as arrays that travel between processes."""
+    taken = snapshot(run)
+    tensors = {f"model.{name}": value for name, value in taken.model.items()}
+    for index, average in enumerate(taken.emas):
+        tensors |= {f"ema.{index}.{name}": value for name, value in average.items()}
+    for index, state in taken.state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors |= {f"timesteps.{name}": value for name, value in run.timesteps.state_dict().items()}
+    tensors |= {f"timesteps.{name}": value for name, value in taken.state["timesteps"].items()}
     tensors["random"] = torch.get_rng_state()
     return {name: value.detach().numpy().copy() for name, value in tensors.items()}
 
@@ -198,31 +200,53 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         assert np.array_equal(value, results[1][0][name]), name
 
 
-HALVES = {"steps": 12, "grad_accum": 2, "timesteps": 4, "timestep_sampler": "loss_second_moment"}
+HALVES = {
+    "steps": 12,
+    "grad_accum": 2,
+    "timesteps": 4,
+    "timestep_sampler": "loss_second_moment",
+    "ema": (0.99, 0.5),
+    "self_conditioning": True,
+}
 
 
-def one_half(world, path, resume):
+def one_half(world, path, resume, fsdp):
     """Six steps of twelve."""
-    run = without_dropout(trainer(path, world, **HALVES, resume=resume))
+    changes = {**HALVES, "fsdp": fsdp, "channels_last": fsdp}
+    run = without_dropout(trainer(path, world, **changes, resume=resume))
     if resume:
         run.restore(load_newest(run.folder.checkpoints, pytest.fail))
         assert run.step == 6
-    finished = run.train(should_stop=lambda: run.step == 6 and not resume)
-    assert finished == resume
-    return everything(run)
+    assert run.train(should_stop=lambda: run.step == 6 and not resume) == resume
+    weights = sum(parameter.numel() for parameter in run.parameters)
+    moments = sum(state["exp_avg"].numel() for state in run.optimizer.state.values())
+    average = sum(part.numel() for part in run.emas[0]._parameters[0])
+    assert weights == moments == average
+    return everything(run), weights
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first):
+@pytest.mark.parametrize(
+    ("first", "second", "fsdp"),
+    [(1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)],
+)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, second, fsdp):
     whole = without_dropout(trainer(tmp_path / "whole", World(), **HALVES))
     start = everything(whole)
     assert whole.train()
-    for size, resume in ((first, False), (3 - first, True)):
+    kept = sum(parameter.numel() for parameter in whole.parameters)
+    for size, resume in ((first, False), (second, True)):
         if size == 1:
-            result = one_half(World(), tmp_path / "run", resume)
-        else:
-            result = in_processes(2, one_half, tmp_path / "run", resume)[0]
-            assert not isinstance(result, str), result
+            result, weights = one_half(World(), tmp_path / "run", resume, fsdp)
+            assert weights == kept
+            continue
+        results = in_processes(2, one_half, tmp_path / "run", resume, fsdp)
+        assert not isinstance(results[0], str), results[0]
+        assert not isinstance(results[1], str), results[1]
+        (result, one), (_, other) = results[0], results[1]
+        if fsdp:
+            # Both have half, up to odd rows.
+            assert one + other == kept
+            assert abs(one - other) < 0.1 * kept
     for kind in ("model", "ema", "optimizer", "timesteps"):
         expected, actual = flat(everything(whole), kind), flat(result, kind)
         # Sums in another order, as above, over 12 steps.
@@ -232,6 +256,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first):
             size = np.linalg.norm(expected)
         assert size > 0
         assert np.linalg.norm(expected - actual) < 1e-4 * size, kind
+    pictures = [tmp_path / name / "samples/step-00000012.png" for name in ("whole", "run")]
+    grids = [np.asarray(Image.open(picture), int) for picture in pictures]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+    assert load_run(tmp_path / "run").step == 12
 
 
 def count_waits(world, path):
