@@ -7,7 +7,7 @@ from nn.networks import build, inputs
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import ClassifierFree
 from fastdiff.nn import UNet
-from fastdiff.nn.diffusers_format import UnsupportedByDiffusersError
+from fastdiff.nn.diffusers_format import UnsupportedByDiffusersError, unet2d_config
 from fastdiff.samplers import DDIM, SAMPLERS, from_name
 from fastdiff.schedules import NoiseSchedule
 
@@ -36,7 +36,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"x_self_cond must have the shape of x_t, .*got \(1,"):
         unet(x_t, t, x_self_cond=x_t[:1])
     with pytest.raises(UnsupportedByDiffusersError, match="self_conditioning=True"):
-        unet.to_diffusers()
+        unet2d_config(unet.config)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "mean"])

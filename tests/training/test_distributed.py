@@ -201,7 +201,7 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
 
 
 HALVES = {
-    "steps": 12,
+    "steps": 8,
     "grad_accum": 2,
     "timesteps": 4,
     "timestep_sampler": "loss_second_moment",
@@ -211,13 +211,13 @@ HALVES = {
 
 
 def one_half(world, path, resume, fsdp):
-    """Six steps of twelve."""
+    """Four steps of eight."""
     changes = {**HALVES, "fsdp": fsdp, "channels_last": fsdp}
     run = without_dropout(trainer(path, world, **changes, resume=resume))
     if resume:
         run.restore(load_newest(run.folder.checkpoints, pytest.fail))
-        assert run.step == 6
-    assert run.train(should_stop=lambda: run.step == 6 and not resume) == resume
+        assert run.step == 4
+    assert run.train(should_stop=lambda: run.step == 4 and not resume) == resume
     weights = sum(parameter.numel() for parameter in run.parameters)
     moments = sum(state["exp_avg"].numel() for state in run.optimizer.state.values())
     average = sum(part.numel() for part in run.emas[0]._parameters[0])
@@ -225,15 +225,23 @@ def one_half(world, path, resume, fsdp):
     return everything(run), weights
 
 
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory):
+    """The run that all others must equal: (its folder, state before, state after)."""
+    path = tmp_path_factory.mktemp("undivided")
+    run = without_dropout(trainer(path, World(), **HALVES))
+    start = everything(run)
+    assert run.train()
+    return path, start, everything(run)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "fsdp"),
     [(1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)],
 )
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, second, fsdp):
-    whole = without_dropout(trainer(tmp_path / "whole", World(), **HALVES))
-    start = everything(whole)
-    assert whole.train()
-    kept = sum(parameter.numel() for parameter in whole.parameters)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, undivided, first, second, fsdp):
+    path, start, whole = undivided
+    kept = flat(whole, "model").size
     for size, resume in ((first, False), (second, True)):
         if size == 1:
             result, weights = one_half(World(), tmp_path / "run", resume, fsdp)
@@ -248,18 +256,18 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, second,
             assert one + other == kept
             assert abs(one - other) < 0.1 * kept
     for kind in ("model", "ema", "optimizer", "timesteps"):
-        expected, actual = flat(everything(whole), kind), flat(result, kind)
-        # Sums in another order, as above, over 12 steps.
+        expected, actual = flat(whole, kind), flat(result, kind)
+        # Sums in another order, as above, over 8 steps.
         if kind in ("model", "ema"):
             size = np.linalg.norm(expected - flat(start, kind))
         else:
             size = np.linalg.norm(expected)
         assert size > 0
         assert np.linalg.norm(expected - actual) < 1e-4 * size, kind
-    pictures = [tmp_path / name / "samples/step-00000012.png" for name in ("whole", "run")]
+    pictures = [folder / "samples/step-00000008.png" for folder in (path, tmp_path / "run")]
     grids = [np.asarray(Image.open(picture), int) for picture in pictures]
     assert np.abs(grids[0] - grids[1]).max() <= 1
-    assert load_run(tmp_path / "run").step == 12
+    assert load_run(tmp_path / "run").step == 8
 
 
 def count_waits(world, path):
