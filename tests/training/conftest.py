@@ -1,9 +1,11 @@
 """A model small enough that a training step takes milliseconds, and one thread to train it."""
 
+import numpy as np
 import pytest
 import torch
 
 from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.training.data import ArrayDataset
 
 TINY = UNetConfig(
     sample_size=8,
@@ -32,3 +34,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def dataset():
+    """Thirty images of noise in three classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    return ArrayDataset(images, np.arange(30) % 3, ("a", "b", "c"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from host_waits import CountMethods, CountWaits
 from PIL import Image
+from training.runs import without_dropout
 
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
@@ -90,13 +91,6 @@ def trainer(path, world, **changes):
     folder = RunFolder(Path(path))
     world.first(lambda: folder.create(config))
     return Trainer(config, DATASET, folder, CPU, world)
-
-
-def without_dropout(run):
-    for module in run.unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return run
 
 
 def everything(run):
