@@ -278,8 +278,8 @@ def test_the_losses_of_all_processes_are_remembered_without_a_wait(tmp_path):
     assert in_processes(2, count_waits, tmp_path) == {0: ([], 16), 1: ([], 16)}
 
 
-def lose_a_process(world, path):
-    run = trainer(path, world, checkpoint_every=3)
+def lose_a_process(world, path, fsdp):
+    run = trainer(path, world, checkpoint_every=3, fsdp=fsdp)
 
     def should_stop():
         if world.rank == 1 and run.step == 5:
@@ -292,8 +292,9 @@ def lose_a_process(world, path):
         return f"ended: {error}"
 
 
-def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
-    results = in_processes(2, lose_a_process, tmp_path)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path, fsdp):
+    results = in_processes(2, lose_a_process, tmp_path, fsdp)
     assert results.keys() == {0}
     assert results[0].startswith("ended: rank 0 of 2 lost the others")
     assert f"checkpoint of step 3 is intact, continue from it with --out {tmp_path}" in results[0]
