@@ -60,6 +60,8 @@ class EvaluateConfig:
     """Number of images, drawn at random from the data (all metrics but --frechet)."""
     seed: int = 0
     """Seed of that choice and of all noise."""
+    ema: float | None = None
+    """Which of the run's averages of its weights, by its decay; None: the first."""
     batch_size: int = 256
     """How much the U-Net sees at a time, counted in images; changes memory and speed alone."""
     probes: int = 2
@@ -127,7 +129,7 @@ def _evaluate(task: Task, say: Callable[[str], None]) -> None:
     if task.world.is_first:
         path = report.write(RunFolder(Path(config.run)))
         say(
-            f"step {task.run.step} of {config.run}, images of {task.data}"
+            f"step {task.run.step} of {config.run} (--ema {task.run.ema}), images of {task.data}"
             f"{' (which it was trained on)' if _seen(config) else ''}: {task.folder}, {path}"
         )
 
@@ -152,7 +154,7 @@ def _prepare(
 ) -> Task:
     from fastdiff.training.data import load_dataset
 
-    run = load_run(config.run, device, warn=say)
+    run = load_run(config.run, device, say, config.ema)
     use_threads(run.config)
     timesteps = run.diffusion.num_timesteps
     if min(config.steps) > timesteps:
@@ -218,6 +220,7 @@ def _settings(task: Task) -> dict[str, Any]:
     config = task.config
     return {
         "step": task.run.step,
+        "ema": task.run.ema,
         "data": task.data,
         "training_images": _seen(config),
         "test_images": config.test_images,

@@ -55,6 +55,9 @@ class GaussianDiffusion:
         Of the error of the prediction at every timestep (L_gamma, DDIM eq. 5): None, a name in
         `fastdiff.weightings` ("min_snr", "snr", "snr_plus_one", "truncated_snr", "p2", "exact"), or
         a tensor (T,).
+    self_conditioning
+        Whether the network takes its own estimate of x0 as `x_self_cond` (Chen et al. 2022, SPEC
+        §7): samplers then give it that of the step before. Where there is none it is left out.
 
     Raises
     ------
@@ -78,6 +81,7 @@ class GaussianDiffusion:
         variance: str = "fixed_large",
         loss: str = "mse",
         weighting: Tensor | str | None = None,
+        self_conditioning: bool = False,
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule is {type(schedule).__name__}, expected a NoiseSchedule")
@@ -98,6 +102,7 @@ class GaussianDiffusion:
         self.prediction = prediction
         self.variance = variance
         self.loss = loss
+        self.self_conditioning = self_conditioning
         losses.check_loss(loss, variance, weighted=weighting is not None)
         self.weighting = validated_weighting(weighting, schedule, prediction, variance)
         self._cache = DeviceCache(self)
@@ -272,6 +277,7 @@ class GaussianDiffusion:
         *,
         stream: int = 0,
         flip: Tensor | None = None,
+        self_condition: bool = False,
     ) -> dict[str, Tensor]:
         """Per-sample losses at x_t ~ q(x_t | x0) (DDPM algorithm 1, SPEC §6).
 
@@ -286,6 +292,9 @@ class GaussianDiffusion:
             eps-prediction is made again in the loss's kernels and never stored.
         flip
             (B,) bool: mirror these samples of x0.
+        self_condition
+            First let the model estimate x0, without gradients, and give it that as `x_self_cond`:
+            for half of the steps in which a self-conditioned network is trained.
 
         Returns
         -------
@@ -308,7 +317,10 @@ class GaussianDiffusion:
         if noise is None and seed is None:
             seed = _draw_keys(x0)
         x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
-        model_output = model(x_t, self.model_times(t), **(model_kwargs or {}))
+        model_kwargs = dict(model_kwargs or {})
+        if self_condition:
+            model_kwargs["x_self_cond"] = self._estimate_x0(model, x_t, t, model_kwargs)
+        model_output = model(x_t, self.model_times(t), **model_kwargs)
         output, _ = self.split_output(model_output, x_t)
         weight = None
         if self.weighting is not None:
@@ -318,6 +330,13 @@ class GaussianDiffusion:
                 self, x0, x_t, t, noise, seed, stream, flip, model_output, output, weight
             )
         )
+
+    @torch.no_grad()
+    def _estimate_x0(
+        self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        output, _ = self.split_output(model(x_t, self.model_times(t), **model_kwargs), x_t)
+        return convert(self.schedule, self.prediction, "x0", output, x_t, t).clamp(-1, 1)
 
     # ---------------------------------------------------------------- variational bound
 

@@ -37,6 +37,8 @@ class SampleConfig:
 
     run: str
     """Run folder, e.g. runs/digits."""
+    ema: float | None = None
+    """Which of the run's averages of its weights, by its decay; None: the first."""
     sampler: str = "ddim"
     """How to sample: ddim, ddpm, probability_flow, heun, dpm_solver_pp, reverse_sde,
     annealed_langevin or predictor_corrector."""
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
     out = _output(config)
     world = World.from_environment()
     device = choose_device(config.device, world)
-    run = load_run(config.run, device, warn=_cli.say)
+    run = load_run(config.run, device, _cli.say, config.ema)
     use_threads(run.config)
     sampler = _sampler(config, run)
     labels = _labels(config, run)
@@ -119,7 +121,7 @@ def main(argv: list[str]) -> int:
         write_atomic(out, _encode(out.suffix.lower(), images, labels, frames, sampler))
     except OSError as error:
         raise RunError(f"--out {out}: cannot write: {error.strerror}") from error
-    _cli.say(f"{config.num} images of step {run.step} of {config.run}: {out}")
+    _cli.say(f"{config.num} images of step {run.step} of {config.run} (--ema {run.ema}): {out}")
     return 0
 
 
@@ -216,6 +218,7 @@ def _default_name(config: SampleConfig) -> str:
     """Name everything that decides on the images, as far as it is not the default."""
     name = f"{config.sampler}-{config.steps}-seed-{config.seed}"
     for field in (
+        "ema",
         "eta",
         "spacing",
         "inner_steps",

@@ -55,7 +55,7 @@ class UniformTimesteps:
         """Weight 1 / (T p_t) of a loss at t, float32."""
         return torch.ones_like(t, dtype=torch.float32)
 
-    def update(self, t: Tensor, loss: Tensor) -> None:
+    def update(self, t: Tensor, loss: Tensor, *, largest: int | None = None) -> None:
         """Learn from the unweighted losses (B,) at t (B,); uniform sampling learns nothing."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,7 +82,8 @@ class LossSecondMomentTimesteps(UniformTimesteps):
 
     The choice of p that minimizes the variance of the estimated bound, whose terms differ by orders
     of magnitude. E[L_t^2] is the mean over the last `history` losses at t; until every t has as
-    many, t is uniform. In one process nothing waits for the device.
+    many, t is uniform. Nothing waits for the device, but for batches of unknown sizes of several
+    processes (see `update`).
 
     Parameters
     ----------
@@ -138,19 +139,32 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         """Weight 1 / (T p_t) of a loss at t, float32."""
         return (1 / (self.num_timesteps * self.probabilities()[t])).float()
 
-    def update(self, t: Tensor, loss: Tensor) -> None:
+    def update(self, t: Tensor, loss: Tensor, *, largest: int | None = None) -> None:
         """Remember the unweighted losses (B,) at t (B,), those of all processes.
 
         Under `torch.distributed` every process must call it, and every history stays the same;
         batches may differ in size. Losses that are not finite are left out.
+
+        Parameters
+        ----------
+        largest
+            The largest B of any process. None: they tell each other, which waits for the device.
+
+        Raises
+        ------
+        ValueError
+            Shapes or dtypes that do not fit, or a B above `largest`.
         """
         if t.dim() != 1 or t.shape != loss.shape or t.dtype != torch.int64:
             raise ValueError(
                 f"t has shape {tuple(t.shape)} and dtype {t.dtype}, and loss shape "
                 f"{tuple(loss.shape)}; expected both (B,), t int64"
             )
+        if largest is not None and len(t) > largest:
+            raise ValueError(f"largest is {largest}, but this batch has {len(t)} losses")
         t, loss = t.to(self.device), loss.detach().to(self.device, torch.float64)
-        t, loss = self._of_all_processes(torch.where(loss.isfinite(), t, self.num_timesteps), loss)
+        t = torch.where(loss.isfinite(), t, self.num_timesteps)
+        t, loss = self._of_all_processes(t, loss, largest)
         order = t.argsort(stable=True)
         t, loss = t[order], loss[order]
         place = torch.arange(len(t), device=self.device)
@@ -190,17 +204,20 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         t = torch.searchsorted(edges, uniform * edges[-1], right=True)
         return t.clamp(max=self.num_timesteps - 1)
 
-    def _of_all_processes(self, t: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_all_processes(
+        self, t: Tensor, loss: Tensor, largest: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Concatenated in the order of ranks; padding goes to row T."""
         if not (dist.is_available() and dist.is_initialized()):
             return t, loss
         world = dist.get_world_size()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(world)]
-        dist.all_gather(sizes, torch.tensor([len(t)], device=self.device))
-        longest = int(torch.cat(sizes).max())
+        if largest is None:
+            size = torch.tensor([len(t)], device=self.device)
+            dist.all_reduce(size, dist.ReduceOp.MAX)
+            largest = int(size)
         gathered = []
         for values, fill in ((t, self.num_timesteps), (loss, 0.0)):
-            padded = torch.full((longest,), fill, dtype=values.dtype, device=self.device)
+            padded = torch.full((largest,), fill, dtype=values.dtype, device=self.device)
             padded[: len(values)] = values
             parts = [torch.empty_like(padded) for _ in range(world)]
             dist.all_gather(parts, padded)

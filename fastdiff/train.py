@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         # A process that had no signal of its own stops because another had.
         return 128 + (interrupt.signum or signal.SIGTERM)
     say(
-        f"done: look at {folder.samples / f'step-{trainer.step:08d}.png'}; draw more with\n"
+        f"done: look at {folder.samples / f'step-{trainer.step:08d}.png'} (drawn with --ema "
+        f"{config.ema[0]}); draw more with\n"
         f"  python -m fastdiff.sample {folder.path}"
     )
     return 0

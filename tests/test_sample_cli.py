@@ -43,7 +43,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, class_cond in (("plain", False), ("classes", True)):
         run = RunFolder(folder / name)
-        config = dataclasses.replace(CONFIG, class_cond=class_cond, lr=1e-2, warmup=0)
+        config = dataclasses.replace(
+            CONFIG, class_cond=class_cond, lr=1e-2, warmup=0, ema=(0.5, 0.0)
+        )
         run.create(config)
         Trainer(config, load_dataset("digits"), run, torch.device("cpu")).train()
     patch.undo()  # from here on a run must describe itself
@@ -242,3 +244,22 @@ def test_noise_of_an_image_does_not_depend_on_how_many_are_drawn(runs):
     assert (few - many[:3]).abs().max() <= 1
     assert not torch.equal(many[0], many[1])
     assert len(set(ops.sample_keys(2, 9).tolist())) == 9
+
+
+def test_images_come_from_the_average_asked_for(run_sample, runs, tmp_path):
+    expected = {}
+    for flags, ema in (([], 0.5), (["--ema", "0.0"], 0.0)):
+        code, error = run_sample(
+            "plain", "--num", "2", "--steps", "4", "--out", f"{ema}.npz", *flags
+        )
+        assert code == 0
+        assert f"2 images of step 3 of plain (--ema {ema}): {ema}.npz" in error
+        run = load_run(runs / "plain", ema=ema)
+        images = DDIM(run.diffusion, steps=4).sample(run.unet, (2, 1, 8, 8), progress=False)
+        expected[ema] = to_uint8(images).permute(0, 2, 3, 1).numpy()
+        with np.load(tmp_path / f"{ema}.npz") as drawn:
+            assert np.array_equal(drawn["arr_0"], expected[ema])
+    assert not np.array_equal(expected[0.5], expected[0.0])
+    code, error = run_sample("plain", "--ema", "0.9", "--out", "x.npz")
+    assert code == 2
+    assert "--ema 0.9: plain has averages of decay 0.5 or 0.0" in error

@@ -140,6 +140,8 @@ def test_bad_input_is_named():
     sampler = LossSecondMomentTimesteps(10)
     with pytest.raises(ValueError, match=r"t has shape \(2,\) .* loss shape \(3,\)"):
         sampler.update(torch.tensor([1, 2]), torch.ones(3))
+    with pytest.raises(ValueError, match="largest is 1, but this batch has 2 losses"):
+        sampler.update(torch.tensor([1, 2]), torch.ones(2), largest=1)
     with pytest.raises(ValueError, match=r"keys \(3,\)"):
         sampler.sample(3, ops.sample_keys(0, 2))
     with pytest.raises(ValueError, match=r"history of shape \(10, 10\), got \(9, 10\)"):
@@ -153,6 +155,7 @@ def test_bad_input_is_named():
 # ------------------------------------------------------------------ several processes
 
 BATCHES = ([[0, 1, 1, 2], [2, 2]], [[1], [0, 0, 0, 2, 1]], [[2, 0], []])
+LARGEST = (4, None, 5)  # known, or to be told by the processes
 PROCESS = """
 import sys
 import torch
@@ -161,8 +164,8 @@ from fastdiff.timestep_samplers import LossSecondMomentTimesteps
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
 sampler = LossSecondMomentTimesteps(3, history=2)
-for t, loss in torch.load(f"{folder}/batches.pt")[rank]:
-    sampler.update(t, loss)
+for t, loss, largest in torch.load(f"{folder}/batches.pt")[rank]:
+    sampler.update(t, loss, largest=largest)
 torch.save(sampler.state_dict(), f"{folder}/state-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -171,8 +174,11 @@ torch.distributed.destroy_process_group()
 def test_every_process_remembers_the_losses_of_all(tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [
-        [(torch.tensor(t, dtype=torch.int64), torch.rand(len(t), generator=generator)) for t in b]
-        for b in BATCHES
+        [
+            (torch.tensor(t, dtype=torch.int64), torch.rand(len(t), generator=generator), largest)
+            for t in b
+        ]
+        for b, largest in zip(BATCHES, LARGEST, strict=True)
     ]
     torch.save([[b[rank] for b in batches] for rank in range(2)], tmp_path / "batches.pt")
     root = Path(__file__).parents[1]
@@ -183,7 +189,7 @@ def test_every_process_remembers_the_losses_of_all(tmp_path):
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     alone = LossSecondMomentTimesteps(3, history=2)
-    for (t0, loss0), (t1, loss1) in batches:
+    for (t0, loss0, _), (t1, loss1, _) in batches:
         alone.update(torch.cat([t0, t1]), torch.cat([loss0, loss1]))
     for rank in range(2):
         state = torch.load(tmp_path / f"state-{rank}.pt")

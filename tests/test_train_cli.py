@@ -262,9 +262,11 @@ def test_help_names_every_choice(capsys):
 
 def test_flags_go_before_the_config_file_and_it_before_the_recipe(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("data: cifar10\nlr: 1e-5\nwarmup: 7\n")
+    path.write_text("data: cifar10\nlr: 1e-5\nwarmup: 7\nema: [0.9, 0.5]\n")
     config = train.parse(["--config", str(path), "--warmup", "9"])
     assert (config.data, config.lr, config.warmup) == ("cifar10", 1e-5, 9)
+    assert config.ema == (0.9, 0.5)
+    assert train.parse(["--config", str(path), "--ema", "0.1", "0.2"]).ema == (0.1, 0.2)
     assert config.preset == "ddpm_cifar10"
     assert train.parse([f"--config={path}", "--data=digits"]).preset == "digits"
 

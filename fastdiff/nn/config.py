@@ -62,6 +62,8 @@ class UNetConfig:
     null_class : bool
         Add the class ``num_classes``, which stands for "no label": what classifier-free guidance
         trains by dropping labels and uses as the unconditional prediction.
+    self_conditioning : bool
+        Take an estimate of x0 as C more input channels (Chen et al. 2022, arXiv 2208.04202).
 
     Raises
     ------
@@ -87,6 +89,7 @@ class UNetConfig:
     norm_eps: float = 1e-6
     num_classes: int | None = None
     null_class: bool = False
+    self_conditioning: bool = False
 
     def __post_init__(self) -> None:
         # JSON has no tuples: lists are as good on the way in.

@@ -66,8 +66,14 @@ def unet2d_config(config: UNetConfig) -> dict[str, Any]:
     Raises
     ------
     UnsupportedByDiffusersError
-        Resampling without convolutions, or several attention heads on levels of different widths.
+        Resampling without convolutions, several attention heads on levels of different widths, or
+        self-conditioning.
     """
+    if config.self_conditioning:
+        raise UnsupportedByDiffusersError(
+            "self_conditioning=True has no equivalent in diffusers, whose pipelines give a network "
+            "no estimate of x0"
+        )
     if not config.conv_resample:
         raise UnsupportedByDiffusersError(
             "conv_resample=False has no equivalent in UNet2DModel, which resamples by convolution"

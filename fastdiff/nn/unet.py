@@ -61,7 +61,8 @@ class UNet(nn.Module):
         self.config = config
         widths = config.widths
         embed_dim = 4 * config.channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        inputs = config.in_channels * (2 if config.self_conditioning else 1)
+        self.conv_in = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(config.channels, embed_dim, config.time_embedding)
         self.class_embedding = (
             None
@@ -219,7 +220,11 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        x_self_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict from noisy images.
 
@@ -231,6 +236,8 @@ class UNet(nn.Module):
             0-based timestep.
         y : (B,) int64, for a class-conditional network only
             Class, 0 <= y < num_classes; with `null_class`, num_classes means unconditional.
+        x_self_cond : (B, C, H, W), for a self-conditioned network only
+            An estimate of x0 to start from; None: there is none yet (zeros).
 
         Returns
         -------
@@ -243,12 +250,15 @@ class UNet(nn.Module):
             A shape, dtype or class does not fit. The range of a CUDA `y` is checked only under
             FASTDIFF_DEBUG=1, because the check waits for the device.
         """
-        self._check_inputs(x_t, t, y)
+        self._check_inputs(x_t, t, y, x_self_cond)
         temb = self.time_embedding(t)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(y)
         temb = F.silu(temb)
 
+        if self.config.self_conditioning:
+            estimate = torch.zeros_like(x_t) if x_self_cond is None else x_self_cond
+            x_t = torch.cat([x_t, estimate], 1)
         h = self.conv_in(x_t)
         skips = [h]
         for block in self.down_blocks:
@@ -258,7 +268,13 @@ class UNet(nn.Module):
             h = block(h, skips, temb)
         return norm_conv(self.conv_norm_out, self.conv_out, h, recompute=self.recompute)
 
-    def _check_inputs(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> None:
+    def _check_inputs(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None,
+        x_self_cond: torch.Tensor | None,
+    ) -> None:
         config = self.config
         if x_t.dim() != 4 or x_t.shape[1] != config.in_channels:
             raise ValueError(
@@ -279,6 +295,17 @@ class UNet(nn.Module):
             )
         if t.dtype not in (torch.int64, torch.int32) and not t.is_floating_point():
             raise TypeError(f"t must be int64, int32 or floating point, got {t.dtype}")
+        if x_self_cond is not None:
+            if not config.self_conditioning:
+                raise ValueError(
+                    "x_self_cond was given, but this U-Net takes no estimate of x0; set "
+                    "self_conditioning"
+                )
+            if x_self_cond.shape != x_t.shape:
+                raise ValueError(
+                    f"x_self_cond must have the shape of x_t, {tuple(x_t.shape)}, got "
+                    f"{tuple(x_self_cond.shape)}"
+                )
         if config.num_classes is None:
             if y is not None:
                 raise ValueError(

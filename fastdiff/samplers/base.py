@@ -38,7 +38,7 @@ class Run:
     mean_shift: Callable[[Tensor, int], Tensor] | None = None
     """(x_t, row) -> what guidance adds to the mean, in units of the variance; see `guidance`."""
     memory: dict[str, Tensor] = field(default_factory=dict)
-    """What a multistep sampler remembers of the steps before."""
+    """What is remembered of the steps before: by multistep samplers, and for self-conditioning."""
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -282,6 +282,8 @@ class Sampler(ABC):
         with evaluating(model):
             for k, row in enumerate(_progress(rows, progress)):
                 x_next, pred_x0 = step(run, x, row, k + 1)
+                if self.diffusion.self_conditioning:
+                    run.memory["x_self_cond"] = pred_x0
                 if callback is not None:
                     callback(k, times[row], x, pred_x0)
                 x = x_next
@@ -330,9 +332,12 @@ class Sampler(ABC):
         times = table[:, StepColumn.TIMESTEP].long().to(device)
         times = times[:, None].repeat(1, batch)
         model_dtype = dtype_of(model)
+        memory: dict[str, Tensor] = {}
 
         def evaluate(x: Tensor, row: int) -> tuple[Tensor, Tensor | None, float]:
             x = x.to(model_dtype or x.dtype)
+            if "x_self_cond" in memory:
+                kwargs["x_self_cond"] = memory["x_self_cond"].to(x.dtype)
             if guidance is None:
                 output, uncond, scale = model(x, times[row], **kwargs), None, 1.0
             else:
@@ -350,7 +355,7 @@ class Sampler(ABC):
             keys = ops.sample_keys(seed, batch, device=device)
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
         mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
-        return Run(evaluate, table.to(device), rows, keys, mean_shift)
+        return Run(evaluate, table.to(device), rows, keys, mean_shift, memory)
 
 
 def _progress(rows: Sequence[int], show: bool) -> Iterable[int]:

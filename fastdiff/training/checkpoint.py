@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/step-00001000`` with
 
-- ``model.safetensors``, ``ema.safetensors``: the weights,
+- ``model.safetensors``, ``ema.safetensors``, ``ema-2.safetensors`` ...: the weights and their
+  averages, in the order of ``--ema``,
 - ``state.pt``: optimizer, counters and random states, loadable with ``weights_only=True``,
 - ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files.
 
@@ -28,9 +29,9 @@ import torch
 from torch import Tensor
 
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _MANIFEST = "checkpoint.json"
-_FILES = ("model.safetensors", "ema.safetensors", "state.pt")
+_AVERAGE = re.compile(r"ema(-\d+)?\.safetensors")
 
 
 class DamagedCheckpoint(ValueError):
@@ -47,8 +48,10 @@ class Checkpoint:
         Optimizer steps done.
     meta : dict
         JSON-able facts that describe the model, so that it can be built from the checkpoint alone.
-    model, ema : dict of str to Tensor
-        State dicts.
+    model : dict of str to Tensor
+        State dict.
+    emas : list of dict of str to Tensor
+        State dicts of its averages.
     state : dict
         Optimizer, counters and random states: tensors, numbers, strings, lists and dicts.
     """
@@ -56,7 +59,7 @@ class Checkpoint:
     step: int
     meta: dict[str, Any]
     model: dict[str, Tensor]
-    ema: dict[str, Tensor]
+    emas: list[dict[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -75,14 +78,17 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     name = f"step-{checkpoint.step:08d}"
-    temporary, final = folder / (_TEMPORARY + name), folder / name
+    temporary, final = folder / (TEMPORARY + name), folder / name
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
     # Serialized in memory and written by us: safetensors' own writer hides the errno of a full
     # disk, and the checksum is then of what was meant to be written.
     contents = {
         "model.safetensors": safetensors.torch.save(_contiguous(checkpoint.model)),
-        "ema.safetensors": safetensors.torch.save(_contiguous(checkpoint.ema)),
+        **{
+            _average(index): safetensors.torch.save(_contiguous(average))
+            for index, average in enumerate(checkpoint.emas)
+        },
         "state.pt": buffer.getbuffer(),
     }
     manifest = {
@@ -98,7 +104,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         sync_folder(temporary)
         if final.exists():
             # Left by a run that went on from an older checkpoint because this one was damaged.
-            final.rename(folder / f"{_TEMPORARY}old-{final.name}")
+            final.rename(folder / f"{TEMPORARY}old-{final.name}")
         temporary.rename(final)
         sync_folder(folder)
     except OSError:
@@ -110,7 +116,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     abandoned = [path for step, path in listed if step > checkpoint.step]
     reached = [path for step, path in listed if step <= checkpoint.step]
     for old in abandoned + reached[max(1, keep) :]:
-        old.rename(folder / (_TEMPORARY + old.name))
+        old.rename(folder / (TEMPORARY + old.name))
     _remove_leftovers(folder)
     return final
 
@@ -127,14 +133,17 @@ def load(path: Path) -> Checkpoint:
 
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        contents = {name: (path / name).read_bytes() for name in _FILES}
+        # No other name than these is opened, whatever the manifest says.
+        averages = [_average(i) for i in range(sum(map(_is_average, manifest["sha256"])))]
+        names = ("model.safetensors", *averages, "state.pt")
+        contents = {name: (path / name).read_bytes() for name in names}
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{path / name} does not match its checksum")
         return Checkpoint(
             step=int(manifest.pop("step")),
             model=safetensors.torch.load(contents["model.safetensors"]),
-            ema=safetensors.torch.load(contents["ema.safetensors"]),
+            emas=[safetensors.torch.load(contents[name]) for name in averages],
             state=torch.load(
                 io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True
             ),
@@ -186,13 +195,38 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is either the old one or the new one at any moment."""
-    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
     try:
         write_synced(temporary, data)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, and that one process alone succeeds in.
+
+    Raises
+    ------
+    FileExistsError
+        When it is there already.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        write_synced(temporary, data)
+        try:
+            os.link(temporary, path)  # fails if there is one, which a rename does not
+        except FileExistsError:
+            raise
+        except OSError:
+            # Some file systems have no links (FAT, mounted cloud storage). Two processes that get
+            # here in the same instant are not told apart.
+            if path.exists():
+                raise FileExistsError(path) from None
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -206,6 +240,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _average(index: int) -> str:
+    """Name of the file of an average: the first is what older versions wrote."""
+    return f"ema-{index + 1}.safetensors" if index else "ema.safetensors"
+
+
+def _is_average(name: str) -> bool:
+    return _AVERAGE.fullmatch(name) is not None
+
+
 def _listed(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints in ``folder`` as (step, path), newest first."""
     if not folder.is_dir():
@@ -215,7 +258,7 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(_TEMPORARY + "*"):
+    for path in folder.glob(TEMPORARY + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -62,6 +62,9 @@ class TrainConfig:
     weighting: str | None = None
     """Weight of the error at each timestep: min_snr, snr, snr_plus_one, truncated_snr, p2, exact;
     None: the same everywhere."""
+    self_conditioning: bool = False
+    """Give the U-Net its own estimate of the image as further channels: in half of the training
+    steps, and when sampling that of the step before."""
     timestep_sampler: str = "uniform"
     """How timesteps are drawn: uniform, or loss_second_moment (more often where the loss is large,
     with weights that make up for it; meant for --loss kl)."""
@@ -89,8 +92,9 @@ class TrainConfig:
     """Weight decay: decoupled with adamw, L2 with adam."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    ema: float = 0.99
-    """Decay of the averaged weights that samples are drawn from (warmed up from 0.1)."""
+    ema: tuple[float, ...] = (0.99,)
+    """Decays of the averaged weights, each warmed up from 0.1; several are kept side by side. Grids
+    are drawn from the first, fastdiff.sample takes any of them."""
     seed: int = 0
     """Seed of everything random: weights, order of the data, timesteps, noise."""
 
@@ -105,6 +109,9 @@ class TrainConfig:
     """Keep weights and images in channels_last memory format."""
     compile: bool = False
     """Compile the U-Net with torch.compile."""
+    fsdp: bool = False
+    """Under torchrun: keep only a part of weights, averages and optimizer state in each process
+    (FSDP2), for U-Nets too large for one device."""
 
     out: str | None = None
     """Run folder; None: runs/<name of the data>."""
@@ -128,6 +135,11 @@ class TrainConfig:
     wandb: str | None = None
     """Log to this project of Weights & Biases too (needs its package); WANDB_MODE=offline keeps it
     on this machine."""
+
+    def __post_init__(self) -> None:
+        # One decay is as good as a list of one.
+        if isinstance(self.ema, (int, float)):
+            object.__setattr__(self, "ema", (float(self.ema),))
 
     @classmethod
     def for_data(cls, data: str) -> TrainConfig:
@@ -163,15 +175,21 @@ class TrainConfig:
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")
-        for name in ("ema", "label_dropout", "beta1", "beta2"):
+        for name in ("label_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number in [0, 1)")
+        distinct = len(set(self.ema)) == len(self.ema) > 0
+        if not distinct or not all(0 <= decay < 1 for decay in self.ema):
+            given = " ".join(map(str, self.ema))
+            raise UserError(f"--ema {given}: give different numbers in [0, 1)")
         if self.seed >= 2**63:
             raise UserError(f"--seed {self.seed}: give a number below 2**63")
         if self.batch_size % self.grad_accum:
             raise UserError(
                 f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}"
             )
+        if self.fsdp and self.compile:
+            raise UserError("--fsdp does not go with --compile; leave one of them out")
         if self.sample_steps > self.timesteps:
             raise UserError(
                 f"--sample-steps {self.sample_steps} is more than --timesteps {self.timesteps}"
@@ -270,6 +288,7 @@ _FREE_ON_RESUME = frozenset(
         "data_dir",
         "device",
         "download",
+        "fsdp",
         "grad_accum",
         "grad_clip",
         "keep",
@@ -336,6 +355,9 @@ def _converted(value: Any, kind: Any, what: str) -> Any:
         if value is None:
             return None
         (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_converted(item, typing.get_args(kind)[0], what) for item in items)
     if typing.get_origin(kind) is Literal:
         options = typing.get_args(kind)
         # YAML 1.1 reads a bare `off` as false.

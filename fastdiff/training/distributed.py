@@ -129,6 +129,9 @@ class World:
 
     def averaging(self, module: nn.Module, now: bool):
         """Context of a forward and backward pass: average the gradients at its end, or later."""
+        if hasattr(module, "set_requires_gradient_sync"):  # sharded
+            module.set_requires_gradient_sync(now)
+            return nullcontext()
         if self.size == 1 or now:
             return nullcontext()
         return module.no_sync()

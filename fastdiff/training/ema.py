@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastdiff.training.shards import local
 
 
 class EMA:
@@ -36,13 +38,17 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        # Collected once: walking the module tree costs as much as the update of a small model.
-        self._parameters = list(self.model.parameters()), list(model.parameters())
-        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
+        self._of = model
+        self._parameters: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's parameters as they are now."""
+        if self._parameters is None:
+            # Collected once: walking the module tree costs as much as the update of a small model.
+            # But not before: sharding the two modules replaces their parameters.
+            self._parameters = local(self.model.parameters()), local(self._of.parameters())
+            self._buffers = list(zip(self.model.buffers(), self._of.buffers(), strict=True))
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(*self._parameters, 1 - decay)
         for average, current in self._buffers:

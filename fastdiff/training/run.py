@@ -14,10 +14,12 @@ import torch
 
 from fastdiff._backends import select_backend
 from fastdiff.training.checkpoint import (
+    TEMPORARY,
     Checkpoint,
     DamagedCheckpoint,
     load_newest,
     write_atomic,
+    write_new,
 )
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.distributed import World
@@ -58,9 +60,13 @@ class RunFolder:
         return self.path / "model"
 
     def check_new(self) -> None:
-        """Raise `UserError` if something is there already or the folder cannot be made."""
+        """Raise `UserError` if something is there already or the folder cannot be made.
+
+        Empty folders and temporary files do not count: a start that was killed leaves them.
+        """
         if self.path.is_dir():
-            if any(self.path.iterdir()):
+            found = (path for path in self.path.rglob("*") if not path.is_dir())
+            if not all(path.name.startswith(TEMPORARY) for path in found):
                 raise UserError(
                     f"--out {self.path} exists and is not empty; continue that run with --resume, "
                     "or give another folder with --out"
@@ -76,18 +82,20 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write config.json.
 
-        A new run claims the folder by making checkpoints/, which only one process succeeds in.
+        A new run claims the folder by config.json, which one process alone succeeds in; before
+        that there is nothing to resume, and a run can be started anew.
         """
+        write = write_atomic if config.resume else write_new
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             try:
-                self.checkpoints.mkdir(exist_ok=config.resume)
+                write(self.config, config.to_json().encode())
             except FileExistsError as error:
                 raise UserError(
                     f"--out {self.path}: another process has started a run there; give another "
                     "folder with --out"
                 ) from error
-            write_atomic(self.config, config.to_json().encode())
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
 
@@ -148,6 +156,7 @@ def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_class
     overrides = {
         "sample_size": height,
         "in_channels": channels,
+        "self_conditioning": config.self_conditioning,
         "learned_variance": config.variance in ("learned", "learned_range"),
         "attention_resolutions": [
             height >> preset.resolutions.index(r) for r in preset.attention_resolutions
@@ -193,7 +202,12 @@ def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
         )
     with naming("--loss, --variance or --weighting"):
         diffusion = GaussianDiffusion(
-            schedule, config.prediction, config.variance, config.loss, config.weighting
+            schedule,
+            config.prediction,
+            config.variance,
+            config.loss,
+            config.weighting,
+            config.self_conditioning,
         )
     if diffusion.learns_variance and config.loss not in losses.TRAIN_VARIANCE:
         raise UserError(
@@ -271,7 +285,9 @@ class TrainedRun:
     step : int
         Optimizer steps behind the weights.
     unet : UNet
-        With the averaged weights, in eval mode, on the device.
+        With averaged weights, in eval mode, on the device.
+    ema : float
+        Decay of that average.
     diffusion : GaussianDiffusion
         The process it was trained for.
     image_shape : tuple of int
@@ -281,6 +297,7 @@ class TrainedRun:
     config: TrainConfig
     step: int
     unet: UNet
+    ema: float
     diffusion: GaussianDiffusion
     image_shape: tuple[int, int, int]
 
@@ -289,16 +306,17 @@ def load_run(
     folder: str | Path,
     device: torch.device | str = "cpu",
     warn: Callable[[str], None] = warnings.warn,
+    ema: float | None = None,
 ) -> TrainedRun:
     """Load the newest good checkpoint of a run; the folder is all that is needed.
 
     Model and diffusion process are those that the checkpoint describes; config.json adds how the
-    run was computed.
+    run was computed. The weights are the average with decay ``ema``; None: the run's first.
 
     Raises
     ------
     UserError
-        The folder holds no run, or no usable checkpoint.
+        The folder holds no run, or no usable checkpoint, or the run has no such average.
     """
     from fastdiff.nn import UNet
 
@@ -315,13 +333,18 @@ def load_run(
     with naming(what):
         unet = UNet.from_config(newest.meta["unet"])
         image_shape = tuple(newest.meta["image_shape"])
+    ema = config.ema[0] if ema is None else ema
+    averages = dict(zip(config.ema, newest.emas, strict=False))
+    if ema not in averages:
+        known = " or ".join(map(str, averages))
+        raise UserError(f"--ema {ema}: {folder} has averages of decay {known}")
     try:
-        unet.load_state_dict(newest.ema)
+        unet.load_state_dict(averages[ema])
     except RuntimeError as error:
         # torch lists every tensor; that they do not fit says enough.
         raise UserError(f"{what}: its weights do not fit the U-Net that it describes") from error
     unet.eval().requires_grad_(False).to(device)
-    return TrainedRun(config, newest.step, unet, build_diffusion(config), image_shape)
+    return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)
 
 
 def newest_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Checkpoint | None:

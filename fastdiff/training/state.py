@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdiff.nn.config import UNetConfig
+from fastdiff.training import shards
 from fastdiff.training.checkpoint import Checkpoint
-from fastdiff.training.errors import UserError
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.errors import UserError, naming
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer
@@ -24,11 +27,13 @@ def snapshot(trainer: Trainer) -> Checkpoint:
     return Checkpoint(
         step=trainer.step,
         meta=_facts(trainer),
-        model=trainer.unet.state_dict(),
-        ema=trainer.ema.model.state_dict(),
+        model=shards.gather(trainer.unet.state_dict()),
+        emas=[shards.gather(ema.model.state_dict()) for ema in trainer.emas],
         state={
-            "optimizer": trainer.optimizer.state_dict(),
-            "ema_updates": trainer.ema.num_updates,
+            "optimizer": shards.gather_optimizer(
+                trainer.optimizer, list(trainer.unet.parameters())
+            ),
+            "ema_updates": trainer.emas[0].num_updates,
             "samples_seen": trainer.step * trainer.config.batch_size,
             "loss_scaler": trainer.scaler.state_dict(),
             "timesteps": trainer.timesteps.state_dict(),
@@ -50,16 +55,21 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     # As JSON would give them back, tuples as lists.
     here = json.loads(json.dumps(_facts(trainer)))
     there = {name: checkpoint.meta.get(name) for name in here}
+    with naming(f"--resume: checkpoint of step {checkpoint.step}"):
+        there |= _as_written_today(there)
     if there != here:
         raise UserError(
             f"--resume: the checkpoint in {trainer.folder.path} is of another run: "
             f"{'; '.join(_differences(there, here))}; train anew with another --out"
         )
     trainer.step = checkpoint.step
-    trainer.unet.load_state_dict(checkpoint.model)
-    trainer.ema.model.load_state_dict(checkpoint.ema)
-    trainer.ema.num_updates = checkpoint.state["ema_updates"]
-    trainer.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    shards.load(trainer.unet, checkpoint.model)
+    for ema, average in zip(trainer.emas, checkpoint.emas, strict=True):
+        shards.load(ema.model, average)
+        ema.num_updates = checkpoint.state["ema_updates"]
+    trainer.optimizer.load_state_dict(
+        shards.scatter_optimizer(checkpoint.state["optimizer"], list(trainer.unet.parameters()))
+    )
     trainer.scaler.load_state_dict(checkpoint.state["loss_scaler"])
     trainer.timesteps.load_state_dict(checkpoint.state["timesteps"])
     # One random state per process; processes that were not there before keep their own.
@@ -71,19 +81,25 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def save_model(trainer: Trainer) -> None:
-    """Write model/, the averaged weights in diffusers' format, where that can express them."""
+    """Write model/, the averaged weights in diffusers' format, where that can express them.
+
+    All processes must call it; rank 0 writes.
+    """
     from tqdm import tqdm
 
     from fastdiff.nn import diffusers_format
 
     config, folder = trainer.config, trainer.folder
+    averaged = trainer.averaged()
+    if not trainer.world.is_first:
+        return
     try:
         scheduler = diffusers_format.ddpm_scheduler_config(
             trainer.diffusion.schedule.betas, config.prediction, config.variance
         )
         # Beside the old one first, so that there is a whole model/ at any moment but one.
         fresh = folder.path / ".tmp-model"
-        diffusers_format.save_pretrained(trainer.ema.model, fresh, scheduler)
+        diffusers_format.save_pretrained(averaged, fresh, scheduler)
     except diffusers_format.UnsupportedByDiffusersError as error:
         # Above the progress bar.
         tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)
@@ -103,6 +119,13 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "num_images": len(trainer.dataset),
         "classes": list(trainer.dataset.classes),
     }
+
+
+def _as_written_today(meta: dict[str, Any]) -> dict[str, Any]:
+    """Settings and U-Net of an older version, completed by what it did without a name for it."""
+    settings = TrainConfig().updated(meta["settings"], "settings").identity()
+    unet = UNetConfig.from_dict(meta["unet"]).to_dict()
+    return json.loads(json.dumps({"settings": settings, "unet": unet}))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

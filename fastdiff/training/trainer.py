@@ -7,15 +7,16 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.images import image_grid, to_uint8
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import optimization, report, state
+from fastdiff.training import grids, optimization, report, shards, state
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
@@ -26,8 +27,8 @@ from fastdiff.training.logging import Metrics, memory_mib
 from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
 
-# Images of a grid drawn at a time. The same for any number of processes, so that the grid is too.
-_GRID_BATCH = 32
+if TYPE_CHECKING:
+    from fastdiff.nn import UNet
 
 
 class Trainer:
@@ -66,26 +67,34 @@ class Trainer:
         self.device = device
         self.world = world
         self.step = 0
-        self._share = _share(config, world)
+        self.share = _share(config, world)
 
         torch.manual_seed(config.seed)  # weights and dropout
-        keys = ops.sample_keys(config.seed, 5 + world.size).tolist()
-        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, self._seed_grid = keys[
-            :5
-        ]
+        keys = ops.sample_keys(config.seed, 6 + world.size).tolist()
+        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, *rest = keys
+        self.seed_grid, self._seed_condition, *seeds_of_ranks = rest
 
         self.diffusion = build_diffusion(config)
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
         self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
-        if config.channels_last:
+        self._sharded = config.fsdp and world.size > 1
+        # FSDP shards contiguous weights only; activations follow the images' format.
+        if config.channels_last and not self._sharded:
             self.unet.to(memory_format=torch.channels_last)
-        self.net = world.data_parallel(torch.compile(self.unet) if config.compile else self.unet)
-        self.ema = EMA(self.unet, config.ema)
-        self.parameters = list(self.unet.parameters())
+        self.emas = [EMA(self.unet, decay) for decay in config.ema]
+        if self._sharded:
+            for module in (self.unet, *(ema.model for ema in self.emas)):
+                shards.shard(module, device)
+            self.net = self.unet
+        else:
+            compiled = torch.compile(self.unet) if config.compile else self.unet
+            self.net = world.data_parallel(compiled)
+        # What the optimizer works on: with --fsdp, this process's parts.
+        self.parameters = shards.local(self.unet.parameters())
         self.optimizer = optimization.optimizer(config, self.parameters)
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
         if world.rank:
-            torch.manual_seed(keys[5 + world.rank])  # dropout of its own
+            torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
         self.meter = Meter(device, config.log_every, config.timesteps)
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -141,7 +150,7 @@ class Trainer:
                 config.batch_size,
                 config.seed,
                 self.step * config.batch_size,
-                part=slice(self.world.rank * self._share, (self.world.rank + 1) * self._share),
+                part=slice(self.world.rank * self.share, (self.world.rank + 1) * self.share),
             )
         )
         bar = tqdm(
@@ -182,8 +191,7 @@ class Trainer:
             if self.step < config.steps:
                 return False
             self.save_samples()
-            if self.world.is_first:
-                state.save_model(self)
+            state.save_model(self)
             return True
 
     def _train_step(self, images: Tensor, labels: Tensor | None) -> None:
@@ -191,11 +199,12 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        seen = self.step * config.batch_size + self.world.rank * self._share
-        size = self._share // config.grad_accum
+        seen = self.step * config.batch_size + self.world.rank * self.share
+        size = self.share // config.grad_accum
         loss = torch.zeros((), device=self.device)
         drawn: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, self._share, size):
+        self_condition = config.self_conditioning and self._coin(self._seed_condition)
+        for start in range(0, self.share, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
             if not config.channels_last:
@@ -209,7 +218,7 @@ class Trainer:
                 y = self._to_device(labels[part])
                 hidden = self._uniform(self._seed_label, size, seen + start) < config.label_dropout
                 model_kwargs["y"] = y.masked_fill(hidden, self.unet.config.num_classes)
-            with self.world.averaging(self.net, now=start + size == self._share):
+            with self.world.averaging(self.net, now=start + size == self.share):
                 losses = self.diffusion.training_losses(
                     self._predict,
                     x0,
@@ -217,24 +226,30 @@ class Trainer:
                     seed=self._keys(self._seed_noise, size, seen + start),
                     model_kwargs=model_kwargs,
                     flip=flip,
+                    self_condition=self_condition,
                 )
-                part_loss = (weight * losses["loss"]).sum() / self._share
+                part_loss = (weight * losses["loss"]).sum() / self.share
                 (part_loss * self.scaler.scale).backward()
             loss += part_loss.detach()
             drawn.append((t, losses["loss"].detach()))
+        if self._sharded:
+            shards.move_gradients(list(self.unet.parameters()), self.parameters)
         scale = self.scaler.scale.clone()
         self.scaler.unscale(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = shards.norm(gradients, self._sharded)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         finite = norm.isfinite()
         # The fused kernels leave the weights alone when this is 1: decided without a wait.
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        for ema in self.emas:
+            ema.update()
         # After the whole batch: how it is split must not change what is drawn in it.
         t, losses = map(torch.cat, zip(*drawn, strict=True))
-        self.timesteps.update(t, losses)
+        self.timesteps.update(t, losses, largest=self.share)
         self.meter.add(loss, norm, scale, t, losses)
         self.step += 1
 
@@ -244,33 +259,16 @@ class Trainer:
 
     def save_samples(self) -> None:
         """Draw the grid of this step from the averaged weights: always from the same noise."""
-        from fastdiff.samplers import DDIM
-
-        config = self.config
-        height, width, channels = self.dataset.shape
-        sampler = DDIM(self.diffusion, steps=config.sample_steps)
-        keys = self._keys(self._seed_grid, config.num_samples, 0)
-        grid = torch.zeros(config.num_samples, channels, height, width, dtype=torch.uint8)
-        # No more at a time than are trained on at a time: what fits in memory there fits here.
-        size = min(_GRID_BATCH, self._share // config.grad_accum)
-        for indices in self.world.batches(config.num_samples, size):
-            here = indices.to(self.device)
-            model_kwargs = {}
-            if config.class_cond:
-                model_kwargs["y"] = here % self.unet.config.num_classes
-            images = sampler.sample(
-                self._predict_averaged,
-                (len(indices), channels, height, width),
-                seed=keys[here],
-                model_kwargs=model_kwargs,
-                progress=False,
-            )
-            grid[indices] = to_uint8(images)
-        grid = self.world.assemble(grid)
+        grid = grids.draw(self)
         if self.world.is_first:
-            self.metrics.save_grid(image_grid(grid), self.folder.samples, self.step)
+            self.metrics.save_grid(grid, self.folder.samples, self.step)
             self.metrics.plot(self.folder.path / "loss.png")
             report.write(self.folder)
+
+    def averaged(self) -> UNet:
+        """The U-Net with the first average of the weights, whole; all processes must call it."""
+        averaged = self.emas[0].model
+        return shards.whole(averaged, self.device) if self._sharded else averaged
 
     def save_checkpoint(self) -> None:
         """Write everything that `restore` needs."""
@@ -289,14 +287,11 @@ class Trainer:
         state.restore(self, checkpoint)
 
     def _predict(self, x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.net(x_t, t, **kwargs).float()
 
-    def _predict_averaged(self, x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with self._autocast():
-            return self.ema.model(x_t, t, **kwargs).float()
-
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass: the precision that --amp asks for."""
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "off")
 
@@ -306,6 +301,10 @@ class Trainer:
     def _uniform(self, seed: int, num: int, first: int) -> Tensor:
         """Uniform numbers in [0, 1), from the low 24 bits of the samples' keys."""
         return (self._keys(seed, num, first) & 0xFFFFFF).float() * 2.0**-24
+
+    def _coin(self, seed: int) -> bool:
+        """Heads or tails of this step, on the host: nothing waits for it."""
+        return np.random.default_rng((seed % 2**63, self.step)).random() < 0.5
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":

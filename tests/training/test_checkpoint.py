@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff.training import Checkpoint, DamagedCheckpoint
-from fastdiff.training.checkpoint import load, load_newest, save, write_atomic
+from fastdiff.training.checkpoint import load, load_newest, save, write_atomic, write_new
 
 
 def make(step: int) -> Checkpoint:
@@ -18,7 +18,7 @@ def make(step: int) -> Checkpoint:
         step=step,
         meta={"unet": {"channels": 8}, "image_shape": [1, 8, 8]},
         model={"weight": weight.to(memory_format=torch.channels_last)},
-        ema={"weight": weight * 2},
+        emas=[{"weight": weight * 2}, {"weight": weight * 3}],
         state={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "list": [1, "a"]},
     )
 
@@ -33,7 +33,8 @@ def test_round_trip(tmp_path):
     assert loaded.step == 5
     assert loaded.meta == saved.meta
     assert torch.equal(loaded.model["weight"], saved.model["weight"])
-    assert torch.equal(loaded.ema["weight"], saved.ema["weight"])
+    for ours, theirs in zip(loaded.emas, saved.emas, strict=True):
+        assert torch.equal(ours["weight"], theirs["weight"])
     assert loaded.state == saved.state
 
 
@@ -66,7 +67,9 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "ema-2.safetensors", "state.pt"]
+)
 def test_damage_is_found_skipped_and_told(tmp_path, name, damage):
     save(tmp_path, make(1), keep=2)
     damage(save(tmp_path, make(2), keep=2) / name)
@@ -131,3 +134,30 @@ def test_write_atomic_replaces_or_leaves_the_file(tmp_path, monkeypatch):
         write_atomic(path, b"never")
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_write_new_writes_once(tmp_path, monkeypatch, links):
+    def refuse(source, target):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:  # as on FAT
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    write_new(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_new(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert names(tmp_path) == ["file"]
+
+
+def test_no_file_but_those_of_a_checkpoint_is_opened(tmp_path):
+    """A manifest may have come from anywhere: names in it that climb out are not followed."""
+    path = save(tmp_path / "checkpoints", make(1), keep=1)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"")
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    for name in ("../../secret", str(secret), "ema-../../../secret.safetensors"):
+        manifest["sha256"][name] = hashlib.sha256(b"").hexdigest()
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    assert len(load(path).emas) == 2

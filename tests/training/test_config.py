@@ -14,7 +14,7 @@ def test_defaults_are_those_of_digits_and_every_recipe_is_valid():
     cifar10 = TrainConfig.for_data("cifar10")
     # DDPM's recipe, SPEC §11.
     assert (cifar10.lr, cifar10.warmup, cifar10.batch_size) == (2e-4, 5000, 128)
-    assert (cifar10.grad_clip, cifar10.ema, cifar10.flip) == (1.0, 0.9999, True)
+    assert (cifar10.grad_clip, cifar10.ema, cifar10.flip) == (1.0, (0.9999,), True)
     assert cifar10.variance == "fixed_large"
 
 
@@ -48,6 +48,8 @@ def test_json_round_trip_keeps_everything_but_resume():
         ({"amp": False}, {"amp": "off"}),  # and `off` as false
         ({"image_size": None}, {"image_size": None}),
         ({"image_size": 64}, {"image_size": 64}),
+        ({"ema": 0.9}, {"ema": (0.9,)}),
+        ({"ema": ["0.9", 0]}, {"ema": (0.9, 0.0)}),
     ],
 )
 def test_values_from_files_are_converted(values, expected):
@@ -67,6 +69,7 @@ def test_values_from_files_are_converted(values, expected):
         ({"class_cond": "yes"}, "file: class_cond: expected bool"),
         ({"amp": "fp8"}, "file: amp: expected one of off, bf16"),
         ({"data": 3}, "file: data: expected str"),
+        ({"ema": [0.9, "x"]}, "file: ema: expected float, got 'x'"),
     ],
 )
 def test_wrong_values_from_files_are_named(values, message):
@@ -82,12 +85,16 @@ def test_wrong_values_from_files_are_named(values, message):
         ({"lr": -1.0}, "--lr -1.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"ema": 1.0}, "--ema 1.0"),
+        ({"ema": (0.9, 1.5)}, "--ema 0.9 1.5: give different numbers in"),
+        ({"ema": (0.9, 0.9)}, "--ema 0.9 0.9: give different"),
+        ({"ema": ()}, "--ema : give"),
         ({"warmup": -1}, "--warmup -1"),
         ({"seed": -1}, "--seed -1"),
         ({"label_dropout": 1.5}, "--label-dropout 1.5"),
         ({"batch_size": 10, "grad_accum": 3}, "--grad-accum 3"),
         ({"sample_steps": 2000}, "--sample-steps 2000"),
         ({"image_size": 0}, "--image-size 0"),
+        ({"fsdp": True, "compile": True}, "--fsdp does not go with --compile"),
     ],
 )
 def test_impossible_settings_are_named(change, flag):

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_waits import CountMethods, CountWaits
+from PIL import Image
+from training.runs import without_dropout
 
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
@@ -20,6 +23,7 @@ from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserErr
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset, Batches
 from fastdiff.training.distributed import World
+from fastdiff.training.state import snapshot
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -89,20 +93,15 @@ def trainer(path, world, **changes):
     return Trainer(config, DATASET, folder, CPU, world)
 
 
-def without_dropout(run):
-    for module in run.unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return run
-
-
 def everything(run):
-    """All state of a run, as lists that travel between processes."""
-    tensors = {f"model.{name}": value for name, value in run.unet.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in run.ema.model.state_dict().items()}
-    for index, state in run.optimizer.state_dict()["state"].items():
+    """All state of a run, as arrays that travel between processes."""
+    taken = snapshot(run)
+    tensors = {f"model.{name}": value for name, value in taken.model.items()}
+    for index, average in enumerate(taken.emas):
+        tensors |= {f"ema.{index}.{name}": value for name, value in average.items()}
+    for index, state in taken.state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors |= {f"timesteps.{name}": value for name, value in run.timesteps.state_dict().items()}
+    tensors |= {f"timesteps.{name}": value for name, value in taken.state["timesteps"].items()}
     tensors["random"] = torch.get_rng_state()
     return {name: value.detach().numpy().copy() for name, value in tensors.items()}
 
@@ -165,6 +164,7 @@ def resume_half_way(world, path):
         "timestep_sampler": "loss_second_moment",
         "loss": "kl",
         "variance": "learned_range",
+        "self_conditioning": True,
     }
     whole = trainer(path / "whole", world, **changes)
     assert whole.train()
@@ -194,8 +194,92 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         assert np.array_equal(value, results[1][0][name]), name
 
 
-def lose_a_process(world, path):
-    run = trainer(path, world, checkpoint_every=3)
+HALVES = {
+    "steps": 8,
+    "grad_accum": 2,
+    "timesteps": 4,
+    "timestep_sampler": "loss_second_moment",
+    "ema": (0.99, 0.5),
+    "self_conditioning": True,
+}
+
+
+def one_half(world, path, resume, fsdp):
+    """Four steps of eight."""
+    changes = {**HALVES, "fsdp": fsdp, "channels_last": fsdp}
+    run = without_dropout(trainer(path, world, **changes, resume=resume))
+    if resume:
+        run.restore(load_newest(run.folder.checkpoints, pytest.fail))
+        assert run.step == 4
+    assert run.train(should_stop=lambda: run.step == 4 and not resume) == resume
+    weights = sum(parameter.numel() for parameter in run.parameters)
+    moments = sum(state["exp_avg"].numel() for state in run.optimizer.state.values())
+    average = sum(part.numel() for part in run.emas[0]._parameters[0])
+    assert weights == moments == average
+    return everything(run), weights
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory):
+    """The run that all others must equal: (its folder, state before, state after)."""
+    path = tmp_path_factory.mktemp("undivided")
+    run = without_dropout(trainer(path, World(), **HALVES))
+    start = everything(run)
+    assert run.train()
+    return path, start, everything(run)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fsdp"),
+    [(1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)],
+)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, undivided, first, second, fsdp):
+    path, start, whole = undivided
+    kept = flat(whole, "model").size
+    for size, resume in ((first, False), (second, True)):
+        if size == 1:
+            result, weights = one_half(World(), tmp_path / "run", resume, fsdp)
+            assert weights == kept
+            continue
+        results = in_processes(2, one_half, tmp_path / "run", resume, fsdp)
+        assert not isinstance(results[0], str), results[0]
+        assert not isinstance(results[1], str), results[1]
+        (result, one), (_, other) = results[0], results[1]
+        if fsdp:
+            # Both have half, up to odd rows.
+            assert one + other == kept
+            assert abs(one - other) < 0.1 * kept
+    for kind in ("model", "ema", "optimizer", "timesteps"):
+        expected, actual = flat(whole, kind), flat(result, kind)
+        # Sums in another order, as above, over 8 steps.
+        if kind in ("model", "ema"):
+            size = np.linalg.norm(expected - flat(start, kind))
+        else:
+            size = np.linalg.norm(expected)
+        assert size > 0
+        assert np.linalg.norm(expected - actual) < 1e-4 * size, kind
+    pictures = [folder / "samples/step-00000008.png" for folder in (path, tmp_path / "run")]
+    grids = [np.asarray(Image.open(picture), int) for picture in pictures]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+    assert load_run(tmp_path / "run").step == 8
+
+
+def count_waits(world, path):
+    # Without classes, whose range is looked at on a CPU.
+    run = trainer(path, world, timestep_sampler="loss_second_moment", class_cond=False)
+    batch = torch.from_numpy(images[4 * world.rank :][:4]), None
+    run._train_step(*batch)  # the optimizer's state is made
+    with CountWaits() as waits, CountMethods(waits.seen):
+        run._train_step(*batch)
+    return waits.seen, int(run.timesteps.state_dict()["count"].sum())
+
+
+def test_the_losses_of_all_processes_are_remembered_without_a_wait(tmp_path):
+    assert in_processes(2, count_waits, tmp_path) == {0: ([], 16), 1: ([], 16)}
+
+
+def lose_a_process(world, path, fsdp):
+    run = trainer(path, world, checkpoint_every=3, fsdp=fsdp)
 
     def should_stop():
         if world.rank == 1 and run.step == 5:
@@ -208,8 +292,9 @@ def lose_a_process(world, path):
         return f"ended: {error}"
 
 
-def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
-    results = in_processes(2, lose_a_process, tmp_path)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path, fsdp):
+    results = in_processes(2, lose_a_process, tmp_path, fsdp)
     assert results.keys() == {0}
     assert results[0].startswith("ended: rank 0 of 2 lost the others")
     assert f"checkpoint of step 3 is intact, continue from it with --out {tmp_path}" in results[0]

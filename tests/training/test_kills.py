@@ -1,11 +1,14 @@
 """SIGKILL at every step of a checkpoint's writing and at random moments of a run; a full disk."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.training import Checkpoint, RunError, RunFolder, TrainConfig, Trainer, checkpoint
+from fastdiff.training import (
+    Checkpoint,
+    RunError,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    UserError,
+    checkpoint,
+)
 from fastdiff.training.data import ArrayDataset
 
 CPU = torch.device("cpu")
@@ -61,14 +72,14 @@ def forked(work, *args):
 
 def some_checkpoint(step):
     tensors = {"w": torch.full((3,), float(step))}
-    return Checkpoint(step, {}, tensors, tensors, {"step": step})
+    return Checkpoint(step, {}, tensors, [tensors], {"step": step})
 
 
-CALLS = ("mkdir", "open", "rename", "unlink", "rmdir", "fsync")
+CALLS = ("mkdir", "open", "link", "rename", "replace", "unlink", "rmdir", "fsync")
 
 
-def save_and_die(folder, step, nth):
-    """Save a checkpoint, and be killed before the n-th call that touches the disk."""
+def killed_before(nth, work):
+    """Do some work, and be killed before its n-th call that touches the disk."""
     count = 0
 
     def counting(original):
@@ -83,7 +94,7 @@ def save_and_die(folder, step, nth):
 
     for name in CALLS:
         setattr(os, name, counting(getattr(os, name)))
-    checkpoint.save(folder, some_checkpoint(step), keep=2)
+    work()
 
 
 def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path):
@@ -92,7 +103,8 @@ def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path)
         folder = tmp_path / str(nth)
         for step in (1, 2):
             checkpoint.save(folder, some_checkpoint(step), keep=2)
-        process = forked(save_and_die, folder, 3, nth)
+        save = functools.partial(checkpoint.save, folder, some_checkpoint(3), keep=2)
+        process = forked(killed_before, nth, save)
         process.join(60)
         newest = checkpoint.load_newest(folder, pytest.fail)
         assert torch.equal(newest.model["w"], torch.full((3,), float(newest.step)))
@@ -108,6 +120,31 @@ def test_killed_before_any_call_of_a_save_it_leaves_a_whole_checkpoint(tmp_path)
     assert found == sorted(found)
     assert set(found) == {2, 3}
     assert len(found) > 10
+
+
+def test_killed_before_any_call_of_its_start_a_run_starts_or_resumes(tmp_path):
+    resumable = []
+    for nth in range(1, 100):
+        folder = RunFolder(tmp_path / str(nth))
+        process = forked(killed_before, nth, functools.partial(folder.create, SMALL))
+        process.join(60)
+        resumable.append(folder.config.exists())
+        if resumable[-1]:
+            assert folder.saved_config("--resume") == SMALL
+            with pytest.raises(UserError, match="continue that run with --resume"):
+                folder.check_new()
+            with pytest.raises(UserError, match="another process has started a run"):
+                folder.create(SMALL)
+        else:
+            folder.check_new()
+            folder.create(SMALL)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    # From the link on.
+    assert resumable == sorted(resumable)
+    assert set(resumable) == {False, True}
+    assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["config.json"]
 
 
 def train_for_ever(path, resume, started):
@@ -127,7 +164,7 @@ def kill_at_random(path, times, seed):
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         killed += 1
-        resume = (path / "checkpoints").is_dir()
+        resume = (path / "config.json").exists()
         newest = checkpoint.load_newest(path / "checkpoints", pytest.fail)
         step = 0 if newest is None else newest.step
         assert step >= reached
@@ -139,12 +176,9 @@ def kill_at_random(path, times, seed):
 
 @pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path, times):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     whole = trainer(tmp_path / "whole")
     assert whole.train()
     actual = kill_at_random(tmp_path / "killed", times, seed=times)
-    torch.set_num_threads(threads)
     for name, value in whole.unet.state_dict().items():
         assert torch.equal(actual[name], value), name
 
@@ -177,3 +211,40 @@ def test_a_write_that_fails_half_way_ends_with_a_message_and_resumes(tmp_path):
     again = trainer(tmp_path, resume=True)
     assert again.step == 3
     assert again.train()
+
+
+FILL = """
+set -e
+mkdir disk
+mount -t tmpfs -o size=$2 tmpfs disk
+$1 --out disk/run --steps 6 $3 && exit 3
+ls disk/run/checkpoints
+mount -o remount,size=100m disk
+$1 --out disk/run --resume
+ls disk/run/checkpoints
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "saved"),
+    [
+        ("100k", ""),  # not even for a checkpoint of 12 MB
+        ("20m", "step-00000001\n"),  # for one
+    ],
+)
+def test_a_run_whose_disk_is_full_goes_on_when_there_is_room(tmp_path, size, saved):
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no namespace to mount a small disk in")
+    train = f"{sys.executable} -m fastdiff.train --batch-size 4 --num-samples 1 --device cpu"
+    flags = "--checkpoint-every 1 --sample-every 100 --keep 1"
+    script = ["unshare", "-Urm", "sh", "-c", FILL, "sh", train, size, flags]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot write " in done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.stdout == saved + "step-00000006\n"
