@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,17 +68,6 @@ def test_load_our_run_into_diffusers(monkeypatch, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "samples.png").stat().st_size > 0
-
-
-def test_page_on_dropping_in(monkeypatch, tmp_path):
-    """Every Python block of docs/drop_in.md, in order."""
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/drop_in.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 7
-    (tmp_path / "page.py").write_text("\n".join(blocks))
-    names = runpy.run_path(str(tmp_path / "page.py"))
-    assert names["per_sample"].isfinite().all()
 
 
 @pytest.mark.slow
