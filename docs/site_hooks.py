@@ -1,8 +1,9 @@
 """What mkdocs does beside its plugins: pages from files outside docs/, and formulas.
 
-On GitHub a page links to `../CONTRIBUTING.md`, and the README to `docs/mathematics.md`. The site takes
-such files as pages of its own and turns the links; links to other files of the repository become
-plain code. LaTeX becomes MathML, which browsers typeset without scripts or fonts from elsewhere.
+On GitHub a page links to `../CONTRIBUTING.md`, and the README to `docs/mathematics.md`. The site
+takes such files as pages of its own and turns the links; links to other files of the repository
+become plain code. LaTeX becomes MathML, which browsers typeset without scripts or fonts from
+elsewhere.
 """
 
 from __future__ import annotations
