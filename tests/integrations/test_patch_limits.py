@@ -9,12 +9,12 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from integrations.networks import make
-from integrations.openai_unet import GroupNorm32
+from integrations.openai_unet import GroupNorm32, ResBlock
 from nn.networks import build, unzero
 
 import fastdiff
 from fastdiff import _backends
-from fastdiff.integrations import patching
+from fastdiff.integrations import fused_modules, patching
 
 
 class Block(nn.Module):
@@ -103,6 +103,16 @@ def test_shared_modules():
     assert report.replaced["a.norm"] == "group_norm"  # its activation has another user
     for key, y in before.items():
         torch.testing.assert_close(shared[key](x), y)
+
+
+def test_an_activation_of_its_own_is_known_before_the_block_around_it(monkeypatch):
+    """improved-diffusion's SiLU, in a block by itself and patched for the first time."""
+    monkeypatch.setattr(fused_modules, "SILU_CLASSES", {nn.SiLU})
+    monkeypatch.setattr(patching, "SILU_CLASSES", fused_modules.SILU_CLASSES)
+    block = unzero(ResBlock(4, 8, 4, 2, False)).eval()
+    report = fastdiff.patch(block)
+    assert report.replaced["out_layers.0"] == "channel_bias + group_norm + silu"
+    assert fastdiff.patch(block) == report
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "guided-diffusion"])
