@@ -68,23 +68,3 @@ def test_load_our_run_into_diffusers(monkeypatch, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "samples.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_aot_inductor(tmp_path):
-    """Raw operators in a package for the CPU."""
-
-    class Net(torch.nn.Module):
-        def forward(self, x, t, a, s, noise):
-            ops = torch.ops.fastdiff
-            h = ops.q_sample(x, t, a, s, noise, None, None, 0, None, None)
-            return ops.group_norm_silu(h, 2, None, None, 1e-5, None, None, None, 0)[0]
-
-    x, t, a = torch.randn(2, 4, 6, 6), torch.tensor([0, 3]), torch.rand(5)
-    arguments = x, t, a, 1 - a, torch.randn_like(x)
-    program = torch.export.export(Net(), arguments)
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "net.pt2")
-    )
-    loaded = torch._inductor.aoti_load_package(package)
-    torch.testing.assert_close(loaded(*arguments), Net()(*arguments))
