@@ -89,7 +89,7 @@ def normalize(
     else:  # parametrized, or a replica of DataParallel
         weight, bias = norm.weight, norm.bias
     tokens = x.dim() == 3 and x.stride(1) == 1 and x.shape[1] > 1
-    if tokens:  # (B, N, C) seen as (B, C, N), as in attention: channels_last without a copy
+    if tokens:  # in attention, a view (B, C, N) of (B, N, C): channels_last without a copy
         x = x.unsqueeze(3)
     y = group_norm_silu(
         x, norm.num_groups, weight, bias, norm.eps, channel_bias, scale, shift, activation

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 
 pytest.importorskip("diffusers")
@@ -152,6 +153,25 @@ def test_hooks_fire_and_see_the_same(name):
         for handle in handles:
             handle.remove()
         torch.testing.assert_close(run(model, x), y, rtol=1e-4, atol=1e-5)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_parametrized_weights(patch_first):
+    """They are no longer where parameters are kept."""
+    block = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    x = torch.randn(2, 4, 3, 3)
+    expected = nn.functional.silu(nn.functional.group_norm(x, 2, torch.full((4,), 2.0)))
+    if patch_first:
+        fastdiff.patch(block)
+    nn.utils.parametrize.register_parametrization(block[0], "weight", Doubled())
+    if not patch_first:
+        assert fastdiff.patch(block).replaced == {"0": "group_norm + silu"}
+    torch.testing.assert_close(block(x), expected)
 
 
 HOOKS = {
