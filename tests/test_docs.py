@@ -8,6 +8,7 @@ import operator
 import pathlib
 import pkgutil
 import re
+import runpy
 
 import pytest
 
@@ -18,8 +19,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")),
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
 ]
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def _modules() -> list[str]:
@@ -53,11 +58,34 @@ def test_public_docstrings_have_an_example(name: str) -> None:
     assert doctest.DocTestParser().get_examples(thing.__doc__)
 
 
-def test_readme_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("block", python_blocks("README.md"))
+def test_readme_python(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != "README.md" and python_blocks(p)])
+def test_python_of_pages(
+    page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page in order, each knowing the names of those before it."""
+    blocks = python_blocks(page)
+    if any(re.search(r"^from diffusers import", block, re.MULTILINE) for block in blocks):
+        pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    # From a file, since fastdiff.patch and torch.compile read the source of classes.
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    runpy.run_path(str(tmp_path / "page.py"))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(p.read_text() for p in ROOT.glob("docs/reference/*.md"))
+    documented = {
+        name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    }
+    rooms = (fastdiff, fastdiff.ops, fastdiff.samplers, fastdiff.nn)
+    public = {name for room in rooms for name in room.__all__ if not name.isupper()}
+    rooms_and_facts = {"ops", "samplers", "guidance", "reference", "__version__"}
+    assert documented >= public - rooms_and_facts
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -74,3 +76,15 @@ def test_no_path_of_a_machine_in_messages() -> None:
     content = library.read_bytes()
     assert b"csrc/bindings" in content
     assert b"/csrc/bindings" not in content
+
+
+def test_kernel_libraries_use_torch_through_its_stable_abi_alone() -> None:
+    """Not one of torch's C++ symbols, which change from release to release."""
+    nm = shutil.which("nm")
+    if nm is None or not fastdiff.backends()["cpu"]:
+        pytest.skip("needs nm and the CPU library")
+    for library in pathlib.Path(fastdiff.__file__).parent.glob("_C_*.so"):
+        command = [nm, "-D", "--undefined-only", "--demangle", library]
+        needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "aoti_torch_" in needed
+        assert not re.findall(r"\b(?:at|c10|torch)::.*", needed)

@@ -74,14 +74,27 @@ def is_pair(norm: object, activation: object) -> bool:
     )
 
 
-def normalize(norm: nn.GroupNorm, x: Tensor, activation: str = "identity", **operands) -> Tensor:
-    """The op with the module's parameters; `operands` are channel_bias, or scale and shift."""
-    arguments = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-    if x.dim() == 3 and x.stride(1) == 1 and x.shape[1] > 1:
-        # Tokens seen as (B, C, N), the way attention normalizes: channels_last without a copy.
-        image = x.unsqueeze(3)
-        return group_norm_silu(image, *arguments, **operands, activation=activation).squeeze(3)
-    return group_norm_silu(x, *arguments, **operands, activation=activation)
+def normalize(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    activation: str = "identity",
+    channel_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The op with the module's parameters."""
+    parameters = norm._parameters
+    if "weight" in parameters:  # past nn.Module.__getattr__, 0.4 us each
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:  # parametrized, or a replica of DataParallel
+        weight, bias = norm.weight, norm.bias
+    tokens = x.dim() == 3 and x.stride(1) == 1 and x.shape[1] > 1
+    if tokens:  # in attention, a view (B, C, N) of (B, N, C): channels_last without a copy
+        x = x.unsqueeze(3)
+    y = group_norm_silu(
+        x, norm.num_groups, weight, bias, norm.eps, channel_bias, scale, shift, activation
+    )
+    return y.squeeze(3) if tokens else y
 
 
 class FusedGroupNorm(Fused):
@@ -145,20 +158,21 @@ class FusedResnetBlock2D(Fused):
         time = temb
         if self.time_emb_proj is not None:
             time = self.time_emb_proj(temb if self.skip_time_act else activation(temb))
-        h = normalize(self.norm2, h, "silu", **self._time_operands(h, time))
+        h = normalize(self.norm2, h, "silu", *self._time_operands(h, time))
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + h) / self.output_scale_factor
 
-    def _time_operands(self, h: Tensor, time: Tensor | None) -> dict[str, Tensor]:
+    def _time_operands(self, h: Tensor, time: Tensor | None) -> tuple[Tensor | None, ...]:
+        """channel_bias, scale and shift."""
         if time is None:
-            return {}
-        time = time.expand(h.shape[0], -1)  # one time for the whole batch is allowed there
+            return None, None, None
+        if len(time) != len(h):  # one time for the whole batch is allowed there
+            time = time.expand(len(h), -1)
         if self.time_embedding_norm == "scale_shift":
-            scale, shift = time.chunk(2, dim=1)
-            return {"scale": scale, "shift": shift}
-        return {"channel_bias": time}
+            return None, *time.chunk(2, dim=1)
+        return time, None, None
 
 
 class FusedResBlock(Fused):
@@ -180,9 +194,9 @@ class FusedResBlock(Fused):
         time = self.emb_layers(emb).type(h.dtype)
         if self.use_scale_shift_norm:
             scale, shift = time.chunk(2, dim=1)
-            h = normalize(norm, h, "silu", scale=scale, shift=shift)
+            h = normalize(norm, h, "silu", None, scale, shift)
         else:
-            h = normalize(norm, h, "silu", channel_bias=time)
+            h = normalize(norm, h, "silu", time)
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h

@@ -93,14 +93,16 @@ def patch(module: nn.Module) -> PatchReport:
     named = dict(module.named_modules())
     sharded = [name for name, m in named.items() if _is_sharded(m)]
     replaced, left = {}, {}
-    for name, norm in named.items():
-        reason = _reason_to_leave(name, norm, sharded)
+    for name, m in named.items():
+        reason = _reason_to_leave(name, m, sharded)
         if reason is not None:
             left[name] = reason
-        elif isinstance(norm, nn.GroupNorm):
-            if not isinstance(norm, Fused):
-                norm.__class__ = fused_class(FusedGroupNorm, type(norm))
+        elif isinstance(m, nn.GroupNorm):
+            if not isinstance(m, Fused):
+                m.__class__ = fused_class(FusedGroupNorm, type(m))
             replaced[name] = "group_norm"
+        else:
+            _learn_activation(m)  # before any owner asks for it
     uses = _registrations(module)
     for owner_name, owner in named.items():
         if "forward" not in owner.__dict__:
@@ -201,8 +203,6 @@ def _registrations(module: nn.Module) -> dict[nn.Module, int]:
 
 def _fuse_owner(owner: nn.Module, uses: dict[nn.Module, int]) -> dict[str, str]:
     """Fuse an owner of normalizations; what they compute now, by name inside it."""
-    for child in owner.children():
-        _learn_activation(child)
     if type(owner).forward in (nn.Sequential.forward, FusedSequential.forward):
         return _fuse_sequential(owner)
     if isinstance(owner, FusedResnetBlock2D) or _looks_like_resnet_block(owner):

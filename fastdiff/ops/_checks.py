@@ -126,6 +126,8 @@ def check_timestep_range(
     """0 <= t < num, where that costs no synchronization (CPU) or FASTDIFF_DEBUG=1 asks for it."""
     if torch.compiler.is_compiling() or not (t.device.type == "cpu" or DEBUG):
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):  # all samples of vmap at once
+        t = torch._C._functorch.get_unwrapped(t)
     outside = (t < 0) | (t >= num)
     # A FakeTensor has no values to look at.
     if type(outside) is Tensor and t.numel() and bool(outside.any()):

@@ -133,8 +133,8 @@ def define(
     packet = getattr(torch.ops.fastdiff, name)
     op = Op(packet.default, packet.triton, check, autograd)
     if autograd is not None:
-        _library.impl(name, _bind(autograd, op.default), "Autograd")
-        _library.impl(f"{name}.triton", _bind(autograd, op.triton), "Autograd")
+        _library.impl(name, _bind(name, autograd, op.default), "Autograd")
+        _library.impl(f"{name}.triton", _bind(name, autograd, op.triton), "Autograd")
     return op
 
 
@@ -150,8 +150,13 @@ def _checked(reference: Callable, check: Callable | None) -> Callable:
     return kernel
 
 
-def _bind(autograd: Callable, op: Callable) -> Callable:
+def _bind(name: str, autograd: Callable, op: Callable) -> Callable:
     def autograd_kernel(*args: object, **kwargs: object) -> object:
+        if in_functorch_transform():
+            raise RuntimeError(
+                f"torch.ops.fastdiff.{name} does not run under torch.func's transforms; use "
+                f"fastdiff.ops.{name}, which does"
+            )
         return autograd(op, *args, **kwargs)
 
     return autograd_kernel

@@ -1,8 +1,10 @@
 """Networks of other projects, narrow and with nothing left at zero."""
 
+import copy
+
 import diffusers
 import torch
-from integrations.openai_unet import SiLU, UNetModel
+from integrations.openai_unet import GroupNorm32, SiLU, UNetModel
 from nn.networks import SMALL, unzero
 from torch import nn
 
@@ -72,6 +74,17 @@ def make(name):
 
 def norms(model):
     return [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+
+
+def in_float64(model):
+    """A copy that computes in float64 throughout, where OpenAI's code says float32."""
+    exact = copy.deepcopy(model).double()
+    for m in exact.modules():
+        if isinstance(m, GroupNorm32):
+            m.__class__ = nn.GroupNorm
+    if hasattr(exact, "time_embed"):
+        exact.time_embed.register_forward_pre_hook(lambda m, args: args[0].double())
+    return exact
 
 
 def gradients(model, run, x):

@@ -2,14 +2,18 @@
 
 import copy
 import io
+import math
 import pickle
+import statistics
+from collections import Counter
 
 import pytest
 import torch
+from scipy import special, stats
 
 diffusers = pytest.importorskip("diffusers")
 
-from integrations.networks import NETWORKS, gradients, make, norms  # noqa: E402
+from integrations.networks import NETWORKS, gradients, in_float64, make, norms  # noqa: E402
 from integrations.openai_unet import ResBlock  # noqa: E402
 from nn.networks import SMALL, unzero  # noqa: E402
 
@@ -18,39 +22,89 @@ from fastdiff.integrations import fused_modules  # noqa: E402
 from fastdiff.nn import PRESETS  # noqa: E402
 from fastdiff.nn.diffusers_format import unet2d_config  # noqa: E402
 
-
-def block_of(name: str) -> str:
-    """The residual block that a parameter belongs to: "input_blocks.1" of "input_blocks.1.0..."."""
-    return ".".join(name.split(".")[:2])
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def relative_errors(grads, exact):
+    """|g - exact| / |exact| of every gradient; one rounding of the result at least."""
+    assert grads.keys() == exact.keys()
+    return {
+        key: max((grads[key].double() - g).norm() / g.norm(), torch.tensor(2.0**-24)).item()
+        for key, g in exact.items()
+    }
+
+
+def largest_ratio(draws, num_parameters):
+    """What ratios of two equal algorithms' rounding errors stay below, with 99 % probability.
+
+    Rounding enters a network at hundreds of places, but few of them dominate the gradient of one
+    parameter: over 14,000 gradients of these networks ratios scatter like those of the lengths of
+    two random vectors with 4 components (largest 12.6; 14.3 expected). Their squares have Fisher's
+    distribution with 4 and 4 degrees of freedom; the mean logarithm of several is nearly normal.
+    """
+    if draws == 1:
+        return stats.f.isf(0.01 / num_parameters, 4, 4) ** 0.5
+    deviation = (2 * special.polygamma(1, 2)) ** 0.5 / 2  # of the logarithm of one ratio
+    return math.exp(stats.norm.isf(0.01 / num_parameters) * deviation / draws**0.5)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_outputs_and_gradients(name, memory_format):
+    """Every gradient is within 1e-5 of float64, and as near to it as eager's.
+
+    With other weights some cancel so far that they are not: 16 of 75,000 in the slow test below,
+    and 194 of eager's.
+    """
     model, run, x = make(name)
+    _, exact = gradients(in_float64(model), run, x.double())
     model, x = model.to(memory_format=memory_format), x.to(memory_format=memory_format)
     keys = list(model.state_dict())
-    before, grads_before = gradients(model, run, x)
+    before, grads = gradients(model, run, x)
+    eager = relative_errors(grads, exact)
     report = fastdiff.patch(model)
     assert len(report.replaced) == len(norms(model)) > 0
     assert not report.left
-    after, grads_after = gradients(model, run, x)
+    after, grads = gradients(model, run, x)
+    fused = relative_errors(grads, exact)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
-    assert grads_after.keys() == grads_before.keys()
-    # A sum that cancels, such as the gradient of a bias in front of a normalization, carries the
-    # rounding of its terms: errors are relative to the largest gradient of the block around it.
-    largest: dict[str, torch.Tensor] = {}
-    for key, gradient in grads_before.items():
-        block = block_of(key)
-        largest[block] = torch.maximum(largest.get(block, x.new_zeros(())), gradient.abs().max())
-    for key, gradient in grads_before.items():
-        error = (grads_after[key] - gradient).abs().max()
-        assert error <= 1e-5 * largest[block_of(key)], key
+    ratio = largest_ratio(1, len(exact))
+    for key in exact:
+        assert fused[key] <= 1e-5, key
+        assert fused[key] <= ratio * eager[key], key
     assert list(model.state_dict()) == keys
     assert fastdiff.patch(model) == report
     fastdiff.unpatch(model)
     assert not any(isinstance(m, fused_modules.Fused) for m in model.modules())
     assert torch.equal(run(model, x), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradient_errors_of_many_networks(name, memory_format):
+    """The same over 16 draws of the weights, whose means scatter less."""
+    model, run, x = make(name)
+    x = x.to(memory_format=memory_format)
+    draws, logs, beyond = 16, Counter(), Counter()
+    for seed in range(draws):
+        fastdiff.unpatch(unzero(model, seed))
+        _, exact = gradients(in_float64(model), run, x.double())
+        model.to(memory_format=memory_format)
+        eager = relative_errors(gradients(model, run, x)[1], exact)
+        fastdiff.patch(model)
+        fused = relative_errors(gradients(model, run, x)[1], exact)
+        logs.update({key: math.log(fused[key] / eager[key]) for key in exact})
+        for side, errors in (("eager", eager), ("fused", fused)):
+            beyond[side] += sum(e > 1e-5 for e in errors.values())
+    ratios = {key: math.exp(log / draws) for key, log in logs.items()}
+    mean = statistics.geometric_mean(ratios.values())
+    worst = max(ratios, key=ratios.get)
+    print(f"{name}: errors over eager's: mean {mean:.3f}, largest {ratios[worst]:.2f} ({worst})")
+    print(f"{name}: of {draws * len(exact)} beyond 1e-5: {dict(beyond)}")
+    assert ratios[worst] <= largest_ratio(draws, len(exact))
+    # Within a network errors are correlated: as for one parameter, but for a single comparison.
+    assert mean <= largest_ratio(draws, 1)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -1,20 +1,22 @@
 """What `patch` must not break: hooks, shared modules, FSDP, quantized and odd normalizations."""
 
+import warnings
 from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 
 pytest.importorskip("diffusers")
 
 from integrations.networks import make
-from integrations.openai_unet import GroupNorm32
+from integrations.openai_unet import GroupNorm32, ResBlock
 from nn.networks import build, unzero
 
 import fastdiff
 from fastdiff import _backends
-from fastdiff.integrations import patching
+from fastdiff.integrations import fused_modules, patching
 
 
 class Block(nn.Module):
@@ -105,6 +107,16 @@ def test_shared_modules():
         torch.testing.assert_close(shared[key](x), y)
 
 
+def test_an_activation_of_its_own_is_known_before_the_block_around_it(monkeypatch):
+    """improved-diffusion's SiLU, in a block by itself and patched for the first time."""
+    monkeypatch.setattr(fused_modules, "SILU_CLASSES", {nn.SiLU})
+    monkeypatch.setattr(patching, "SILU_CLASSES", fused_modules.SILU_CLASSES)
+    block = unzero(ResBlock(4, 8, 4, 2, False)).eval()
+    report = fastdiff.patch(block)
+    assert report.replaced["out_layers.0"] == "channel_bias + group_norm + silu"
+    assert fastdiff.patch(block) == report
+
+
 @pytest.mark.parametrize("name", ["UNet2DModel", "guided-diffusion"])
 def test_hooks_fire_and_see_the_same(name):
     """On every normalization and activation, set before patching and after it."""
@@ -143,6 +155,63 @@ def test_hooks_fire_and_see_the_same(name):
         torch.testing.assert_close(run(model, x), y, rtol=1e-4, atol=1e-5)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_parametrized_weights(patch_first):
+    """They are no longer where parameters are kept."""
+    block = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    x = torch.randn(2, 4, 3, 3)
+    expected = nn.functional.silu(nn.functional.group_norm(x, 2, torch.full((4,), 2.0)))
+    if patch_first:
+        fastdiff.patch(block)
+    nn.utils.parametrize.register_parametrization(block[0], "weight", Doubled())
+    if not patch_first:
+        assert fastdiff.patch(block).replaced == {"0": "group_norm + silu"}
+    torch.testing.assert_close(block(x), expected)
+
+
+HOOKS = {
+    "forward": lambda m, note: m.register_forward_hook(lambda *_: note()),
+    "forward_pre": lambda m, note: m.register_forward_pre_hook(lambda *_: note()),
+    "full_backward": lambda m, note: m.register_full_backward_hook(lambda *_: note()),
+    "full_backward_pre": lambda m, note: m.register_full_backward_pre_hook(lambda *_: note()),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("owner", ["Sequential", "Block", "ResBlock"])
+def test_every_kind_of_hook_fires(owner, kind):
+    """On each normalization and activation of a patched block, as often as before patching."""
+    block = {
+        "Sequential": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()),
+        "Block": Block,
+        "ResBlock": lambda: ResBlock(4, 8, 4, 2, True, silu=nn.SiLU),
+    }[owner]()
+    block = unzero(block).eval()
+    x, emb = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    watched = [m for m in block.modules() if isinstance(m, (nn.GroupNorm, nn.SiLU))]
+    results = []
+    for patched in (False, True):
+        if patched:
+            fastdiff.patch(block)
+        for m in watched:
+            calls = []
+            handle = HOOKS[kind](m, lambda calls=calls: calls.append(None))
+            y = block(x, emb) if owner == "ResBlock" else block(x)
+            y.square().sum().backward()
+            handle.remove()
+            results.append((len(calls), y))
+    for (count, before), (count_after, after) in zip(
+        results[: len(watched)], results[len(watched) :], strict=True
+    ):
+        assert count_after == count == 1
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
 def test_global_hooks_fire():
     block = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
     fastdiff.patch(block)
@@ -160,6 +229,10 @@ class Doubling(nn.GroupNorm):
         return 2 * super().forward(x)
 
 
+class Packed(torch.Tensor):
+    """As torchao's quantized weights are: not what it looks like."""
+
+
 def test_what_is_left_and_why():
     scripted = torch.jit.script(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()))
     exact = nn.GroupNorm(2, 4, eps=0.0)
@@ -167,6 +240,8 @@ def test_what_is_left_and_why():
     odd.forward = lambda x: x
     prepared = nn.GroupNorm(2, 4)
     prepared.qconfig = None
+    packed = nn.GroupNorm(2, 4)
+    packed.weight = nn.Parameter(packed.weight.detach().as_subclass(Packed))
     model = nn.ModuleDict(
         {
             "doubling": Doubling(2, 4),
@@ -174,6 +249,7 @@ def test_what_is_left_and_why():
             "exact": exact,
             "odd": odd,
             "prepared": prepared,
+            "packed": packed,
             "own": fastdiff.nn.GroupNormSiLU(2, 4),
             "quantized": torch.ao.nn.quantized.GroupNorm(2, 4, None, None, 1.0, 0),
             "fine": GroupNorm32(2, 4),
@@ -187,6 +263,7 @@ def test_what_is_left_and_why():
         "exact": "eps = 0.0",
         "odd": "hooks or a forward of its own",
         "prepared": "quantized",
+        "packed": "its parameters are not plain tensors",
         "own": "already fused",
         "quantized": "quantized",
     }
@@ -220,9 +297,23 @@ def test_our_own_unet_is_left_alone():
     assert set(report.left.values()) == {"fastdiff's own, already fused"}
 
 
+def test_a_dynamically_quantized_network():
+    """Its linear layers are; the normalizations are float, and fused."""
+    torch.manual_seed(0)
+    block = unzero(ResBlock(4, 8, 4, 2, True, silu=nn.SiLU)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        block = torch.ao.quantization.quantize_dynamic(block, {nn.Linear}, torch.qint8)
+    assert "quantized" in type(block.emb_layers[1]).__module__
+    x, emb = torch.randn(2, 4, 3, 3), torch.randn(2, 8)
+    expected = block(x, emb)
+    assert len(fastdiff.patch(block).replaced) == 2
+    torch.testing.assert_close(block(x, emb), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_fsdp_is_left_alone(tmp_path):
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -246,6 +337,12 @@ def test_fsdp_is_left_alone(tmp_path):
         y.sum().backward()
         with pytest.raises(RuntimeError, match="'norm' has become"):
             fastdiff.unpatch(model)
+        # The older wrapper, under which parameters are views of one flat tensor.
+        wrapped = FullyShardedDataParallel(unzero(Block()), device_id=torch.device("cpu"))
+        report = fastdiff.patch(wrapped)
+        assert not report.replaced
+        assert all("under FSDP" in reason for reason in report.left.values())
+        torch.testing.assert_close(wrapped(x), expected)
         ddp = nn.parallel.DistributedDataParallel(unzero(Block()))
         expected = ddp(x)
         assert fastdiff.patch(ddp).replaced == {"module.norm": "group_norm + silu"}
