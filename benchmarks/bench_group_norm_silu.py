@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
                     bandwidth = record.bandwidth(OURS)
                     table.row(
                         [*labels.values(), report.number(record.bytes / 2**20, 1)]
-                        + [report.number(timing and timing.best * 1e6, 1)]
+                        + [report.number(timing and timing.median * 1e6, 1)]
                         + [report.number(bandwidth and bandwidth / 1e9, 1)]
                         + [report.ratio(record, OURS, name) for name in ("eager", "compile")]
                     )

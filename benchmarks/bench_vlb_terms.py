@@ -1,7 +1,5 @@
 """vlb_terms, forward and with the backward of kl, against a copy, eager PyTorch and torch.compile.
 
-    python -m benchmarks.bench_vlb_terms [--device cpu] [--quick] [--json FILE]
-
 Eager computes in float32 what published code computes: KL and decoder of every sample, one of them
 chosen by t. GB/s counts the bytes a perfect kernel moves: forward reads x0, x_t, the noise and the
 model's output (2C channels if it learns the variance); backward reads all but the noise again and
@@ -11,30 +9,18 @@ writes the gradient.
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
 
 import fastdiff
-from benchmarks import machine, op_table
-from benchmarks.op_table import Goal, Spec
+from benchmarks.op_table import Case, Op, Spec, spec_workload
 from fastdiff import ops
 from fastdiff.reference.step_table import StepColumn
 
 T = 1000
 MODES = ("forward fixed", "forward learned", "train learned")
 VARIANCES = {"fixed": "fixed_large", "learned": "learned_range"}
-GOALS = (
-    Goal("over eager", 2.0, MODES, False, op_table.over_eager),
-    Goal(
-        "fixed variance, out of cache: share of copy bandwidth",
-        0.8,
-        MODES[:1],
-        True,
-        op_table.of_copy,
-    ),
-)
 
 
 def eager(
@@ -79,16 +65,11 @@ def gradient(*arguments: Tensor) -> Tensor:
     return found
 
 
-def specify(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    mode: str,
-    device: torch.device,
-) -> Spec:
+def specify(case: Case) -> Spec:
     """The tensors of one workload, and what a right result is."""
+    shape, dtype, memory_format, device = case.shape, case.dtype, case.memory_format, case.device
     generator = torch.Generator().manual_seed(0)
-    passes, kind = mode.split()
+    passes, kind = case.mode.split()
     variance = VARIANCES[kind]
     schedule = fastdiff.NoiseSchedule.linear(T)
     table = schedule.ddpm_table(torch.arange(T), variance=variance).to(device)
@@ -131,10 +112,4 @@ def specify(
     return Spec(ours, function, arguments, exact, tolerance, moved, x0)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return op_table.main("bench_vlb_terms", __doc__, MODES, specify, GOALS, argv)
-
-
-if __name__ == "__main__":
-    machine.ensure_steady_allocator()
-    sys.exit(main())
+OP = Op("vlb_terms", MODES, spec_workload(specify), tiny_modes=MODES[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 import fastdiff
+from benchmarks.suite import COPIES, copies
+from benchmarks.timing import measure
 from fastdiff import _native
 
 # By default glibc maps large tensors freshly and unmaps them when they are freed, and gives the top
@@ -48,6 +51,34 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+# Far larger than any cache.
+COPIED_BYTES = 256 << 20
+PEERS = ("triton", "diffusers", "denoising-diffusion-pytorch", "liger-kernel", "apex")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
+    """Bytes per second, read and written, of the faster copy of a tensor that no cache holds."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    functions = {name: contender.run for name, contender in copies(source).items()}
+    timings = measure(functions, device, rounds, max_seconds=3)
+    return 2 * COPIED_BYTES / min(timings[name].median for name in COPIES)
+
+
+def clock_mhz(device: torch.device) -> int | None:
+    """The multiprocessors' clock, if the driver's management library says it."""
+    try:
+        return torch.cuda.clock_rate(device)
+    except (ImportError, RuntimeError):  # no pynvml, or no right to ask
+        return None
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Everything needed to judge a number, and nothing that names a user, a host or a path."""
     build = _native.build_info()
@@ -63,6 +94,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "compiler": build.compiler if build else None,
         "steady_allocator": all(os.environ.get(k) == v for k, v in STEADY_ALLOCATOR.items()),
         "load": round(os.getloadavg()[0], 2),
+        **{name: found for name in PEERS if (found := version(name)) is not None},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -71,5 +103,6 @@ def facts(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "cuda": torch.version.cuda,
+            "clock_mhz": clock_mhz(device),
         }
     return known
