@@ -9,6 +9,7 @@ import argparse
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks import (
     compare,
     group_norm_table,
     machine,
+    page,
     report,
     shapes,
     targets,
@@ -42,6 +44,7 @@ OPS: dict[str, Op] = {
         group_norm_table.OP,
     )
 }
+FILES = ("--json", "--compare", "--out")
 COMPILE = ("none", "few", "all")
 ROUNDS, QUICK_ROUNDS = 9, 5
 SECONDS, QUICK_SECONDS = 0.9, 0.3  # per workload, after three rounds
@@ -83,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser()
     options = made.parse_args(argv)
+    options.arguments = without_files(list(sys.argv[1:] if argv is None else argv))
     unknown = [name for name in options.ops if name not in OPS]
     if unknown:
         made.error(f"unknown op {unknown[0]!r}; the ops are {', '.join(OPS)}")
@@ -101,6 +105,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         known = sorted({shape for name in options.ops for shape in OPS[name].shapes})
         made.error(f"no case has these --shapes and --modes; the shapes are {', '.join(known)}")
     return options
+
+
+def without_files(arguments: list[str]) -> list[str]:
+    """The part of a command line that decides on the numbers, and names no path."""
+    kept = []
+    skip = False
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if not skip and option not in FILES:
+            kept.append(argument)
+        skip = option in FILES and "=" not in argument
+    return kept
 
 
 def cases(op: Op, options: argparse.Namespace) -> Iterator[Case]:
@@ -125,6 +141,7 @@ def cases(op: Op, options: argparse.Namespace) -> Iterator[Case]:
 def others(op: Op, options: argparse.Namespace) -> list[str]:
     """The columns of ratios."""
     names = ["eager", "compile", *op.peers]
+    names += op.cuda_peers if options.device == "cuda" else ()
     if not options.quick:
         names.append(f"{OURS} reference")
     if options.device == "cuda":
@@ -211,10 +228,10 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything that was asked for."""
     device = torch.device(options.device)
     facts = machine.facts(device)
-    facts["copy_bandwidth"] = machine.copy_bandwidth(device, 5 if options.quick else 9)
+    facts["copy_gb_s"] = round(machine.copy_bandwidth(device, 5 if options.quick else 9) / 1e9, 2)
     report.print_facts(facts)
     document: dict[str, Any] = {"format": FORMAT, "machine": facts, "ops": [], "overhead": []}
-    document["quick"] = options.quick
+    document["arguments"] = options.arguments
     for name in options.ops:
         document["ops"] += [{"op": name, **r.to_json()} for r in measure_op(OPS[name], options)]
     for name in options.ops:
@@ -235,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {verdict}")
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.out:
+        page.write_folder(document, options.out, slug(document["machine"]))
+    if options.publish:
+        page.publish(document, slug(document["machine"]))
     if options.compare:
         print(f"\nagainst {options.compare.name}")
         old = json.loads(options.compare.read_text())

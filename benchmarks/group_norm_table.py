@@ -81,7 +81,7 @@ OP = Op(
     shapes={name: shape for name, (shape, _) in SHAPES.items()},
     default_shapes=DEFAULT_SHAPES,
     quick_shapes=QUICK_SHAPES,
-    peers=("liger", "apex"),
+    cuda_peers=("liger", "apex"),
     tiny_modes=("forward",),
     tiny_shape=TINY,
 )

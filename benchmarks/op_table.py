@@ -53,7 +53,7 @@ class Op:
         The tensors and contenders of a case.
     shapes, default_shapes, quick_shapes
         Sizes by label; those that run without an option, and those of --quick.
-    peers
+    peers, cuda_peers
         Contenders from other libraries, if they are installed.
     tiny_modes, tiny_shape
         Modes whose time on a tiny tensor is the overhead of a call.
@@ -68,6 +68,7 @@ class Op:
     default_shapes: tuple[str, ...] = DEFAULT_IMAGES
     quick_shapes: tuple[str, ...] = QUICK_IMAGES
     peers: tuple[str, ...] = ()
+    cuda_peers: tuple[str, ...] = ()
     tiny_modes: tuple[str, ...] = ()
     tiny_shape: tuple[int, ...] = TINY_IMAGE
     grad: bool = True
