@@ -29,8 +29,8 @@ END = "<!-- end of the made part -->"
 COLUMNS = ("fp32 nchw", "bf16 nchw", "fp32 channels_last", "bf16 channels_last")
 NAMED_MISSES = 4
 GPU_TARGETS = (
-    "The targets of the GPU kernels are counted, not timed: bytes in docs/traffic.md, registers and "
-    "spills in `benchmarks/kernel_budget.json`. No GPU time is claimed here."
+    "The targets of the GPU kernels are counted, not timed: bytes in docs/traffic.md, registers "
+    "and spills in `benchmarks/kernel_budget.json`. No GPU time is claimed here."
 )
 
 
