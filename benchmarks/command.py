@@ -22,6 +22,7 @@ from benchmarks import (
     bench_q_sample,
     bench_vlb_terms,
     compare,
+    end_to_end,
     group_norm_table,
     machine,
     page,
@@ -238,6 +239,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         found = measure_overheads(OPS[name], options)
         document["overhead"] += [{"op": name, **record.to_json()} for record in found]
     print_overheads(document["overhead"])
+    if options.end_to_end:
+        document |= end_to_end.collect(options)
     return document
 
 
@@ -246,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     document = collect(options)
-    failed = print_wrong([*document["ops"], *document["overhead"]])
+    failed = print_wrong([row for section in compare.SECTIONS for row in document.get(section, ())])
     print("\ntargets")
     for verdict in targets.verdicts(document):
         print(f"  {verdict}")
