@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import fastdiff
 from benchmarks import (
     bench_ddim_step,
     bench_eps_loss,
@@ -48,7 +49,7 @@ OPS: dict[str, Op] = {
 FILES = ("--json", "--compare", "--out")
 COMPILE = ("none", "few", "all")
 ROUNDS, QUICK_ROUNDS = 9, 5
-SECONDS, QUICK_SECONDS = 0.9, 0.3  # per workload, after three rounds
+SECONDS, QUICK_SECONDS = 0.5, 0.3  # per workload, after three rounds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
         "--compile",
         choices=COMPILE,
         default="few",
-        help="torch.compile: of no case, of the first quick shape (the default), of all",
+        help="torch.compile: of no case, of a few shapes in fp32 nchw (the default), of all",
+    )
+    made.add_argument(
+        "--backends", action="store_true", help="every available backend (always with --all)"
     )
     made.add_argument("--end-to-end", action="store_true", help="training steps and sampling too")
     made.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the numbers here")
@@ -132,9 +136,9 @@ def cases(op: Op, options: argparse.Namespace) -> Iterator[Case]:
                     if options.modes and not any(word in mode for word in options.modes):
                         continue
                     labels = {"shape": shape, "dtype": dtype, "layout": layout, "mode": mode}
-                    few = shape == op.quick_shapes[0]
+                    few = shape in op.compiled_shapes and dtype == "fp32" and layout == "nchw"
                     if options.quick:
-                        few = few and dtype == "fp32" and mode == op.modes[-1]
+                        few = few and shape == op.quick_shapes[0] and mode == op.modes[-1]
                     compiled = options.compile == "all" or (options.compile == "few" and few)
                     yield Case(labels, op.shapes[shape], torch.device(options.device), compiled)
 
@@ -143,10 +147,10 @@ def others(op: Op, options: argparse.Namespace) -> list[str]:
     """The columns of ratios."""
     names = ["eager", "compile", *op.peers]
     names += op.cuda_peers if options.device == "cuda" else ()
-    if not options.quick:
-        names.append(f"{OURS} reference")
+    if options.all or options.backends:
+        names += [f"{OURS} {name}" for name in ("reference", "triton") if fastdiff.backends()[name]]
     if options.device == "cuda":
-        names += [f"{OURS} triton", f"{OURS}{GRAPH}"]
+        names.append(f"{OURS}{GRAPH}")
     return names
 
 
@@ -162,7 +166,7 @@ def measure_op(op: Op, options: argparse.Namespace) -> list[Record]:
     records = []
     for case in cases(op, options):
         work = op.workload(case)
-        work = work if options.quick else with_backends(work, device)
+        work = with_backends(work, device) if options.all or options.backends else work
         with torch.set_grad_enabled(op.grad):
             record = run(
                 work,

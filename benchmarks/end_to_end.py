@@ -86,7 +86,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
                 continue  # DDIM does not use its learned variance
             for layout in ("nchw",) if options.quick else LAYOUTS:
                 few = options.compile == "few" and not options.quick
-                few = few and preset == DEFAULT[0] and layout == "nchw"
+                few = few and preset == DEFAULT[0] and layout == "nchw" and name == "sampling"
                 for compiled in (False, True) if few or options.compile == "all" else (False,):
                     yield Task(name, preset, BATCHES[preset], layout, compiled)
 

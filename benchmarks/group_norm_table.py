@@ -31,6 +31,7 @@ DEFAULT_SHAPES = (
     "vae b1 128x512x512",
 )
 QUICK_SHAPES = ("ddpm_cifar10 b1 256x16x16", "ddpm_cifar10 b16 128x32x32")
+COMPILED_SHAPES = (*QUICK_SHAPES, "ddpm_cifar10 b1 512x4x4", "vae b1 512x64x64")
 TINY = (2, 16, 4, 4)
 TINY_GROUPS = 4
 
@@ -81,6 +82,7 @@ OP = Op(
     shapes={name: shape for name, (shape, _) in SHAPES.items()},
     default_shapes=DEFAULT_SHAPES,
     quick_shapes=QUICK_SHAPES,
+    compiled_shapes=COMPILED_SHAPES,
     cuda_peers=("liger", "apex"),
     tiny_modes=("forward",),
     tiny_shape=TINY,

@@ -51,8 +51,9 @@ class Op:
         Ways to call the op, such as forward and forward with backward.
     workload
         The tensors and contenders of a case.
-    shapes, default_shapes, quick_shapes
-        Sizes by label; those that run without an option, and those of --quick.
+    shapes, default_shapes, quick_shapes, compiled_shapes
+        Sizes by label; those that run without an option, those of --quick, and those for which
+        torch.compile is worth its seconds.
     peers, cuda_peers
         Contenders from other libraries, if they are installed.
     tiny_modes, tiny_shape
@@ -67,6 +68,7 @@ class Op:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: IMAGE_SHAPES)
     default_shapes: tuple[str, ...] = DEFAULT_IMAGES
     quick_shapes: tuple[str, ...] = QUICK_IMAGES
+    compiled_shapes: tuple[str, ...] = QUICK_IMAGES[:1]
     peers: tuple[str, ...] = ()
     cuda_peers: tuple[str, ...] = ()
     tiny_modes: tuple[str, ...] = ()

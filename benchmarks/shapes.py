@@ -31,13 +31,14 @@ IMAGE_SHAPES = {
     "latent64 b16": (16, 4, 64, 64),
     "latent64 b128": (128, 4, 64, 64),
     "ddpm_256 b16": (16, 3, 256, 256),
+    "ddpm_256 b128": (128, 3, 256, 256),
     "ddpm_256 b256": (256, 3, 256, 256),
 }
-DEFAULT_IMAGES = ("ddpm_cifar10 b16", "ddpm_cifar10 b128", "ddpm_256 b16", "ddpm_256 b256")
+DEFAULT_IMAGES = ("ddpm_cifar10 b128", "ddpm_256 b16", "ddpm_256 b128")
 QUICK_IMAGES = ("ddpm_cifar10 b128", "ddpm_256 b16")
 TINY_IMAGE = (2, 3, 4, 4)
 # A tensor of this size is larger than the last cache of common machines.
-OUT_OF_CACHE_BYTES = 64 << 20
+OUT_OF_CACHE_BYTES = 48 << 20
 
 
 @dataclass(frozen=True, order=True)

@@ -37,7 +37,7 @@ def contender(seconds: float, spread: float = 0.02, moved: int = 100) -> dict:
     return {"median_s": seconds, "min_s": seconds, "spread": spread, "bytes": moved}
 
 
-def row(op="q_sample", shape="ddpm_256 b256", mode="given", **times) -> dict:
+def row(op="q_sample", shape="ddpm_256 b128", mode="given", **times) -> dict:
     found = {name: contender(seconds) for name, seconds in times.items()}
     labels = {"op": op, "shape": shape, "dtype": "fp32", "layout": "nchw", "mode": mode}
     return {**labels, "bytes": 100, "contenders": found, "wrong": {}, "peers_wrong": []}
@@ -187,7 +187,7 @@ def test_a_limit_and_what_was_not_measured():
     tiny = [row(mode="given", fastdiff=7e-6), row(mode="seed", fastdiff=9e-6)]
     verdict = judge(limit, document(overhead=tiny))
     assert verdict.met is False
-    assert verdict.worst == ("q_sample ddpm_256 b256 fp32 nchw seed", pytest.approx(9.0))
+    assert verdict.worst == ("q_sample ddpm_256 b128 fp32 nchw seed", pytest.approx(9.0))
     assert judge(limit, document(overhead=tiny[:1])).met
     assert judge(limit, document()).met is None
 
