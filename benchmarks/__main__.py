@@ -2,8 +2,10 @@
 
 import sys
 
-from benchmarks import command, machine
+from benchmarks.allocator import ensure_steady_allocator
 
 if __name__ == "__main__":
-    machine.ensure_steady_allocator()
-    sys.exit(command.main())
+    ensure_steady_allocator()  # before torch is imported: it starts this command again
+    from benchmarks.command import main
+
+    sys.exit(main())

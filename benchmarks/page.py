@@ -28,6 +28,8 @@ BEGIN = "<!-- made by `python -m benchmarks.page`: edit benchmarks/results/notes
 END = "<!-- end of the made part -->"
 COLUMNS = ("fp32 nchw", "bf16 nchw", "fp32 channels_last", "bf16 channels_last")
 NAMED_MISSES = 4
+PUBLISH = "python -m benchmarks --threads 2 --end-to-end --publish"
+NOTHING = f"No report is published yet: `{PUBLISH}` on a quiet machine writes it here.\n"
 GPU_TARGETS = (
     "The targets of the GPU kernels are counted, not timed: bytes in docs/traffic.md, registers "
     "and spills in `benchmarks/kernel_budget.json`. No GPU time is claimed here."

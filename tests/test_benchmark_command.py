@@ -301,7 +301,7 @@ def test_the_committed_page_is_what_the_committed_numbers_make():
     made = [
         page.docs_page(json.loads(path.read_text()), path.stem, text, page.read_notes())
         for path in page.RESULTS.glob("*.json")
-    ]
+    ] or [page.replace_made_part(text, page.NOTHING)]
     assert text in made, "run `python -m benchmarks.page benchmarks/results/NAME.json --docs`"
 
 
