@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shutil
+import subprocess
 from typing import Any
 
 import torch
@@ -47,11 +49,13 @@ def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
 
 
 def clock_mhz(device: torch.device) -> int | None:
-    """The multiprocessors' clock, if the driver's management library says it."""
-    try:
-        return torch.cuda.clock_rate(device)
-    except (ImportError, RuntimeError):  # no pynvml, or no right to ask
+    """The multiprocessors' clock, if nvidia-smi is there and says it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
         return None
+    command = [tool, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    command += ["-i", str(device.index or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.stdout.strip().isdigit() else None
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     bench_q_sample,
     command,
     compare,
+    machine,
     page,
     plots,
     report,
@@ -281,6 +282,27 @@ def test_a_missed_target_is_explained_and_only_the_made_part_is_replaced():
     assert page.replace_made_part(old, text) == f"Head\n{page.BEGIN}\n{text}{page.END}\nTail\n"
     with pytest.raises(ValueError, match="the page has no part between"):
         page.replace_made_part("Head", text)
+
+
+def test_the_page_of_whole_networks():
+    measured = row("training_step", "digits b64", "eager", fastdiff=0.5, diffusers=1.0)
+    measured |= {"images": 64, "peak_bytes": {"fastdiff": 10 << 20, "diffusers": None}}
+    wrong = {**measured, "layout": "channels_last", "wrong": {"diffusers": "its loss is nan"}}
+    curve = {"op": "sampling", "network": "digits", "axis": "steps", "values": [1, 2]}
+    curve |= {"slopes": {"fastdiff": 0.987}}
+    text = page.render(document(end_to_end=[measured, wrong], growth=[curve]), {}, [], "c")
+    assert "| training_step digits b64 fp32 nchw eager | 128.00 (10) | 64.00 |" in text
+    assert "| training_step digits b64 fp32 channels_last eager | 128.00 (10) | wrong |" in text
+    assert "| sampling digits | steps | 1 2 | 0.99 |" in text
+
+
+@pytest.mark.parametrize(("says", "clock"), [("1980", 1980), ("[N/A]", None), ("", None)])
+def test_the_clock_of_a_gpu_is_noted_if_it_can_be_read(says, clock, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{says}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert machine.clock_mhz(torch.device("cuda", 0)) == clock
 
 
 def test_plots_of_every_kind(tmp_path):
