@@ -194,7 +194,7 @@ def measure_overheads(op: Op, options: argparse.Namespace) -> list[Record]:
     for case in op.tiny_cases(torch.device(options.device)):
         with torch.set_grad_enabled(op.grad):
             # Long samples: the first calls of a few microseconds run with cold caches.
-            records.append(run(op.workload(case), case.device, rounds, 2.0, sample_seconds=1e-3))
+            records.append(run(op.workload(case), case.device, rounds, 1.0, sample_seconds=1e-3))
     return records
 
 

@@ -144,7 +144,7 @@ def collect(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     table = report.Table([*titles, "contender"], {**widths, "contender": 27})
     rows = []
     for task in tasks(options):
-        row = measure(task, device, options.rounds or (3 if options.quick else 5), 6.0)
+        row = measure(task, device, options.rounds or (3 if options.quick else 5), 4.0)
         rows.append(row)
         for name in (*row["contenders"], *row["wrong"]):
             seconds, peak = report.seconds(row, name), row["peak_bytes"].get(name)
