@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -97,6 +98,9 @@ class Spec:
         What a perfect kernel moves.
     largest
         The largest tensor, whose copy gives the machine's bandwidth.
+    forward
+        The part of `eager` that torch.compile gets, as its argument of that name; None: all of it.
+        It does not trace `torch.autograd.grad`, and users take gradients outside as well.
     """
 
     ours: Callable[[], Tensor]
@@ -106,6 +110,12 @@ class Spec:
     tolerance: float
     bytes: int
     largest: Tensor
+    forward: Callable[..., Tensor] | None = None
+
+    def compiled_eager(self) -> Callable[..., Tensor]:
+        if self.forward is None:
+            return compiled(self.eager)
+        return functools.partial(self.eager, forward=compiled(self.forward))
 
     def error(self, result: Tensor) -> str | None:
         """What is wrong with a contender's result. Written so that NaN fails."""
@@ -126,7 +136,7 @@ def spec_workload(specify: Callable[[Case], Spec]) -> Callable[[Case], Workload]
             "eager": Contender(lambda: spec.eager(*spec.arguments), spec.error),
         }
         if case.compiled:
-            function = compiled(spec.eager)
+            function = spec.compiled_eager()
             contenders["compile"] = Contender(lambda: function(*spec.arguments), spec.error)
         contenders |= copies(spec.largest)
         moved = dict.fromkeys(COPIES, 2 * spec.largest.nbytes)
