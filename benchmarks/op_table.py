@@ -103,7 +103,7 @@ class Spec:
         It does not trace `torch.autograd.grad`, and users take gradients outside as well.
     """
 
-    ours: Callable[[], Tensor]
+    ours: Callable[[], Tensor | tuple[Tensor, ...]]
     eager: Callable[..., Tensor]
     arguments: tuple
     exact: Tensor
@@ -117,8 +117,10 @@ class Spec:
             return compiled(self.eager)
         return functools.partial(self.eager, forward=compiled(self.forward))
 
-    def error(self, result: Tensor) -> str | None:
-        """What is wrong with a contender's result. Written so that NaN fails."""
+    def error(self, result: Tensor | tuple[Tensor, ...]) -> str | None:
+        """What is wrong with a contender's result or results. Written so that NaN fails."""
+        if isinstance(result, tuple):
+            result = torch.stack(result)
         result, exact = result.double().flatten(), self.exact.double().flatten()
         if result.shape != exact.shape:
             return f"result has {result.numel()} values, expected {exact.numel()}"
