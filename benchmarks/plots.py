@@ -39,7 +39,7 @@ def speed_ups(document: Mapping[str, Any], path: pathlib.Path) -> None:
                 bars.append((place + index * height, mean, min(gains), max(gains)))
         if bars:
             y, means, low, high = zip(*bars, strict=True)
-            axes.barh(y, means, height, label=label)
+            axes.barh(y, [mean - 1 for mean in means], height, left=1, label=label)
             axes.hlines(y, low, high, color="black", linewidth=1)
     axes.set_yticks([place + height for place in range(len(kinds))], [" ".join(k) for k in kinds])
     axes.invert_yaxis()
@@ -47,7 +47,7 @@ def speed_ups(document: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("times faster than (bar: geometric mean; line: all shapes)")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(OTHERS))
     figure.savefig(path, dpi=90)
 
 
