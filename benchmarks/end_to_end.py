@@ -82,8 +82,6 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
     presets = QUICK if options.quick else PUBLISHED if options.all else DEFAULT
     for preset in presets:
         for name in TASKS:
-            if name == "sampling" and preset == "iddpm_cifar10":
-                continue  # DDIM does not use its learned variance
             for layout in ("nchw",) if options.quick else LAYOUTS:
                 few = options.compile == "few" and not options.quick
                 few = few and preset == DEFAULT[0] and layout == "nchw" and name == "sampling"

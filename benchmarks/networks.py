@@ -1,8 +1,8 @@
 """Whole networks for the end-to-end benchmarks: ours, and what a user would take instead.
 
 diffusers' UNet2DModel gets the same weights, so that its results must be the same. The U-Net of
-denoising-diffusion-pytorch has another architecture (its width and multipliers are set alike);
-its results are compared with its own in float64.
+denoising-diffusion-pytorch has another architecture (its width and multipliers are set alike), so
+its results are compared with its own in float64; it runs under diffusers' schedulers.
 """
 
 from __future__ import annotations
@@ -78,26 +78,26 @@ def awake(unet: nn.Module) -> nn.Module:
 def networks(
     preset: str, device: torch.device, layout: torch.memory_format, compiled: bool, **overrides: Any
 ) -> list[Network]:
-    """Ours and its peers. Dropout is off: its masks would differ.
-
-    A U-Net with a learned variance is compared with diffusers only: the other has none.
+    """Ours and its peers. Dropout is off, as its masks would differ; so is a learned variance,
+    for which the peers have no loss.
     """
     torch.manual_seed(0)
-    overrides = {"dropout": 0.0, **overrides}
+    overrides = {"dropout": 0.0, "learned_variance": False, **overrides}
     unet = awake(fastdiff.UNet.from_preset(preset, **overrides)).train()
     exact = copy.deepcopy(unet).double()
     found = [(OURS, unet, plain, exact, plain)]
+    config = unet.config
     if importlib.util.find_spec("diffusers") is not None:
         from diffusers.utils import logging
 
         logging.set_verbosity_error()  # it warns at every .to(), for an empty list of modules
         found.append((DIFFUSERS, unet.to_diffusers().train(), of_sample, exact, plain))
-    config = unet.config
-    if importlib.util.find_spec("denoising_diffusion_pytorch") and not config.learned_variance:
-        from denoising_diffusion_pytorch import Unet
+        if importlib.util.find_spec("denoising_diffusion_pytorch") is not None:
+            from denoising_diffusion_pytorch import Unet
 
-        theirs = Unet(config.channels, dim_mults=config.channel_mult, channels=config.in_channels)
-        found.append((LUCIDRAINS, theirs, plain, copy.deepcopy(theirs).double(), double_time))
+            channels = config.in_channels
+            theirs = Unet(config.channels, dim_mults=config.channel_mult, channels=channels)
+            found.append((LUCIDRAINS, theirs, plain, copy.deepcopy(theirs).double(), double_time))
     return [
         Network(
             name,
