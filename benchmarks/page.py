@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -95,7 +96,7 @@ def _misses(found: list[Verdict], notes: Mapping[str, str]) -> Iterator[str]:
     """What every missed target misses, and why if somebody wrote that down."""
     for verdict in found:
         key = verdict.target.key
-        if verdict.met is not False and key not in notes:
+        if verdict.met is None or (verdict.met and key not in notes):
             continue
         yield f"\n**{verdict.target.text}.**"
         if verdict.missing:
@@ -239,7 +240,7 @@ def docs_page(document: Mapping[str, Any], stem: str, page: str, notes: Mapping[
 
 def command(document: Mapping[str, Any]) -> str:
     """How the numbers were made, without the files that they went to."""
-    return " ".join(["python -m benchmarks", *document["arguments"]])
+    return "python -m benchmarks " + shlex.join(document["arguments"])
 
 
 def write_folder(document: Mapping[str, Any], folder: pathlib.Path, stem: str) -> None:

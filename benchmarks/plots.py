@@ -83,6 +83,7 @@ def roofline(document: Mapping[str, Any], path: pathlib.Path) -> None:
 def growth(document: Mapping[str, Any], path: pathlib.Path) -> None:
     """Seconds over batch, resolution and steps, with the slopes of the lines in log-log."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     found = document["growth"]
     figure = Figure(figsize=(4 * len(found), 4), layout="constrained")
@@ -93,7 +94,7 @@ def growth(document: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=curve["axis"], ylabel="seconds")
         axes.set_title(f"{curve['op']}, {curve['network']}", fontsize="medium")
         axes.set_xticks(curve["values"], [str(v) for v in curve["values"]], minor=False)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=90)
 

@@ -277,6 +277,10 @@ def test_a_missed_target_is_explained_and_only_the_made_part_is_replaced():
         "| **missed** | 0.50x | 0.50x: group_norm_silu vae b1 fp32 nchw forward | 1 of 1 |" in text
     )
     assert "0.50x.\n\nIt is memory." in text
+    assert "No reason" not in text
+    assert "No reason is written down yet." in page.render(document(slow), {}, [], "c")
+    unmeasured = {"q_sample-copy": "It is not measured."}
+    assert "It is not measured." not in page.render(document(slow), unmeasured, [], "c")
     assert "![a](a.png)" in text
     old = f"Head\n{page.BEGIN}\nold{page.END}\nTail\n"
     assert page.replace_made_part(old, text) == f"Head\n{page.BEGIN}\n{text}{page.END}\nTail\n"
