@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine, report
+from benchmarks import allocator, machine, report
 from benchmarks.suite import Contender, Record, Workload, run
 from fastdiff import UNet, ops, reference
 from fastdiff.nn import GroupNormSiLU
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    machine.ensure_steady_allocator()
+    allocator.ensure_steady_allocator()
     facts = machine.facts(device)
     report.print_facts(facts)
     table = report.Table(
