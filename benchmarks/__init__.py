@@ -1,13 +1,19 @@
-"""Benchmarks, run from the root of the repository: `python -m benchmarks.bench_<op>`.
+"""Benchmarks and budgets, run from the root of the repository. docs/performance.md says how.
 
-    timing          seconds per call of several contenders, interleaved
-    suite           a workload and its contenders: checked first, then timed
-    machine         facts about the machine, and a steady memory allocator
-    report          tables and JSON
-    bench_q_sample, ...   one file per op family
-    inspect_kernels       registers, spills and memory accesses of the compiled GPU kernels
-    kernel_budget         the same against the committed budget
-    traffic               bytes that the GPU kernels move, counted, and times predicted from them
+    python -m benchmarks [OP ...]    ops and (--end-to-end) networks, against what else there is
+    pytest benchmarks/               the quick cases under pytest-benchmark
+
+    command         the command line: choose cases, check, time, print, write
+    op_table        what an op's benchmark declares; bench_q_sample, ... declare it
+    suite, timing   a workload and its contenders: checked first, then timed in turns
+    networks, end_to_end, bench_training_step, bench_sampling   whole networks
+    targets         the project's targets, judged from a report's JSON
+    compare         two reports: what became slower beyond the noise
+    page, plots     docs/performance.md and its pictures, made from benchmarks/results/
+    machine, allocator   facts about the machine, and a steady memory allocator
+    instructions    instruction counts of the CPU kernels against a committed budget
+    inspect_kernels, kernel_budget   registers, spills and accesses of the compiled GPU kernels
+    traffic         bytes that the GPU kernels move, counted, and times predicted from them
 
 Numbers mean something on a quiet machine only; ratios within one run bear some noise, because all
 contenders take turns.

@@ -1,7 +1,5 @@
 """ddim_step and ddpm_step against a copy, eager PyTorch, torch.compile and diffusers.
 
-    python -m benchmarks.bench_ddim_step [--device cpu] [--quick] [--json FILE]
-
 Modes: a deterministic DDIM step; the same guided by a second model output; guided with eta = 1,
 noise made in the kernel, where the others call `randn_like`; and a DDPM step with learned variance.
 GB/s counts the bytes a perfect kernel moves: read x_t and the model's outputs, write x_s.
@@ -9,38 +7,20 @@ GB/s counts the bytes a perfect kernel moves: read x_t and the model's outputs, 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 import fastdiff
-from benchmarks import machine, report
-from benchmarks.bench_q_sample import (
-    DTYPES,
-    GOAL_OF_COPY,
-    GOAL_OVERHEAD,
-    LAYOUTS,
-    OURS,
-    OUT_OF_CACHE_BYTES,
-    SHAPES,
-    T,
-    measure_overheads,
-    of_copy,
-    on_backend,
-    parse,
-    print_wrong,
-    result_bytes,
-)
-from benchmarks.suite import Contender, Record, Workload, run
+from benchmarks.op_table import Case, Op
+from benchmarks.suite import COPIES, OURS, Contender, Workload, compiled, copies
 from fastdiff import ops, reference
 from fastdiff.reference.step_table import StepColumn
 
+T = 1000
 MODES = ("step", "guided", "noise", "learned")
-GOAL_SPEED_UP = 4.0
 SCALE = 3.0
 STEPS = 50
 TIMESTEP = 500  # of the step that is timed
@@ -192,129 +172,27 @@ def diffusers_call(inputs: Inputs) -> Callable[[], Tensor]:
     return step
 
 
-def contenders(inputs: Inputs, compiled: bool) -> Iterator[tuple[str, Contender]]:
+def contenders(inputs: Inputs, with_compile: bool) -> Iterator[tuple[str, Contender]]:
     def their_error(result: Tensor) -> str | None:
         return inputs.error(result, peer=True)
 
-    ours = inputs.call()
-    yield OURS, Contender(ours, inputs.error)
-    if inputs.x.is_cuda and fastdiff.backends()["cuda"] and fastdiff.backends()["triton"]:
-        yield f"{OURS} triton", Contender(on_backend("triton", ours), inputs.error)
+    yield OURS, Contender(inputs.call(), inputs.error)
     yield "eager", Contender(eager_call(inputs), their_error)
-    if compiled:
-        # Every workload gets the kernel that is compiled for its shape.
-        torch.compiler.reset()
-        compile_static = torch.compile(dynamic=False, fullgraph=True)
-        yield "compile", Contender(eager_call(inputs, compile_static), their_error)
+    if with_compile:
+        yield "compile", Contender(eager_call(inputs, compiled), their_error)
     if importlib.util.find_spec("diffusers") is not None:
-        yield "diffusers", Contender(diffusers_call(inputs), their_error)
-
-    source, target = inputs.x, torch.empty_like(inputs.x)
-
-    def copy_error(result: Tensor) -> str | None:
-        return None if torch.equal(result, source) else "not a copy"
-
-    yield "copy_", Contender(lambda: target.copy_(source), copy_error)
-    yield "clone", Contender(source.clone, copy_error)
+        yield "diffusers", Contender(diffusers_call(inputs), their_error, peer=True)
+    yield from copies(inputs.x).items()
 
 
-def workload(
-    labels: dict[str, str], device: torch.device, compiled: bool, tiny: bool = False
-) -> Workload:
-    shape = (2, 3, 4, 4) if tiny else SHAPES[labels["shape"]]
-    inputs = Inputs(
-        shape, DTYPES[labels["dtype"]], LAYOUTS[labels["layout"]], labels["mode"], device
-    )
+def workload(case: Case) -> Workload:
+    inputs = Inputs(case.shape, case.dtype, case.memory_format, case.mode, case.device)
     return Workload(
-        labels,
+        case.labels,
         inputs.bytes,
-        dict(contenders(inputs, compiled)),
-        own_bytes=dict.fromkeys(("copy_", "clone"), 2 * inputs.x.nbytes),
+        dict(contenders(inputs, case.compiled)),
+        own_bytes=dict.fromkeys(COPIES, 2 * inputs.x.nbytes),
     )
 
 
-def print_goals(records: list[Record], overheads: list[Record]) -> None:
-    """The targets of the project, each with the workload that comes closest to missing it."""
-    guided = [r for r in records if r.labels["mode"] == "guided"]
-    large = [r for r in guided if result_bytes(r) >= OUT_OF_CACHE_BYTES]
-    print("\ngoals")
-    for text, goal, values in (
-        (
-            "guided, out of cache: share of copy bandwidth",
-            GOAL_OF_COPY,
-            [(s, r) for r in large if (s := of_copy(r))],
-        ),
-        (
-            "guided: times faster than diffusers",
-            GOAL_SPEED_UP,
-            [(s, r) for r in guided if (s := r.speed_up(OURS, "diffusers"))],
-        ),
-    ):
-        if not values:
-            print(f"  {text} >= {goal}: not measured")
-            continue
-        worst, record = min(values, key=lambda pair: pair[0])
-        verdict = "met" if worst >= goal else "MISSED"
-        where = " ".join(record.labels.values())
-        print(f"  {text} >= {goal}: {verdict}, lowest {worst:.2f} ({where})")
-    seconds = [r.timings[OURS].best for r in overheads if OURS in r.timings]
-    verdict = "met" if seconds and max(seconds) < GOAL_OVERHEAD else "MISSED"
-    if seconds:
-        print(
-            f"  a call on a tiny tensor < {GOAL_OVERHEAD * 1e6:.0f} us: {verdict}, "
-            f"highest {max(seconds) * 1e6:.2f} us"
-        )
-
-
-def measure_table(
-    options: argparse.Namespace, device: torch.device, rounds: int, max_seconds: float
-) -> list[Record]:
-    others = ["eager", "compile", "diffusers"]
-    others += [f"{OURS} triton"] if device.type == "cuda" else []
-    table = report.Table(
-        ["shape", "dtype", "layout", "mode", "MiB", "GB/s", "copy_", "of copy"]
-        + [f"vs {name}" for name in others],
-        widths={"shape": 17, "layout": 13, "mode": 7, "MiB": 6, "GB/s": 6, "copy_": 6},
-    )
-    records = []
-    for shape in options.shapes:
-        for dtype in options.dtypes:
-            for layout in options.layouts:
-                for mode in options.modes:
-                    labels = {"shape": shape, "dtype": dtype, "layout": layout, "mode": mode}
-                    work = workload(labels, device, options.compile)
-                    record = run(work, device, rounds, max_seconds)
-                    records.append(record)
-                    bandwidths = (record.bandwidth(name) for name in (OURS, "copy_"))
-                    table.row(
-                        [*labels.values(), report.number(record.bytes / 2**20, 1)]
-                        + [report.number(b and b / 1e9, 1) for b in bandwidths]
-                        + [report.number(of_copy(record))]
-                        + [report.ratio(record, OURS, name) for name in others]
-                    )
-    return records
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 if fastdiff's own result was wrong anywhere."""
-    options = parse(argv, "bench_ddim_step", __doc__, MODES)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    facts = machine.facts(device)
-    report.print_facts(facts)
-    print()
-    rounds = options.rounds or (5 if options.quick else 15)
-    with torch.no_grad():
-        records = measure_table(options, device, rounds, 2.0 if options.quick else 20.0)
-        overheads = measure_overheads(device, 50 if options.quick else 500, MODES, workload)
-    print_wrong(records + overheads)
-    print_goals(records, overheads)
-    if options.json:
-        report.write_json(options.json, "ddim_step", facts, records + overheads)
-    return int(any(OURS in record.wrong for record in records + overheads))
-
-
-if __name__ == "__main__":
-    machine.ensure_steady_allocator()
-    sys.exit(main())
+OP = Op("ddim_step", MODES, workload, peers=("diffusers",), tiny_modes=MODES, grad=False)

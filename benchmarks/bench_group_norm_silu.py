@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine, report
+from benchmarks import allocator, machine, report
 from benchmarks.suite import Contender, Record, Workload, run
 from fastdiff import UNet, ops, reference
 from fastdiff.nn import GroupNormSiLU
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    machine.ensure_steady_allocator()
+    allocator.ensure_steady_allocator()
     facts = machine.facts(device)
     report.print_facts(facts)
     table = report.Table(
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
                     bandwidth = record.bandwidth(OURS)
                     table.row(
                         [*labels.values(), report.number(record.bytes / 2**20, 1)]
-                        + [report.number(timing and timing.best * 1e6, 1)]
+                        + [report.number(timing and timing.median * 1e6, 1)]
                         + [report.number(bandwidth and bandwidth / 1e9, 1)]
                         + [report.ratio(record, OURS, name) for name in ("eager", "compile")]
                     )

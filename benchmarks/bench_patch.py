@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
                         seconds = (record.timings.get(side) for side in (BEFORE, AFTER))
                         table.row(
                             [*labels.values()]
-                            + [report.number(s and s.best * 1e3, 1) for s in seconds]
+                            + [report.number(s and s.median * 1e3, 1) for s in seconds]
                             + [report.ratio(record, AFTER, BEFORE)]
                         )
     print_goal(records)

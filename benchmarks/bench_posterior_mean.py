@@ -1,25 +1,19 @@
 """posterior_mean against a copy, eager PyTorch and torch.compile.
 
-    python -m benchmarks.bench_posterior_mean [--device cpu] [--quick] [--json FILE]
-
 GB/s counts the bytes a perfect kernel moves: read x0 and x_t, write the mean.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 import fastdiff
-from benchmarks import machine, op_table
-from benchmarks.op_table import Goal, Spec
+from benchmarks.op_table import Case, Op, Spec, spec_workload
 from fastdiff import ops
 
 T = 1000
 MODES = ("forward",)
-GOALS = (Goal("out of cache: share of copy bandwidth", 0.8, MODES, True, op_table.of_copy),)
 
 
 def eager(x0: Tensor, x_t: Tensor, t: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -28,14 +22,9 @@ def eager(x0: Tensor, x_t: Tensor, t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a[t].to(x0.dtype).view(shape) * x0 + b[t].to(x0.dtype).view(shape) * x_t
 
 
-def specify(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    mode: str,
-    device: torch.device,
-) -> Spec:
+def specify(case: Case) -> Spec:
     """The tensors of one workload, and what a right result is."""
+    shape, dtype, memory_format, device = case.shape, case.dtype, case.memory_format, case.device
     generator = torch.Generator().manual_seed(0)
     x0, x_t = (
         torch.randn(shape, generator=generator).to(device, dtype, memory_format=memory_format)
@@ -45,7 +34,7 @@ def specify(
     tables = fastdiff.NoiseSchedule.linear(T).tables(device)
     a, b = tables.posterior_coef_x0, tables.posterior_coef_x_t
     arguments = (x0, x_t, t, a, b)
-    exact = eager(x0.float(), x_t.float(), t, a, b)
+    exact = eager(x0.double(), x_t.double(), t, a, b)
     tolerance = 4 * torch.finfo(dtype).eps
     return Spec(
         lambda: ops.posterior_mean(*arguments),
@@ -58,10 +47,4 @@ def specify(
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    return op_table.main("bench_posterior_mean", __doc__, MODES, specify, GOALS, argv)
-
-
-if __name__ == "__main__":
-    machine.ensure_steady_allocator()
-    sys.exit(main())
+OP = Op("posterior_mean", MODES, spec_workload(specify), tiny_modes=MODES)

@@ -1,7 +1,5 @@
 """vlb_terms, forward and with the backward of kl, against a copy, eager PyTorch and torch.compile.
 
-    python -m benchmarks.bench_vlb_terms [--device cpu] [--quick] [--json FILE]
-
 Eager computes in float32 what published code computes: KL and decoder of every sample, one of them
 chosen by t. GB/s counts the bytes a perfect kernel moves: forward reads x0, x_t, the noise and the
 model's output (2C channels if it learns the variance); backward reads all but the noise again and
@@ -11,30 +9,19 @@ writes the gradient.
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fastdiff
-from benchmarks import machine, op_table
-from benchmarks.op_table import Goal, Spec
+from benchmarks.op_table import Case, Op, Spec, spec_workload
 from fastdiff import ops
 from fastdiff.reference.step_table import StepColumn
 
 T = 1000
 MODES = ("forward fixed", "forward learned", "train learned")
 VARIANCES = {"fixed": "fixed_large", "learned": "learned_range"}
-GOALS = (
-    Goal("over eager", 2.0, MODES, False, op_table.over_eager),
-    Goal(
-        "fixed variance, out of cache: share of copy bandwidth",
-        0.8,
-        MODES[:1],
-        True,
-        op_table.of_copy,
-    ),
-)
 
 
 def eager(
@@ -73,22 +60,17 @@ def eager(
     return torch.stack([x.flatten(1).mean(1) for x in results])
 
 
-def gradient(*arguments: Tensor) -> Tensor:
+def gradient(*arguments: Tensor, forward: Callable[..., Tensor] = eager) -> Tensor:
     output = arguments[2]
-    (found,) = torch.autograd.grad(eager(*arguments)[0].sum(), output)
+    (found,) = torch.autograd.grad(forward(*arguments)[0].sum(), output)
     return found
 
 
-def specify(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    mode: str,
-    device: torch.device,
-) -> Spec:
+def specify(case: Case) -> Spec:
     """The tensors of one workload, and what a right result is."""
+    shape, dtype, memory_format, device = case.shape, case.dtype, case.memory_format, case.device
     generator = torch.Generator().manual_seed(0)
-    passes, kind = mode.split()
+    passes, kind = case.mode.split()
     variance = VARIANCES[kind]
     schedule = fastdiff.NoiseSchedule.linear(T)
     table = schedule.ddpm_table(torch.arange(T), variance=variance).to(device)
@@ -111,8 +93,8 @@ def specify(
     if passes == "forward":
         exact = torch.stack(ops.vlb_terms(*wide, t, table, **{**how, "noise": noise.double()}))
 
-        def ours() -> Tensor:
-            return torch.stack(ops.vlb_terms(x0, x_t, output, t, table, **how))
+        def ours() -> tuple[Tensor, ...]:
+            return ops.vlb_terms(x0, x_t, output, t, table, **how)
 
         function, tolerance = eager, 1e-4
     else:
@@ -128,13 +110,8 @@ def specify(
             return found
 
         function, tolerance = gradient, max(4 * torch.finfo(dtype).eps, 1e-3)
-    return Spec(ours, function, arguments, exact, tolerance, moved, x0)
+    compiled = eager if function is gradient else None
+    return Spec(ours, function, arguments, exact, tolerance, moved, x0, compiled)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return op_table.main("bench_vlb_terms", __doc__, MODES, specify, GOALS, argv)
-
-
-if __name__ == "__main__":
-    machine.ensure_steady_allocator()
-    sys.exit(main())
+OP = Op("vlb_terms", MODES, spec_workload(specify), tiny_modes=MODES[:2])

@@ -1,42 +1,22 @@
-"""What the numbers were measured on, and with which allocator."""
+"""What the numbers were measured on."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import platform
-import sys
+import shutil
+import subprocess
 from typing import Any
 
 import torch
 
 import fastdiff
+from benchmarks.allocator import STEADY_ALLOCATOR
+from benchmarks.suite import COPIES, copies
+from benchmarks.timing import measure
 from fastdiff import _native
-
-# By default glibc maps large tensors freshly and unmaps them when they are freed, and gives the top
-# of the heap back as well. Every new page then faults and is zeroed by the kernel when it is first
-# written, which costs more than computing what goes into it, and which contender pays is up to the
-# state of the heap. A training loop keeps its memory, so all contenders here do: nothing is mapped,
-# nothing is given back, and the heap grows by 1 GiB at a time.
-STEADY_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(1 << 30),
-}
-
-
-def ensure_steady_allocator() -> None:
-    """Start this command again with `STEADY_ALLOCATOR`, unless it runs with it already.
-
-    glibc reads these variables once, before main: setting them in a running process does nothing.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    if all(os.environ.get(name) == value for name, value in STEADY_ALLOCATOR.items()):
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, sys.orig_argv, os.environ | STEADY_ALLOCATOR)
 
 
 def cpu_model() -> str:
@@ -46,6 +26,36 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+# Far larger than any cache.
+COPIED_BYTES = 256 << 20
+PEERS = ("triton", "diffusers", "denoising-diffusion-pytorch", "liger-kernel", "apex")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
+    """Bytes per second, read and written, of the faster copy of a tensor that no cache holds."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    functions = {name: contender.run for name, contender in copies(source).items()}
+    timings = measure(functions, device, rounds, max_seconds=3)
+    return 2 * COPIED_BYTES / min(timings[name].median for name in COPIES)
+
+
+def clock_mhz(device: torch.device) -> int | None:
+    """The multiprocessors' clock, if nvidia-smi is there and says it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    command = [tool, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    command += ["-i", str(device.index or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.stdout.strip().isdigit() else None
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -63,6 +73,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "compiler": build.compiler if build else None,
         "steady_allocator": all(os.environ.get(k) == v for k, v in STEADY_ALLOCATOR.items()),
         "load": round(os.getloadavg()[0], 2),
+        **{name: found for name in PEERS if (found := version(name)) is not None},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -71,5 +82,6 @@ def facts(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "cuda": torch.version.cuda,
+            "clock_mhz": clock_mhz(device),
         }
     return known

@@ -1,15 +1,18 @@
-"""Tables for the terminal and JSON for machines."""
+"""Tables for the terminal, JSON for machines, and what is read out of a row of that JSON."""
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.suite import Record
+from benchmarks.suite import COPIES, OURS, Record
 
 WRONG = "wrong"
+LABELS = ("shape", "dtype", "layout", "mode")
+Row = Mapping[str, Any]
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
@@ -43,6 +46,11 @@ class Table:
         print("  ".join(padded).rstrip(), flush=True)
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def write_json(
     path: pathlib.Path, name: str, facts: Mapping[str, Any], records: Iterable[Record]
 ) -> None:
@@ -52,3 +60,40 @@ def write_json(
         "records": [record.to_json() for record in records],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def where(row: Row) -> str:
+    return " ".join(str(row[name]) for name in LABELS if name in row)
+
+
+def seconds(row: Row, name: str = OURS) -> float | None:
+    contender = row["contenders"].get(name)
+    return None if contender is None else contender["median_s"]
+
+
+def speed_up(row: Row, other: str, ours: str = OURS) -> float | None:
+    """How many times faster we are than `other`."""
+    mine, theirs = seconds(row, ours), seconds(row, other)
+    return None if mine is None or theirs is None else theirs / mine
+
+
+def bandwidth(row: Row, name: str = OURS) -> float | None:
+    """Counted bytes per second."""
+    contender = row["contenders"].get(name)
+    return None if contender is None else contender["bytes"] / contender["median_s"]
+
+
+def of_copy(row: Row) -> float | None:
+    """Share of the bandwidth of the faster copy of a tensor of the same size."""
+    ours = bandwidth(row)
+    found = [b for name in COPIES if (b := bandwidth(row, name)) is not None]
+    return None if ours is None or not found else ours / max(found)
+
+
+def tensor_bytes(row: Row) -> int:
+    """Size of the tensor that the row is about."""
+    return next((row["contenders"][c]["bytes"] // 2 for c in COPIES if c in row["contenders"]), 0)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -9,6 +9,37 @@ import torch
 
 from fastdiff.nn import GroupNormSiLU, UNet
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# The networks that the labels of shapes begin with.
+NETWORKS = {
+    "digits": "the 8x8 digits of `python -m fastdiff.train` (no publication)",
+    "ddpm_cifar10": "DDPM, CIFAR-10 32x32: Ho et al. 2020, arXiv 2006.11239",
+    "ddpm_256": "DDPM, CelebA-HQ and LSUN 256x256: the same",
+    "ddim_celeba64": "DDIM, CelebA 64x64: Song et al. 2021, arXiv 2010.02502",
+    "latent64": "latent diffusion, 64x64 latents of 512x512: Rombach et al. 2022, arXiv 2112.10752",
+    "vae": "the autoencoder of latent diffusion, 512x512: the same",
+}
+# The inputs of these networks, by label "network bBATCH".
+IMAGE_SHAPES = {
+    "digits b64": (64, 1, 8, 8),
+    "ddpm_cifar10 b1": (1, 3, 32, 32),
+    "ddpm_cifar10 b16": (16, 3, 32, 32),
+    "ddpm_cifar10 b128": (128, 3, 32, 32),
+    "ddim_celeba64 b64": (64, 3, 64, 64),
+    "latent64 b16": (16, 4, 64, 64),
+    "latent64 b128": (128, 4, 64, 64),
+    "ddpm_256 b16": (16, 3, 256, 256),
+    "ddpm_256 b128": (128, 3, 256, 256),
+    "ddpm_256 b256": (256, 3, 256, 256),
+}
+DEFAULT_IMAGES = ("ddpm_cifar10 b128", "ddpm_256 b16", "ddpm_256 b128")
+QUICK_IMAGES = ("ddpm_cifar10 b128", "ddpm_256 b16")
+TINY_IMAGE = (2, 3, 4, 4)
+# A tensor of this size is larger than the last cache of common machines.
+OUT_OF_CACHE_BYTES = 48 << 20
+
 
 @dataclass(frozen=True, order=True)
 class GroupNormSite:

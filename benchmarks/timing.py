@@ -1,9 +1,8 @@
 """Seconds per call of several functions, measured in turns in one process.
 
 Contenders take turns, so that a slow moment of the machine meets all of them; the order rotates, so
-that no one always runs in the caches that the same other one left behind. The minimum is the result
-on the CPU, where everything that disturbs a run adds time, and the median on CUDA, where clocks
-also go up.
+that no one always runs in the caches that the same other one left behind. The median is the number
+to quote, and the distance between the quartiles says how far to trust it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,7 +28,6 @@ class Timing:
 
     seconds: tuple[float, ...]
     calls: int
-    on_cpu: bool = True
 
     @property
     def minimum(self) -> float:
@@ -37,11 +36,6 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-    @property
-    def best(self) -> float:
-        """The number to quote."""
-        return self.minimum if self.on_cpu else self.median
 
     @property
     def spread(self) -> float:
@@ -131,7 +125,27 @@ def measure(
         ]
         for name, seconds in pending:
             samples[name].append(seconds())
-    return {
-        name: Timing(tuple(values), calls[name], device.type == "cpu")
-        for name, values in samples.items()
-    }
+    return {name: Timing(tuple(values), calls[name]) for name, values in samples.items()}
+
+
+def capture(function: Callable[[], Any]) -> tuple[Function, Any]:
+    """A CUDA graph of one call, as a function that replays it, and the result it writes to.
+
+    A replay costs one launch however many kernels a call has: beside the eager time it separates
+    what the kernels take from what Python and the launches take.
+
+    Raises
+    ------
+    RuntimeError
+        The call waits for the GPU or does something else that cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy initialization is not allowed during capture
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
