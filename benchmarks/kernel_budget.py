@@ -93,8 +93,9 @@ def worse(name: str, budget: Budget, now: Budget) -> list[str]:
         if _mean_width(now[field]) < 0.9 * _mean_width(budget[field]):
             lines.append(f"{name}: {field} {budget[field]} -> {now[field]}")
     # Registers within their slack may cost a block.
-    if (now["occupancy"] or 1) < 0.8 * (budget["occupancy"] or 1):
-        lines.append(f"{name}: occupancy {budget['occupancy']:.0%} -> {now['occupancy']:.0%}")
+    before, after = (1 if b["occupancy"] is None else b["occupancy"] for b in (budget, now))
+    if after < 0.8 * before:
+        lines.append(f"{name}: occupancy {before:.0%} -> {after:.0%}")
     allowed = _instructions(budget["instructions"])
     for field, number in _instructions(now["instructions"]).items():
         if number > MORE_INSTRUCTIONS * allowed.get(field, 0) + SLACK:
