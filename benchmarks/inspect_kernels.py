@@ -87,7 +87,8 @@ def to_json(backend: str, kernel: Kernel) -> dict[str, object]:
         for (kind, width), n in sorted(kernel.accesses.items())
     ]
     derived = {"spills": kernel.spills, "occupancy": kernel.occupancy()}
-    return asdict(kernel) | derived | {"backend": backend, "accesses": accesses}
+    counts = {"accesses": accesses, "classes": dict(kernel.classes)}  # asdict cannot copy Counters
+    return asdict(kernel) | derived | counts | {"backend": backend}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -292,5 +292,6 @@ def test_inspect_kernels_prints_and_writes(capsys, tmp_path):
     assert inspect_kernels.main(options) == 0
     (kernel,) = json.loads(path.read_text())
     assert (kernel["name"], kernel["threads"], kernel["spills"]) == (name, 128, 0)
+    assert kernel["classes"]["memory"] == sum(a["instructions"] for a in kernel["accesses"])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert str(kernel["registers"]) in row.split()

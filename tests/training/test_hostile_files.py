@@ -62,7 +62,7 @@ def test_a_crafted_object_array(tmp_path, ran):
 def test_a_crafted_checkpoint(tmp_path, ran):
     folder = tmp_path / "checkpoints"
     weights = {"w": torch.ones(2)}
-    path = checkpoint.save(folder, Checkpoint(3, {}, weights, weights, {"a": 1}), keep=1)
+    path = checkpoint.save(folder, Checkpoint(3, {}, weights, [weights], {"a": 1}), keep=1)
     buffer = io.BytesIO()
     torch.save({"optimizer": Crafted(ran)}, buffer)
     manifest = json.loads((path / "checkpoint.json").read_text())

@@ -9,12 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from fastdiff.training import (
     Checkpoint,
@@ -63,6 +65,8 @@ def forked(work, *args):
 
     def alone():
         torch.set_num_threads(1)
+        # tqdm's own is shared with the parent: who is killed while holding it never gives it back.
+        tqdm.set_lock(threading.RLock())
         work(*args)
 
     process = FORK.Process(target=alone, daemon=True)
