@@ -167,7 +167,7 @@ def _prepare(
         size = run.image_shape[-1] if Path(data).is_dir() or data.startswith("hf:") else None
     split = "test" if config.test_images else "train"
     data_dir = config.data_dir or run.config.data_dir
-    dataset = load_dataset(data, data_dir, size, split=split, warn=say)
+    dataset = load_dataset(data, data_dir, size, run.config.image_channels, split=split, warn=say)
     height, width, channels = dataset.shape
     if (channels, height, width) != run.image_shape:
         c, h, w = run.image_shape

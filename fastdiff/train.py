@@ -43,7 +43,14 @@ def main(argv: list[str]) -> int:
             world.first(folder.check_new)
         if config.download:
             world.first(lambda: download(config.data, config.data_dir))
-        dataset = load_dataset(config.data, config.data_dir, config.image_size, least=2, warn=say)
+        dataset = load_dataset(
+            config.data,
+            config.data_dir,
+            config.image_size,
+            config.image_channels,
+            least=2,
+            warn=say,
+        )
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
             newest = newest_checkpoint(folder, say)
@@ -90,7 +97,8 @@ def parse(argv: list[str]) -> TrainConfig:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config")
     early.add_argument("--data")
-    # The rest of the line is tyro's; these two decide on the defaults it shows.
+    early.add_argument("--preset")
+    # The rest of the line is tyro's; these decide on the defaults it shows.
     try:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -109,7 +117,10 @@ def parse(argv: list[str]) -> TrainConfig:
         )
 
     data: Any = known.data or from_file.get("data", TrainConfig.data)
-    config = settle(TrainConfig.for_data(str(data)))
+    base = TrainConfig.for_data(str(data))
+    if known.preset is not None or "preset" in from_file:
+        base = dataclasses.replace(base, channels="preset")
+    config = settle(base)
     if config.resume:
         from fastdiff.training.run import RunFolder
 

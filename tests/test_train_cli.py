@@ -21,6 +21,7 @@ from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import SCHEDULES
 from fastdiff.step_tables import VARIANCES
 from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.training import TrainConfig, load_run
 from fastdiff.weightings import WEIGHTINGS
 
 TINY = UNetConfig(
@@ -121,8 +122,6 @@ def test_a_moved_run_goes_on_where_it_is(run_train, tmp_path):
 
 def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    from fastdiff.training import load_run
-
     run_train(*FLAGS, "--schedule", "linear")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "runs/digits/model")
     run = load_run(tmp_path / "runs/digits")
@@ -170,6 +169,16 @@ def test_model_folder_loads_in_diffusers_and_predicts_the_same(run_train, tmp_pa
         (["--config", "absent.yaml"], ["--config absent.yaml", "No such file"]),
         (["--config", "bad.yaml"], ["--config bad.yaml", "unknown setting 'stepz'", "steps"]),
         (["--out", "file/run"], ["--out file/run", "cannot write in file"]),
+        (
+            ["--preset", "ddpm_cifar10"],
+            [
+                "--preset ddpm_cifar10 is made for 3 channels per image, --data digits has 1; ",
+                "--channels rgb converts the images; --channels data changes the preset; ",
+                "presets for 1: mnist, ",
+            ],
+        ),
+        (["--channels", "green"], ["--channels", "'green'", "'data', 'preset', 'grey', 'rgb'"]),
+        (["--data", "four.npz", "--channels", "grey"], ["--data four.npz have 4, not 1 or 3"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, monkeypatch, argv, fragments):
@@ -181,6 +190,7 @@ def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, monkeypatch, a
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "mixed/b.png")
     (tmp_path / "broken/a.png").write_bytes(b"nothing")
     np.savez(tmp_path / "labels.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(2))
+    np.savez(tmp_path / "four.npz", images=np.zeros((3, 8, 8, 4), np.uint8))
     (tmp_path / "bad.yaml").write_text("stepz: 3\n")
     (tmp_path / "file").write_text("")
     for name in "ab":
@@ -190,6 +200,31 @@ def test_bad_input_is_one_line_that_names_it(run_train, tmp_path, monkeypatch, a
     assert_one_line(run_train(*flags, *argv), *fragments)
     assert contents(tmp_path) == before
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_preset_that_is_named_must_fit_the_images_unless_channels_says_otherwise(
+    run_train, tmp_path
+):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    (tmp_path / "run.yaml").write_text("preset: tiny\n")
+    expected = ("--preset tiny is made for 1 channels per image, --data photos has 3", "grey")
+    assert_one_line(run_train("--data", "photos", *FLAGS), *expected)
+    assert_one_line(run_train("--data", "photos", "--config", "run.yaml"), *expected)
+    assert not (tmp_path / "runs").exists()
+    assert TrainConfig.for_data("photos").channels == "data"  # its own preset adapts
+
+    few = [*FLAGS, "--steps", "2"]
+    for channels, shape in (("grey", (1, 8, 8)), ("rgb", (3, 8, 8)), ("data", (3, 8, 8))):
+        flags = ["--data", "photos", *few, "--channels", channels, "--out", channels]
+        code, error = run_train(*flags)
+        assert code == 0, error
+        assert load_run(tmp_path / channels).image_shape == shape
+    code, error = run_train("--resume", "--out", "grey", "--steps", "3")
+    assert code == 0, error
 
 
 def test_training_goes_on_without_the_images_that_cannot_be_read(run_train, tmp_path):

@@ -17,6 +17,9 @@ from fastdiff.training.errors import UserError
 
 BUILT_IN_DATA = ("digits", "fashion-mnist", "cifar10")
 
+# What --channels can convert images to.
+COLORS = {"grey": 1, "rgb": 3}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -38,6 +41,10 @@ class TrainConfig:
     image_size: int | None = None
     """Resize and centre-crop the images of a folder or of hf to this many pixels; None: as they
     are."""
+    channels: Literal["data", "preset", "grey", "rgb"] = "data"
+    """Channels of images and U-Net. data: as many as the images have, whatever those of --preset;
+    preset: those of --preset, images with others are an error (the default if you give --preset);
+    grey, rgb: the images are converted."""
     flip: bool = False
     """Mirror every second image left to right at random."""
     class_cond: bool = False
@@ -146,6 +153,11 @@ class TrainConfig:
         """Return the defaults for ``data``: a built-in name, or a folder or file of images."""
         recipe = _RECIPES.get(data, {} if data == "digits" else _OWN_IMAGES)
         return cls(data=data, **recipe)
+
+    @property
+    def image_channels(self) -> int | None:
+        """What images are converted to: 1 or 3 channels; None: nothing."""
+        return COLORS.get(self.channels)
 
     @property
     def run_folder(self) -> Path:

@@ -45,6 +45,9 @@ _FILES = {
     "cifar10": (("cifar-10-batches-py", "cifar-10-batches-bin"), read_cifar10, CIFAR10_CLASSES),
 }
 
+# Of red, green and blue, in 16-bit fixed point: Pillow's, whose decoded images are the same.
+_LUMA = np.array((19595, 38470, 7471), np.uint32)
+
 Split = Literal["train", "test"]
 
 # What decodes to less than this is decoded once and kept; a larger set, batch by batch.
@@ -91,6 +94,7 @@ def load_dataset(
     data: str,
     data_dir: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     *,
     split: Split = "train",
     least: int = 1,
@@ -107,6 +111,8 @@ def load_dataset(
         Where the files of fashion-mnist and cifar10 are.
     image_size : int, optional
         For a folder and hf: resize and centre-crop every image to this size.
+    channels : {1, 3}, optional
+        Convert every image to grey (ITU-R 601 luma, as Pillow does) or RGB.
     split : {"train", "test"}
         The test images of fashion-mnist, cifar10 and hf, which training never sees.
     least : int
@@ -119,13 +125,16 @@ def load_dataset(
     UserError
         For an unknown name and for files that are missing, unreadable or of mixed sizes.
     """
-    dataset = _load(data, data_dir, image_size, split, warn)
+    dataset = _load(data, data_dir, image_size, channels, split, warn)
+    if channels is not None and dataset.shape[2] != channels:
+        images = _converted(data, dataset.images, channels)
+        dataset = ArrayDataset(images, dataset.labels, dataset.classes)
     if len(dataset) < least:
         raise UserError(f"--data {data}: {len(dataset)} image; give at least {least}")
     return dataset
 
 
-def _load(data, data_dir, image_size, split, warn) -> Dataset:
+def _load(data, data_dir, image_size, channels, split, warn) -> Dataset:
     path = Path(data)
     from_hub = data.startswith(hub.PREFIX) or hub.is_saved(path)
     if data not in BUILT_IN_DATA and not from_hub and not path.exists():
@@ -136,7 +145,7 @@ def _load(data, data_dir, image_size, split, warn) -> Dataset:
     if image_size is not None and not from_hub and (data in BUILT_IN_DATA or not path.is_dir()):
         raise UserError(f"--image-size applies to a folder of images, not to --data {data}")
     if from_hub:
-        return _decoded(data, *hub.load(data, split), image_size, warn)
+        return _decoded(data, *hub.load(data, split), image_size, channels, warn)
     if data in _FILES:
         return ArrayDataset(*_built_in(data, data_dir, split))
     if split != "train":
@@ -144,7 +153,7 @@ def _load(data, data_dir, image_size, split, warn) -> Dataset:
     if data == "digits":
         return _digits()
     if path.is_dir():
-        return _folder(path, image_size, warn)
+        return _folder(path, image_size, channels, warn)
     if path.suffix == ".npz":
         return ArrayDataset(*read_npz(path))
     raise UserError(f"--data {data}: neither a folder of images nor an .npz file")
@@ -252,22 +261,35 @@ def _places(data: str, data_dir: str | None) -> list[Path]:
     return [root / sub for root in roots for sub in ("", data, *_FILES[data][0])]
 
 
-def _folder(folder: Path, image_size: int | None, warn: Callable[[str], None]) -> Dataset:
+def _folder(folder: Path, image_size, channels, warn) -> Dataset:
     paths = _image_paths(folder)
     labels, classes = None, ()
     if all(path.parent != folder for path in paths):
         names = [path.relative_to(folder).parts[0] for path in paths]
         classes = tuple(sorted(set(names)))
         labels = np.array([classes.index(name) for name in names], np.int64)
-    return _decoded(str(folder), EncodedImages(paths, paths), labels, classes, image_size, warn)
+    images = EncodedImages(paths, paths)
+    return _decoded(str(folder), images, labels, classes, image_size, channels, warn)
 
 
-def _decoded(data, images, labels, classes, image_size, warn) -> Dataset:
+def _decoded(data, images, labels, classes, image_size, channels, warn) -> Dataset:
     """Encoded images as a dataset: in memory if they fit, else decoded when they are needed."""
-    dataset = EncodedDataset.checked(data, images, labels, classes, image_size, warn)
+    dataset = EncodedDataset.checked(data, images, labels, classes, image_size, channels, warn)
     if dataset.num_bytes > IN_MEMORY_BYTES:
         return dataset
     return ArrayDataset(*dataset.decode_all(), dataset.classes)
+
+
+def _converted(data: str, images: np.ndarray, channels: int) -> np.ndarray:
+    """Arrays (N, H, W, C) in grey or RGB; encoded images are decoded to it."""
+    if images.shape[3] not in (1, 3):
+        raise UserError(f"--channels: images of --data {data} have {images.shape[3]}, not 1 or 3")
+    if channels == 3:
+        return np.repeat(images, 3, axis=3)
+    grey = np.empty((*images.shape[:3], 1), np.uint8)
+    for image, out in zip(images, grey, strict=True):  # one by one: 32 bits for all may be too much
+        out[..., 0] = (image @ _LUMA + 0x8000) >> 16
+    return grey
 
 
 def _image_paths(folder: Path) -> list[Path]:

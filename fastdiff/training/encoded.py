@@ -76,6 +76,7 @@ class EncodedDataset:
         labels: np.ndarray | None,
         classes: tuple[str, ...],
         image_size: int | None,
+        channels: int | None,
         warn: Callable[[str], None],
     ) -> EncodedDataset:
         """Read all headers, leave out (and report) what has none, and require one size.
@@ -90,6 +91,8 @@ class EncodedDataset:
             int64 (N,) and the classes' names; or None and ().
         image_size : int, optional
             Height and width that images are resized to.
+        channels : {1, 3}, optional
+            What images are converted to; None: grey if all are, else RGB.
         warn : callable
             Is told which images are left out.
         """
@@ -110,7 +113,8 @@ class EncodedDataset:
                     )
         else:
             width = height = image_size
-        channels = 1 if all(headers[i][1] for i in good) else 3
+        if channels is None:
+            channels = 1 if all(headers[i][1] for i in good) else 3
         chosen = np.array(good)
         labels = None if labels is None else labels[chosen]
         return cls(data, images, chosen, (height, width, channels), labels, classes, warn)

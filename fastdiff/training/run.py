@@ -21,7 +21,7 @@ from fastdiff.training.checkpoint import (
     write_atomic,
     write_new,
 )
-from fastdiff.training.config import TrainConfig
+from fastdiff.training.config import COLORS, TrainConfig
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError, naming
 
@@ -139,13 +139,16 @@ class RunFolder:
 def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:
     """Build the U-Net that ``config`` asks for, for images (H, W, C).
 
-    A preset used at another size keeps its attention at the same levels.
+    A preset used at another size keeps its attention at the same levels. Other channels than the
+    preset's are an error under ``--channels preset``.
     """
     from fastdiff.nn import UNet, preset_config
 
     height, width, channels = image_shape
     with naming("--preset"):
         preset = preset_config(config.preset)
+    if config.channels == "preset" and channels != preset.in_channels:
+        raise UserError(_wrong_channels(config, preset.in_channels, channels))
     for length in (height, width):
         if length % preset.size_divisor:
             raise UserError(
@@ -171,6 +174,19 @@ def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_class
         overrides |= {"num_classes": num_classes, "null_class": config.label_dropout > 0}
     with naming("--preset"):
         return UNet.from_preset(config.preset, **overrides)
+
+
+def _wrong_channels(config: TrainConfig, expected: int, given: int) -> str:
+    from fastdiff.nn import PRESETS
+
+    remedies = [f"--channels {c} converts the images" for c, n in COLORS.items() if n == expected]
+    remedies += ["--channels data changes the preset"]
+    fitting = [name for name, preset in PRESETS.items() if preset.in_channels == given]
+    remedies += [f"presets for {given}: {', '.join(fitting)}"] if fitting else []
+    return (
+        f"--preset {config.preset} is made for {expected} channels per image, --data {config.data} "
+        f"has {given}; {'; '.join(remedies)}"
+    )
 
 
 def build_diffusion(config: TrainConfig) -> GaussianDiffusion:

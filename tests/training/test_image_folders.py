@@ -40,6 +40,24 @@ def test_a_folder_with_colour_is_rgb_and_has_no_classes(tmp_path, rng):
     assert np.array_equal(dataset.images[1], colour)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_converted_alike_wherever_they_come_from(tmp_path, rng, monkeypatch, channels):
+    """To grey by Pillow's weights, to RGB by copies; of files, of arrays, and on demand."""
+    given = rng.integers(0, 256, (5, 6, 7, 4 - channels), dtype=np.uint8)
+    for k, image in enumerate(given):
+        Image.fromarray(image.squeeze()).save(tmp_path / f"{k}.png")
+    np.savez(tmp_path / "images.npz", images=given)
+    files = load_dataset(str(tmp_path), channels=channels)
+    arrays = load_dataset(str(tmp_path / "images.npz"), channels=channels)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    on_demand = load_dataset(str(tmp_path), channels=channels)
+    assert files.shape == arrays.shape == on_demand.shape == (6, 7, channels)
+    assert np.array_equal(files.images, on_demand.read(np.arange(5)))
+    assert np.array_equal(files.images, arrays.images)
+    luma = given @ [0.299, 0.587, 0.114] if channels == 1 else given[..., 0]
+    assert np.abs(files.images - luma[..., None]).max() <= 0.51
+
+
 def test_a_folder_too_large_for_memory_is_decoded_on_demand(tmp_path, rng, monkeypatch):
     for k in range(5):
         save_image(tmp_path / f"{k}.png", rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
