@@ -48,6 +48,11 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
     except PermissionError as error:
         print(f"{program}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         code = UserError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"{program}: error: out of memory ({_first_line(error)})", file=sys.stderr)
+        code = RunError.exit_code
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -86,6 +91,19 @@ def _unboxed(box: str) -> str:
 def say(message: str) -> None:
     """Tell the user something; stderr, because stdout is for results."""
     print(message, file=sys.stderr)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch has a type for GPUs alone; its CPU allocator says it in words.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _require(modules: tuple[str, ...]) -> None:

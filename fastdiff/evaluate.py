@@ -28,7 +28,8 @@ from fastdiff.training import report
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError
-from fastdiff.training.run import RunFolder, choose_device, load_run, use_threads
+from fastdiff.training.run import RunFolder, choose_device, use_threads
+from fastdiff.training.trained import load_run
 
 PROGRAM = "python -m fastdiff.evaluate"
 NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")

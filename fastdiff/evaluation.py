@@ -23,7 +23,7 @@ from fastdiff.likelihood import flow_likelihood
 from fastdiff.metrics import frechet_distance
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, naming
-from fastdiff.training.run import TrainedRun
+from fastdiff.training.trained import TrainedRun
 
 if TYPE_CHECKING:
     from fastdiff.evaluate import EvaluateConfig

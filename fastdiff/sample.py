@@ -23,7 +23,8 @@ from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError, naming
-from fastdiff.training.run import TrainedRun, choose_device, load_run, use_threads
+from fastdiff.training.run import choose_device, use_threads
+from fastdiff.training.trained import TrainedRun, load_run
 
 PROGRAM = "python -m fastdiff.sample"
 NEEDS = ("tyro", "tqdm", "safetensors", "PIL")

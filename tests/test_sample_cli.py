@@ -230,6 +230,14 @@ def test_bad_input_is_one_line_that_names_it(run_sample, tmp_path, argv, fragmen
     assert (tmp_path / "taken.png").read_text() == "precious"
 
 
+def test_what_does_not_fit_into_the_memory_is_one_line(run_sample):
+    code, error = run_sample("plain", "--steps", "4", "--num", str(1 << 50))
+    assert code == 1
+    assert "error: out of memory (" in error
+    assert "9007199254740992 bytes" in error  # of the keys alone
+    assert error.count("\n") == 1
+
+
 def test_force_overwrites(run_sample, tmp_path):
     (tmp_path / "taken.png").write_text("worthless")
     argv = ("plain", "--num", "2", "--steps", "4", "--out", "taken.png", "--force")

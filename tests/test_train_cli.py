@@ -217,14 +217,9 @@ def test_a_preset_that_is_named_must_fit_the_images_unless_channels_says_otherwi
     assert not (tmp_path / "runs").exists()
     assert TrainConfig.for_data("photos").channels == "data"  # its own preset adapts
 
-    few = [*FLAGS, "--steps", "2"]
-    for channels, shape in (("grey", (1, 8, 8)), ("rgb", (3, 8, 8)), ("data", (3, 8, 8))):
-        flags = ["--data", "photos", *few, "--channels", channels, "--out", channels]
-        code, error = run_train(*flags)
-        assert code == 0, error
-        assert load_run(tmp_path / channels).image_shape == shape
-    code, error = run_train("--resume", "--out", "grey", "--steps", "3")
+    code, error = run_train("--data", "photos", *FLAGS, "--steps", "1", "--channels", "grey")
     assert code == 0, error
+    assert load_run(tmp_path / "runs/photos").image_shape == (1, 8, 8)
 
 
 def test_training_goes_on_without_the_images_that_cannot_be_read(run_train, tmp_path):

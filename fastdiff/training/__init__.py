@@ -5,7 +5,8 @@ from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, load_dataset
 from fastdiff.training.ema import EMA
 from fastdiff.training.errors import RunError, UserError
-from fastdiff.training.run import RunFolder, TrainedRun, load_run
+from fastdiff.training.run import RunFolder
+from fastdiff.training.trained import TrainedRun, load_run
 from fastdiff.training.trainer import Trainer
 
 __all__ = [

@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 from fastdiff.training.errors import UserError
 
+# More than anybody needs; what a run folder from somebody else claims must not fill the machine.
+_MOST = {"timesteps": 1_000_000, "threads": 1024}
+
 BUILT_IN_DATA = ("digits", "fashion-mnist", "cifar10")
 
 # What --channels can convert images to.
@@ -184,6 +187,9 @@ class TrainConfig:
         _at_least(1, self, "sample_every", "checkpoint_every", "keep", "num_samples")
         _at_least(1, self, "sample_steps", "image_size")
         _at_least(0, self, "threads", "warmup", "weight_decay", "seed")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{_flag(name)} {getattr(self, name)}: give at most {most}")
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give a number above 0")

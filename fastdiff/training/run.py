@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,79 +287,6 @@ def use_threads(config: TrainConfig) -> None:
     """Give torch the number of CPU threads that the run asks for."""
     if config.threads:
         torch.set_num_threads(config.threads)
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run as samplers and evaluation need it.
-
-    Attributes
-    ----------
-    config : TrainConfig
-        The run's settings, as far as they matter those of the checkpoint.
-    step : int
-        Optimizer steps behind the weights.
-    unet : UNet
-        With averaged weights, in eval mode, on the device.
-    ema : float
-        Decay of that average.
-    diffusion : GaussianDiffusion
-        The process it was trained for.
-    image_shape : tuple of int
-        (C, H, W).
-    """
-
-    config: TrainConfig
-    step: int
-    unet: UNet
-    ema: float
-    diffusion: GaussianDiffusion
-    image_shape: tuple[int, int, int]
-
-
-def load_run(
-    folder: str | Path,
-    device: torch.device | str = "cpu",
-    warn: Callable[[str], None] = warnings.warn,
-    ema: float | None = None,
-) -> TrainedRun:
-    """Load the newest good checkpoint of a run; the folder is all that is needed.
-
-    Model and diffusion process are those that the checkpoint describes; config.json adds how the
-    run was computed. The weights are the average with decay ``ema``; None: the run's first.
-
-    Raises
-    ------
-    UserError
-        The folder holds no run, or no usable checkpoint, or the run has no such average.
-    """
-    from fastdiff.nn import UNet
-
-    run = RunFolder(Path(folder))
-    config = run.saved_config("RUN")
-    newest = newest_checkpoint(run, warn)
-    if newest is None:
-        raise UserError(f"RUN: {folder} has no checkpoint yet")
-    what = f"RUN: checkpoint step-{newest.step:08d} in {folder}"
-    missing = {"settings", "unet", "image_shape"} - newest.meta.keys()
-    if missing:
-        raise UserError(f"{what} does not say its {', '.join(sorted(missing))}")
-    config = config.updated(newest.meta["settings"], what)
-    with naming(what):
-        unet = UNet.from_config(newest.meta["unet"])
-        image_shape = tuple(newest.meta["image_shape"])
-    ema = config.ema[0] if ema is None else ema
-    averages = dict(zip(config.ema, newest.emas, strict=False))
-    if ema not in averages:
-        known = " or ".join(map(str, averages))
-        raise UserError(f"--ema {ema}: {folder} has averages of decay {known}")
-    try:
-        unet.load_state_dict(averages[ema])
-    except RuntimeError as error:
-        # torch lists every tensor; that they do not fit says enough.
-        raise UserError(f"{what}: its weights do not fit the U-Net that it describes") from error
-    unet.eval().requires_grad_(False).to(device)
-    return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)
 
 
 def newest_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training.runs import trainer
 
 from fastdiff.training import (
     Checkpoint,
@@ -75,6 +76,59 @@ def test_a_crafted_checkpoint(tmp_path, ran):
         assert "weights_only" not in str(error.value)
         with pytest.raises(DamagedCheckpoint, match="every checkpoint"):
             checkpoint.load_newest(folder, lambda message: None)
+
+
+HUGE = 1 << 40
+
+
+def test_a_checkpoint_that_describes_more_than_its_weights(tmp_path, dataset, monkeypatch):
+    """Sizes somebody made up are compared with the weights before anything has them."""
+    trainer(tmp_path, dataset, steps=1).train()
+    path = tmp_path / "checkpoints/step-00000001/checkpoint.json"
+    manifest = json.loads(path.read_text())
+    for name in ("randn", "empty", "rand", "zeros", "ones", "full", "arange"):
+        limited = _no_larger_than_a_mebibyte(getattr(torch, name))
+        monkeypatch.setattr(torch, name, limited)
+    unlike = "RUN: checkpoint step-00000001 in .*: its weights do not fit the U-Net"
+    deep = {"channel_mult": [1, 2] * 5000, "sample_size": 8 << 9999}
+    for part, changes, message in (
+        ("unet", {"channels": HUGE}, unlike),
+        ("unet", {"channels": 1 << 62}, unlike),  # more elements than 64 bits count
+        ("unet", {"in_channels": HUGE}, unlike),
+        ("unet", {"num_classes": HUGE}, unlike),
+        ("unet", {"num_res_blocks": HUGE}, unlike),
+        ("unet", {**deep, "attention_resolutions": [8]}, unlike),
+        ("unet", deep, r"attention_resolutions must be among .* \.\.\.$"),
+        (
+            "unet",
+            {"sample_size": HUGE, "attention_resolutions": [HUGE // 2]},
+            r"images of shape \[1, 8, 8\] do not fit the U-Net",
+        ),
+        (None, {"image_shape": [1, 8, -8]}, r"images of shape \[1, 8, -8\]"),
+        (None, {"image_shape": [1, 8, 7]}, r"images of shape \[1, 8, 7\]"),
+        (None, {"image_shape": [3, 8, 8]}, r"images of shape \[3, 8, 8\]"),
+        (None, {"image_shape": [8, 8]}, r"images of shape \[8, 8\]"),
+        (None, {"image_shape": 8}, "images of shape 8"),
+        ("settings", {"timesteps": HUGE}, "--timesteps 1099511627776: give at most 1000000"),
+        ("settings", {"threads": HUGE}, "--threads 1099511627776: give at most 1024"),
+    ):
+        crafted = json.loads(json.dumps(manifest))
+        (crafted if part is None else crafted[part]).update(changes)
+        path.write_text(json.dumps(crafted))
+        with pytest.raises(UserError, match=message) as error:
+            load_run(tmp_path)
+        assert len(str(error.value)) < 3000
+    path.write_text(json.dumps(manifest))
+    assert load_run(tmp_path).step == 1
+
+
+def _no_larger_than_a_mebibyte(make):
+    def limited(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        assert tensor.is_meta or tensor.nbytes < 1 << 20
+        return tensor
+
+    return limited
 
 
 @pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "name:os.system", "module:os"])

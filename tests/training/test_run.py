@@ -163,6 +163,20 @@ def test_a_preset_at_another_size_keeps_its_attention_levels():
     assert (unet.config.in_channels, unet.config.num_class_embeddings) == (3, 4)
 
 
+def test_other_channels_than_the_presets_are_asked_for_or_an_error():
+    config = dataclasses.replace(SMALL, channels="preset")
+    assert build_unet(config, (8, 8, 1), num_classes=3).config.in_channels == 1
+    message = r"tiny is made for 1 channels .* has 3; --channels grey .*presets for 3: ddpm_cifar10"
+    with pytest.raises(UserError, match=message):
+        build_unet(config, (8, 8, 3), num_classes=3)
+    # There is nothing to convert to or choose from for two.
+    with pytest.raises(UserError, match=r"has 2; --channels grey .* --channels data [a-z ]*$"):
+        build_unet(config, (8, 8, 2), num_classes=3)
+    for channels in ("data", "rgb"):  # what is converted has been by then
+        config = dataclasses.replace(SMALL, channels=channels)
+        assert build_unet(config, (8, 8, 3), num_classes=3).config.in_channels == 3
+
+
 def test_data_that_does_not_fit_the_model_is_named():
     with pytest.raises(UserError, match="multiples of 2, got 9x9"):
         build_unet(SMALL, (9, 9, 1), num_classes=3)
