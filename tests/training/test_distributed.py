@@ -230,13 +230,21 @@ def undivided(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "fsdp"),
-    [(1, 2, False), (2, 1, False), (1, 2, True), (2, 1, True)],
+    ("first", "second"),
+    [
+        ((1, False), (2, False)),
+        ((2, False), (1, False)),
+        ((1, True), (2, True)),
+        ((2, True), (1, True)),
+        ((2, True), (2, False)),
+        ((2, False), (2, True)),
+    ],
 )
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, undivided, first, second, fsdp):
+def test_a_run_goes_on_with_another_number_or_kind_of_processes(tmp_path, undivided, first, second):
+    """(number, whether with --fsdp) of the first half of the steps and of the second."""
     path, start, whole = undivided
     kept = flat(whole, "model").size
-    for size, resume in ((first, False), (second, True)):
+    for (size, fsdp), resume in ((first, False), (second, True)):
         if size == 1:
             result, weights = one_half(World(), tmp_path / "run", resume, fsdp)
             assert weights == kept
