@@ -1,16 +1,17 @@
 """Bytes that the GPU kernels move, counted without a GPU, and times PREDICTED from them.
 
     python -m benchmarks.traffic [--quick] [--op group_norm_silu] [--arch sm_80] [--json FILE]
-                                 [--plot FILE.png] [--markdown FILE]
+                                 [--all] [--csv FILE] [--plot FILE.png] [--markdown FILE]
 
 The PTX that nvcc and Triton emit runs in the emulator of tests/ptx_emulator, under the unmodified
 launchers, which counts every access. MB are accesses to tensors, and what is smaller (tables,
 parameters, partial sums) once, as it stays in the caches; "of bound" divides by what a perfect
 kernel moves; "accesses" are in sizes of the image or activation; "sectors" are the 32-byte sectors
-touched by a warp's accesses, over the fewest that hold its bytes. Large batches are counted with
-few samples and scaled: what is read of a sample does not depend on the batch (how many blocks share
-it may). Times are a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel
-sequence: predictions, never measurements.
+touched by a warp's accesses, over the fewest that hold its bytes. Of the elementwise ops few
+samples are counted and scaled: their blocks share no sample. Of large layers the last blocks of
+every launch are counted and scaled ("ran" is their share): all blocks do the same work. Times are
+a roofline (benchmarks/roofline.py) of these counts, eager's of PyTorch's kernel sequence:
+predictions, never measurements.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import report, roofline
+from benchmarks import report, roofline, traffic_page
 from benchmarks.roofline import GPUS, Cost
+from benchmarks.shapes import GroupNormSite
 from benchmarks.traffic_cases import (
     DTYPES,
     IMAGES,
     LAYOUTS,
-    SITES,
     Call,
+    all_sites,
+    chosen_sites,
     group_norm_calls,
     image_calls,
 )
@@ -41,10 +44,10 @@ from benchmarks.traffic_cases import (
 BACKENDS = ("cuda", "triton")
 ARCHS = ("sm_80", "sm_90")
 OPS = ("q_sample", "eps_loss", "ddim_step", "ddpm_step", "vlb_terms", "group_norm_silu")
-QUICK_IMAGES, QUICK_SITES = ("ddpm_cifar10",), SITES[2:4]
+QUICK_IMAGES = ("ddpm_cifar10",)
 DEFAULT_IMAGES = ("digits", "ddpm_cifar10", "latent64", "ddpm_256")
-# Minutes each in the emulator.
-LARGE = 1 << 22
+# Of layers with more elements only so many blocks run (whole clusters): a whole one takes minutes.
+LARGE, SAMPLED_BLOCKS = 1 << 19, 32
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Row:
 
     labels: dict[str, str]
     scale: float
+    ran: float  # share of the blocks
     launches: int
     blocks: tuple[int, ...]
     moved: float
     loaded: float
     stored: float
-    unique: float
     of_bound: float
     accesses: float
     sectors: float
@@ -78,11 +81,14 @@ def moved_by(launch: Any, large: int) -> int:
     return moved_bytes([launch], large)
 
 
-def count(call: Call, backend: str, arch: str, launch_seconds: float) -> Row:
-    """Run one call in the emulator."""
+def count(
+    call: Call, backend: str, arch: str, launch_seconds: float, last_blocks: int | None = None
+) -> Row:
+    """Run one call in the emulator, or of each launch only so many blocks."""
     from op_harness import evaluate
+    from op_harness.traffic import sampled
 
-    options = {"arch": arch, "count": True, "racecheck": False}
+    options = {"arch": arch, "count": True, "racecheck": False, "last_blocks": last_blocks}
     result = evaluate(
         call.op,
         f"{backend}-ptx",
@@ -93,12 +99,20 @@ def count(call: Call, backend: str, arch: str, launch_seconds: float) -> Row:
     )
     launches = result.launches[result.forward_launches if call.gradients else 0 :]
     counters = [launch.counters for launch in launches]
-    requests = [r for c in counters for r in (c.total.load_requests, c.total.store_requests)]
     moved = [moved_by(launch, call.tensor_bytes) for launch in launches]
     blocks = [math.prod(launch.grid) for launch in launches]
+    scales = [call.scale * sampled(launch) for launch in launches]
+
+    def sectors(which: str) -> float:
+        totals = zip(scales, (c.total for c in counters), strict=True)
+        return sum(
+            scale * (getattr(total.load_requests, which) + getattr(total.store_requests, which))
+            for scale, total in totals
+        )
+
     costs = [
-        Cost(m * call.scale, c.instructions * call.scale, max(1, round(b * call.scale)))
-        for m, c, b in zip(moved, counters, blocks, strict=True)
+        Cost(m * call.scale, c.instructions * scale, max(1, round(b * call.scale)))
+        for m, c, b, scale in zip(moved, counters, blocks, scales, strict=True)
     ]
     eager = roofline.eager_launches(call.eager, *call.eager_arguments)
     if call.eager_forward is not None:
@@ -115,15 +129,15 @@ def count(call: Call, backend: str, arch: str, launch_seconds: float) -> Row:
             "arch": arch,
         },
         scale=call.scale,
+        ran=sum(launch.blocks for launch in launches) / sum(blocks),
         launches=len(launches),
         blocks=tuple(cost.blocks for cost in costs),
         moved=sum(moved) * call.scale,
-        loaded=sum(c.global_load_bytes for c in counters) * call.scale,
-        stored=sum(c.global_store_bytes for c in counters) * call.scale,
-        unique=sum(c.unique_load_bytes + c.unique_store_bytes for c in counters) * call.scale,
+        loaded=sum(s * c.global_load_bytes for s, c in zip(scales, counters, strict=True)),
+        stored=sum(s * c.global_store_bytes for s, c in zip(scales, counters, strict=True)),
         of_bound=sum(moved) / call.bound,
         accesses=sum(moved) / call.tensor_bytes,
-        sectors=sum(r.sectors for r in requests) / max(1, sum(r.min_sectors for r in requests)),
+        sectors=sectors("sectors") / max(1.0, sectors("min_sectors")),
         predicted={g.name: roofline.seconds(costs, g, launch_seconds) for g in GPUS},
         eager_launches=len(eager),
         eager_accesses=sum(cost.bytes for cost in eager) / tensor,
@@ -131,25 +145,36 @@ def count(call: Call, backend: str, arch: str, launch_seconds: float) -> Row:
     )
 
 
-def calls(options: argparse.Namespace, arch: str) -> Iterator[Call]:
+def sites(options: argparse.Namespace, backend: str) -> list[tuple[GroupNormSite, int]]:
+    if not options.all:
+        return list(chosen_sites(options.quick))
+    if backend == "cuda":
+        return list(all_sites())
+    # A Triton program's work does not depend on the batch: each layer once.
+    return list({site: (site, batch) for site, batch in reversed([*all_sites()])}.values())
+
+
+def calls(options: argparse.Namespace, arch: str, backend: str) -> Iterator[Call]:
     for dtype in options.dtypes:
         for layout in options.layouts:
             for call in image_calls(dtype, layout, options.images):
                 if call.op in options.op:
                     yield call
             if "group_norm_silu" in options.op:
-                yield from group_norm_calls(dtype, layout, arch, options.sites)
+                yield from group_norm_calls(dtype, layout, arch, sites(options, backend))
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     for arch in options.arch:
-        for call in calls(options, arch):
-            for backend in options.backend:
-                yield count(call, backend, arch, options.launch_us * 1e-6)
+        for backend in options.backend:
+            for call in calls(options, arch, backend):
+                large = call.op == "group_norm_silu" and call.arguments["x"].numel() > LARGE
+                blocks = SAMPLED_BLOCKS if large else None
+                yield count(call, backend, arch, options.launch_us * 1e-6, blocks)
 
 
 TITLES = ("op", "mode", "shape", "dtype", "layout", "backend", "arch", "launches", "blocks")
-COUNTS = ("MB", "of bound", "accesses", "eager's", "sectors")
+COUNTS = ("ran", "MB", "of bound", "accesses", "eager's", "sectors")
 
 
 def cells(row: Row) -> list[str]:
@@ -162,6 +187,7 @@ def cells(row: Row) -> list[str]:
         *row.labels.values(),
         str(row.launches),
         "+".join(map(str, row.blocks)),
+        f"{row.ran:.2g}",
         f"{row.moved / 1e6:.2f}",
         f"{row.of_bound:.3f}",
         f"{row.accesses:.2f}",
@@ -221,20 +247,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.traffic", description=__doc__.partition("\n")[0]
     )
-    for option, choices, default in (
-        ("op", OPS, OPS),
-        ("backend", BACKENDS, BACKENDS),
-        ("arch", ARCHS, ("sm_90",)),
-        ("dtypes", tuple(DTYPES), ("bf16",)),
-        ("layouts", tuple(LAYOUTS), tuple(LAYOUTS)),
-        ("images", tuple(IMAGES), DEFAULT_IMAGES),
-    ):
-        parser.add_argument(f"--{option}", nargs="+", choices=choices, default=default)
+    axes = (
+        ("op", OPS, OPS, OPS),
+        ("backend", BACKENDS, BACKENDS, BACKENDS),
+        ("arch", ARCHS, ("sm_90",), ARCHS),
+        ("dtypes", tuple(DTYPES), ("bf16",), ("fp32", "bf16")),
+        ("layouts", tuple(LAYOUTS), tuple(LAYOUTS), tuple(LAYOUTS)),
+        ("images", tuple(IMAGES), DEFAULT_IMAGES, tuple(IMAGES)),
+    )
+    for option, choices, _default, _all in axes:
+        parser.add_argument(f"--{option}", nargs="+", choices=choices)
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, NCHW: two minutes on a cold cache"
     )
     parser.add_argument(
-        "--large", action="store_true", help="layers of over 4 million elements: minutes each"
+        "--all", action="store_true", help="every image, layer, batch, architecture and fp32: hours"
     )
     parser.add_argument(
         "--launch-us",
@@ -245,12 +272,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the accesses (PNG)")
     parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the table")
+    parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="append the counts")
     options = parser.parse_args(argv)
-    options.sites = QUICK_SITES if options.quick else SITES
+    for option, _choices, default, everything in axes:
+        if getattr(options, option) is None:
+            setattr(options, option, everything if options.all else default)
     if options.quick:
         options.images, options.layouts = QUICK_IMAGES, ("nchw",)
-    if not options.large:
-        options.sites = tuple(s for s in options.sites if s[1] * s[2] ** 2 <= LARGE)
     return options
 
 
@@ -275,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(options):
         found.append(row)
         table.row(cells(row))
+        if options.csv:
+            traffic_page.append(options.csv, row)
     worst = max(found, key=lambda row: row.of_bound)
     print(f"worst: {worst.of_bound:.3f} of the bound, {' '.join(worst.labels.values())}")
     if options.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks import (
     bench_vlb_terms,
 )
 from benchmarks.activation_memory import eager_group_norm_silu
-from benchmarks.shapes import group_norm_sites
+from benchmarks.shapes import GROUP_NORM_BATCHES, GroupNormSite, group_norm_sites
 from fastdiff.reference.step_table import StepColumn
 
 # The emulator belongs to the tests, which are not installed.
@@ -37,7 +37,7 @@ IMAGES = {
     "ddpm_256": ((3, 256, 256), 16),
 }
 # (network, channels, side, batch): where the time goes in each network, and its smallest layers.
-SITES = (
+CHOSEN_SITES = (
     ("ddpm_cifar10", 256, 32, 128),
     ("ddpm_cifar10", 128, 32, 16),
     ("ddpm_cifar10", 256, 16, 1),
@@ -246,22 +246,35 @@ def image_calls(dtype: str, layout: str, names: tuple[str, ...]) -> Iterator[Cal
                 yield Call(**vars(call) | {"scale": batch / counted, "labels": labels})
 
 
-def group_norm_calls(
-    dtype: str, layout: str, arch: str, sites: tuple[tuple[str, int, int, int], ...]
-) -> Iterator[Call]:
-    """group_norm_silu at layers of the published networks, with the operands of the layer.
+def chosen_sites(quick: bool = False) -> Iterator[tuple[GroupNormSite, int]]:
+    """Layers and batch sizes: `CHOSEN_SITES`, or two small ones."""
+    for network, channels, side, batch in CHOSEN_SITES[2:4] if quick else CHOSEN_SITES:
+        found = [s for s in group_norm_sites(network) if (s.channels, s.height) == (channels, side)]
+        yield max(found, key=lambda s: (s.activation == "silu", s.count)), batch
 
-    Counted with two samples at most: what is read of a sample does not depend on the batch.
-    """
+
+def all_sites() -> Iterator[tuple[GroupNormSite, int]]:
+    """Every distinct layer of the published networks, at every batch size."""
+    for network, batches in GROUP_NORM_BATCHES.items():
+        for site in group_norm_sites(network):
+            for batch in batches:
+                yield site, batch
+
+
+def group_norm_calls(
+    dtype: str, layout: str, arch: str, sites: Iterable[tuple[GroupNormSite, int]]
+) -> Iterator[Call]:
+    """group_norm_silu at layers of the published networks, with the operands of the layer."""
     from op_harness.group_norm_traffic import bound
 
-    for network, channels, side, batch in sites:
-        found = [s for s in group_norm_sites(network) if (s.channels, s.height) == (channels, side)]
-        site = max(found, key=lambda s: (s.activation == "silu", s.count))
-        counted = min(2, batch)
-        shape = site.shape(counted)
-        x = torch.zeros(shape, dtype=DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
-        per_sample = torch.zeros(counted, channels)
+    for site, batch in sites:
+        shape, channels = site.shape(batch), site.channels
+        # Zeros that nobody reads take no memory, unless they are copied to another layout.
+        if layout == "channels_last":
+            x = torch.zeros((batch, *shape[2:], channels), dtype=DTYPES[dtype]).permute(0, 3, 1, 2)
+        else:
+            x = torch.zeros(shape, dtype=DTYPES[dtype])
+        per_sample = torch.zeros(batch, channels)
         operands = {
             name: None if name not in site.operands else per_sample
             for name in ("weight", "bias", "channel_bias", "scale", "shift")
@@ -298,7 +311,7 @@ def group_norm_calls(
             accesses = bound(shape, site.num_groups, x.element_size(), last, mode, arch)
             # The operands, in backward their gradients as well, and mean and rstd.
             small = sum(operands[name].nbytes for name in site.operands) * (1 + bool(gradients))
-            small += 8 * counted * site.num_groups
+            small += 8 * batch * site.num_groups
             wanted = tuple(t.detach().requires_grad_() for t in inputs)
             yield Call(
                 "group_norm_silu",
@@ -311,6 +324,5 @@ def group_norm_calls(
                 gradients,
                 x if gradients else None,
                 (lambda grad, *t, forward=forward: forward(*t)) if gradients else None,
-                batch / counted,
-                labels,
+                labels=labels,
             )
