@@ -95,7 +95,9 @@ def test_command_counts_a_backward_pass(tmp_path, capsys):
     "calls",
     [
         lambda: traffic_cases.image_calls("bf16", "channels_last", ("latent64",)),
-        lambda: traffic_cases.group_norm_calls("bf16", "nchw", "sm_90", traffic.QUICK_SITES),
+        lambda: traffic_cases.group_norm_calls(
+            "bf16", "nchw", "sm_90", traffic_cases.chosen_sites(quick=True)
+        ),
     ],
 )
 def test_a_bound_is_not_above_what_eager_moves(calls):
