@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from op_harness import available
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import roofline, traffic, traffic_cases
+from benchmarks import roofline, traffic, traffic_cases, traffic_page
 from benchmarks.bench_eps_loss import gradient, mse
 from benchmarks.bench_q_sample import eager_q_sample, eager_with_noise
 from benchmarks.roofline import Cost, Gpu
@@ -63,6 +64,41 @@ def test_predicted_seconds():
     # A quarter of the device, and more blocks than it has multiprocessors.
     assert roofline.seconds([Cost(1e6, blocks=25)], gpu, 0.0) == pytest.approx(4e-6)
     assert roofline.seconds([Cost(1e6, blocks=1000)], gpu, 0.0) == pytest.approx(1e-6)
+
+
+@pytest.mark.skipif(available("cuda-ptx") is not None, reason="needs nvcc and g++")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_sample_of_the_blocks_counts_as_all_of_them(layout):
+    """128 channels of 32x32, two samples: a quarter of the blocks, forward and backward."""
+    (site,) = (s for s, batch in traffic_cases.chosen_sites() if (s.channels, batch) == (128, 16))
+    for call in traffic_cases.group_norm_calls("bf16", layout, "sm_90", [(site, 2)]):
+        whole = traffic.count(call, "cuda", "sm_90", 3e-6)
+        part = traffic.count(call, "cuda", "sm_90", 3e-6, last_blocks=32)
+        assert whole.ran == 1
+        assert part.ran < 0.6
+        assert part.blocks == whole.blocks
+        # The parameters, which every block reads: at most once more than they are.
+        for field in ("moved", "loaded", "stored", "sectors"):
+            assert getattr(part, field) == pytest.approx(getattr(whole, field), rel=0.005)
+
+
+def test_the_page_keeps_the_last_count_and_names_what_is_above(tmp_path):
+    def row(op, of_bound, sectors):
+        labels = dict.fromkeys(traffic_page.LABELS, "x") | {"op": op}
+        numbers = {"launches": 1, "blocks": (4, 1), "ran": 1.0, "moved": 1e6}
+        return SimpleNamespace(labels=labels, **numbers, of_bound=of_bound, sectors=sectors)
+
+    path = tmp_path / "counts.csv"
+    for made in (row("again", 1.2, 1.0), row("again", 1.04, 1.0), row("much", 1.06, 1.0)):
+        traffic_page.append(path, made)
+    traffic_page.append(path, row("scattered", 1.0, 2.0))
+    rows = traffic_page.read([path])
+    assert [r["op"] for r in rows] == ["again", "much", "scattered"]
+    assert "| again | x | x | x | 1 | 0 | 1.040 | x x x | 1.00 |" in traffic_page.summary(rows)
+    listed = traffic_page.above(rows)
+    assert "again" not in listed
+    assert "| much | x | x | x | x | x | x | 4+1 | 1.0600 | 1.000 |" in listed
+    assert "scattered" in listed
 
 
 @pytest.mark.skipif(available("triton-ptx") is not None, reason="needs triton and g++")

@@ -106,6 +106,25 @@ def test_raw_operators_say_what_to_use_instead():
         torch.func.jvp(loss, (x,), (noise,))
 
 
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_raw_operators_record_only_where_somebody_listens(quiet):
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    arguments = (2, None, None, 1e-5, None, None, None, 1)
+    recorded = torch.ops.fastdiff.group_norm_silu(x, *arguments)[0]
+    assert recorded.requires_grad
+    with quiet():
+        plain = torch.ops.fastdiff.group_norm_silu(x, *arguments)[0]
+    assert not plain.requires_grad
+    assert torch.equal(plain, recorded)
+
+
+def test_raw_operators_do_not_drop_tangents_without_gradients():
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(*torch.randn(2, 2, 4, 6, 6))
+        with pytest.raises(RuntimeError, match="jvp function"):
+            torch.ops.fastdiff.group_norm_silu(dual, 2, None, None, 1e-5, None, None, None, 1)
+
+
 def test_per_sample_gradients_of_a_patched_network():
     network = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
     parameters = dict(network.named_parameters())
