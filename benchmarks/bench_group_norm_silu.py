@@ -1,6 +1,4 @@
-"""group_norm_silu against eager PyTorch and torch.compile, forward and forward + backward.
-
-    python -m benchmarks.bench_group_norm_silu [--device cpu] [--quick] [--json FILE]
+"""group_norm_silu, forward and forward + backward, against eager PyTorch, compiled, and peers.
 
 Shapes: every normalization of ddpm_cifar10, ddpm_256 and the digits model, and two of a latent VAE.
 The others compute silu(group_norm(x)). GB/s counts the bytes a perfect kernel moves when a group
@@ -10,26 +8,42 @@ the gradient of x.
 
 from __future__ import annotations
 
-import argparse
-import math
-import pathlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import allocator, machine, report
-from benchmarks.suite import Contender, Record, Workload, run
+from benchmarks.op_table import Case, Op
+from benchmarks.suite import COPIES, OURS, Contender, Workload, compiled, copies
 from fastdiff import UNet, ops, reference
 from fastdiff.nn import GroupNormSiLU
 
-OURS = "fastdiff"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("forward", "fwd+bwd")
 BATCHES = {"ddpm_cifar10": (1, 16, 128), "ddpm_256": (1, 4), "digits": (1, 64)}
-GOAL_EAGER, GOAL_COMPILE = 3.0, 2.0
+
+# Every network, the batch sizes at which the kernels divide the work in different ways, and the
+# smallest and largest layers.
+DEFAULT_SHAPES = (
+    "ddpm_cifar10 b1 128x32x32",
+    "ddpm_cifar10 b1 256x16x16",
+    "ddpm_cifar10 b1 512x4x4",
+    "ddpm_cifar10 b16 128x32x32",
+    "ddpm_cifar10 b16 256x8x8",
+    "ddpm_cifar10 b128 256x16x16",
+    "ddpm_cifar10 b128 256x4x4",
+    "ddpm_256 b1 128x256x256",
+    "ddpm_256 b1 512x64x64",
+    "ddpm_256 b1 512x8x8",
+    "digits b64 64x4x4",
+    "vae b1 512x64x64",
+    "vae b1 128x512x512",
+)
+QUICK_SHAPES = ("ddpm_cifar10 b1 256x16x16", "ddpm_cifar10 b16 128x32x32")
+COMPILED_SHAPES = (*QUICK_SHAPES, "ddpm_cifar10 b1 512x4x4", "vae b1 512x64x64")
+TINY = (2, 16, 4, 4)
+TINY_GROUPS = 4
 
 # Samples of a workload that the gate compares with the float64 reference.
 CHECKED_ELEMENTS = 1 << 22
@@ -66,14 +80,6 @@ def shapes() -> dict[str, tuple[tuple[int, int, int, int], int]]:
     for channels, size in ((512, 64), (128, 512)):
         named[f"vae b1 {channels}x{size}x{size}"] = (1, channels, size, size), 32
     return named
-
-
-QUICK_SHAPES = (
-    "ddpm_cifar10 b1 256x16x16",
-    "ddpm_cifar10 b16 128x32x32",
-    "ddpm_256 b1 128x128x128",
-    "vae b1 512x64x64",
-)
 
 
 class Inputs:
@@ -147,131 +153,57 @@ def eager(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
 
 
-def contenders(inputs: Inputs, compiled: bool) -> Iterator[tuple[str, Contender]]:
-    yield OURS, Contender(inputs.call(ops.group_norm_silu), inputs.error)
-    yield "eager", Contender(inputs.call(eager), inputs.error)
-    if compiled:
-        # Every workload gets the kernel that is compiled for its shape.
-        torch.compiler.reset()
-        function = torch.compile(eager, dynamic=False, fullgraph=True)
-        yield "compile", Contender(inputs.call(function), inputs.error)
+def liger(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+    return F.silu(LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, 1e-5))
 
 
-def workload(
-    labels: dict[str, str],
-    shape: tuple[int, ...],
-    groups: int,
-    device: torch.device,
-    compiled: bool,
-) -> Workload:
-    inputs = Inputs(
-        shape,
-        groups,
-        DTYPES[labels["dtype"]],
-        LAYOUTS[labels["layout"]],
-        labels["pass"] != "forward",
-        device,
-    )
-    return Workload(labels, inputs.bytes, dict(contenders(inputs, compiled)))
+def apex(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    from apex.contrib.group_norm import GroupNorm
+
+    layer = GroupNorm(groups, x.shape[1], eps=1e-5, affine=True, act="silu")
+    layer.weight, layer.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    return layer(x)
 
 
-def print_goals(records: list[Record]) -> None:
-    """Geometric means and the workload that comes closest to missing."""
-    print("\ngoals")
-    for kind in PASSES:
-        for other, goal in (("eager", GOAL_EAGER), ("compile", GOAL_COMPILE)):
-            gains = [
-                (gain, record)
-                for record in records
-                if record.labels["pass"] == kind and (gain := record.speed_up(OURS, other))
-            ]
-            if not gains:
-                print(f"  {kind} >= {goal}x {other}: not measured")
-                continue
-            mean = math.exp(sum(math.log(gain) for gain, _ in gains) / len(gains))
-            lowest, record = min(gains, key=lambda pair: pair[0])
-            verdict = "met" if mean >= goal and lowest >= 1 else "MISSED"
-            where = " ".join(record.labels.values())
-            print(
-                f"  {kind} >= {goal}x {other} in the mean and never slower: {verdict}, mean "
-                f"{mean:.2f}x, lowest {lowest:.2f}x ({where}), {len(gains)} workloads"
-            )
+def peers(case: Case) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """What is installed and can take the input: both need CUDA, apex also channels_last."""
+    if case.device.type != "cuda":
+        return
+    if importlib.util.find_spec("liger_kernel") is not None:
+        yield "liger", liger
+    if case.labels["layout"] == "channels_last" and importlib.util.find_spec("apex") is not None:
+        yield "apex", apex
 
 
-def parse(argv: list[str] | None, names: tuple[str, ...]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_group_norm_silu", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is")
-    parser.add_argument("--quick", action="store_true", help="four shapes, few rounds")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, help="samples per contender (default 15, quick 7)")
-    parser.add_argument("--shapes", nargs="+", metavar="WORD", help="only shapes with this in them")
-    for name, choices in (
-        ("dtypes", tuple(DTYPES)),
-        ("layouts", tuple(LAYOUTS)),
-        ("passes", PASSES),
-    ):
-        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
-    parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
-    )
-    options = parser.parse_args(argv)
-    for name in ("rounds", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but no CUDA device is visible")
-    words = options.shapes or (QUICK_SHAPES if options.quick else ("",))
-    options.shapes = [name for name in names if any(word in name for word in words)]
-    if not options.shapes:
-        parser.error(f"no shape has {' or '.join(words)} in its name; there are {', '.join(names)}")
-    return options
+def workload(case: Case) -> Workload:
+    """What is not ours is PyTorch itself or a peer: where that is inaccurate, it is reported."""
+    groups = SHAPES.get(case.labels["shape"], (None, TINY_GROUPS))[1]
+    backward = case.mode != PASSES[0]
+    inputs = Inputs(case.shape, groups, case.dtype, case.memory_format, backward, case.device)
+    others = {"eager": eager}
+    if case.compiled:
+        others["compile"] = compiled(eager)
+    others |= dict(peers(case))
+    contenders = {OURS: Contender(inputs.call(ops.group_norm_silu), inputs.error)}
+    for name, function in others.items():
+        contenders[name] = Contender(inputs.call(function), inputs.error, peer=True)
+    contenders |= copies(inputs.x)
+    moved = dict.fromkeys(COPIES, 2 * inputs.x.nbytes)
+    return Workload(case.labels, inputs.bytes, contenders, moved)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0, or 1 if fastdiff's own result was wrong anywhere."""
-    named = shapes()
-    options = parse(argv, tuple(named))
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    allocator.ensure_steady_allocator()
-    facts = machine.facts(device)
-    report.print_facts(facts)
-    table = report.Table(
-        ["shape", "dtype", "layout", "pass", "MiB", "us", "GB/s", "vs eager", "vs compile"],
-        widths={"shape": 30, "layout": 13, "pass": 7, "MiB": 7, "us": 9, "GB/s": 6},
-    )
-    records = []
-    for shape in options.shapes:
-        for dtype in options.dtypes:
-            for layout in options.layouts:
-                for kind in options.passes:
-                    labels = {"shape": shape, "dtype": dtype, "layout": layout, "pass": kind}
-                    work = workload(labels, *named[shape], device, options.compile)
-                    rounds = options.rounds or (7 if options.quick else 15)
-                    record = run(work, device, rounds, max_seconds=1 if options.quick else 4)
-                    records.append(record)
-                    timing = record.timings.get(OURS)
-                    bandwidth = record.bandwidth(OURS)
-                    table.row(
-                        [*labels.values(), report.number(record.bytes / 2**20, 1)]
-                        + [report.number(timing and timing.median * 1e6, 1)]
-                        + [report.number(bandwidth and bandwidth / 1e9, 1)]
-                        + [report.ratio(record, OURS, name) for name in ("eager", "compile")]
-                    )
-    print_goals(records)
-    wrong = [(record, *item) for record in records for item in record.wrong.items()]
-    for record, name, why in wrong:
-        print(f"  wrong: {name}, {' '.join(record.labels.values())}: {why}")
-    if options.json:
-        report.write_json(options.json, "group_norm_silu", facts, records)
-    return int(any(name == OURS for _, name, _ in wrong))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+SHAPES = shapes()
+OP = Op(
+    "group_norm_silu",
+    PASSES,
+    workload,
+    shapes={name: shape for name, (shape, _) in SHAPES.items()},
+    default_shapes=DEFAULT_SHAPES,
+    quick_shapes=QUICK_SHAPES,
+    compiled_shapes=COMPILED_SHAPES,
+    cuda_peers=("liger", "apex"),
+    tiny_modes=("forward",),
+    tiny_shape=TINY,
+)

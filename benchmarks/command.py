@@ -19,12 +19,12 @@ import fastdiff
 from benchmarks import (
     bench_ddim_step,
     bench_eps_loss,
+    bench_group_norm_silu,
     bench_posterior_mean,
     bench_q_sample,
     bench_vlb_terms,
     compare,
     end_to_end,
-    group_norm_table,
     machine,
     page,
     report,
@@ -43,7 +43,7 @@ OPS: dict[str, Op] = {
         bench_posterior_mean.OP,
         bench_ddim_step.OP,
         bench_vlb_terms.OP,
-        group_norm_table.OP,
+        bench_group_norm_silu.OP,
     )
 }
 FILES = ("--json", "--compare", "--out")
