@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 from fastdiff import _native
 from fastdiff.ops import _checks
 
+# flexible_layout: kernels take any strides and fakes tell those of the results, so Inductor need
+# not convert between its own layouts and eager's around an op.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # Kept alive for the process: dropping a Library undoes its registrations.
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 
@@ -122,7 +125,7 @@ def define(
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
     for overload in ("", ".triton"):
-        _library.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(f"{name}{overload}{signature}", tags=TAGS)
         qualified = f"{name}{overload}"
         kernels = {"CPU": triton, "CUDA": triton}
         if not overload:
