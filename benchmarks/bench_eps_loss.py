@@ -1,8 +1,10 @@
 """eps_loss, forward and with its backward, against a copy, eager PyTorch and torch.compile.
 
 Noise given, or made again in the kernel from its seed, where the others have kept it in memory.
-GB/s counts the bytes a perfect kernel moves: forward reads the prediction and the noise if it is
-given; backward reads them again and writes the gradient.
+"noising + train" is what a training step does around its network: the others draw the noise, keep
+it, and compute x_t and the loss with it; fastdiff makes it twice. GB/s counts the bytes a perfect
+kernel moves: forward reads the prediction and the noise if it is given; backward reads them again
+and writes the gradient.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import fastdiff
 from benchmarks.op_table import Case, Op, Spec, spec_workload
+from benchmarks.suite import COPIES, OURS, Contender, Workload, compiled, copies
 from fastdiff import ops, reference
 from fastdiff.reference.philox import sample_keys
 
 SEED = 0
-MODES = ("forward given", "forward seed", "train given", "train seed")
+T = 1000
+MODES = ("forward given", "forward seed", "train given", "train seed", "noising + train")
 
 
 def mse(prediction: Tensor, noise: Tensor) -> Tensor:
@@ -89,4 +94,62 @@ def specify(case: Case) -> Spec:
     )
 
 
-OP = Op("eps_loss", MODES, spec_workload(specify), tiny_modes=MODES[:2])
+def noised(x0: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and its noise, in plain PyTorch; a and s are (B, 1, 1, 1), in float32."""
+    noise = torch.randn_like(x0)
+    return (a * x0 + s * noise).to(x0.dtype), noise
+
+
+def noising_and_training(case: Case) -> Workload:
+    """x_t, and the gradient of the loss by a prediction: what surrounds a network."""
+    shape, dtype, memory_format, device = case.shape, case.dtype, case.memory_format, case.device
+    generator = torch.Generator().manual_seed(0)
+    x0, prediction = (
+        torch.randn(shape, generator=generator).to(device, dtype, memory_format=memory_format)
+        for _ in range(2)
+    )
+    prediction.requires_grad_()
+    t = torch.randint(T, shape[:1], generator=generator).to(device)
+    tables = fastdiff.NoiseSchedule.linear(T).tables(device)
+    table_a, table_s = tables.sqrt_alpha_bar, tables.sqrt_one_minus_alpha_bar
+
+    def ours() -> tuple[Tensor, Tensor]:
+        x_t = ops.q_sample(x0, t, table_a, table_s, seed=SEED)
+        return x_t, *torch.autograd.grad(ops.eps_loss(prediction, seed=SEED), prediction)
+
+    def eager(noising: Callable = noised, loss: Callable = mse) -> tuple[Tensor, Tensor]:
+        a, s = (table[t].view(-1, 1, 1, 1) for table in (table_a, table_s))
+        x_t, noise = noising(x0, a, s)
+        return x_t, *torch.autograd.grad(loss(prediction, noise), prediction)
+
+    eps = torch.finfo(dtype).eps
+
+    def error(result: tuple[Tensor, Tensor]) -> str | None:
+        """The gradient tells the noise, which must be that of x_t, and normal."""
+        x_t, grad = (x.double() for x in result)
+        noise = prediction.detach().double() - grad * (grad.numel() / 2)
+        a, s = (table[t].double().view(-1, 1, 1, 1) for table in (table_a, table_s))
+        worst = (x_t - (a * x0.double() + s * noise)).abs().max().item()
+        if not worst <= 64 * max(eps, 2**-20):
+            return f"x_t and the gradient have different noise: {worst:.3g}"
+        # Five standard errors of the mean square of N values.
+        square = noise.square().mean().item()
+        if not abs(square - 1) <= 5 * (2 / noise.numel()) ** 0.5 + eps:
+            return f"the noise has a mean square of {square:.4g}"
+        return None
+
+    contenders = {OURS: Contender(ours, error), "eager": Contender(eager, error)}
+    if case.compiled:
+        parts = compiled(noised), torch.compile(mse, dynamic=False, fullgraph=True)
+        contenders["compile"] = Contender(lambda: eager(*parts), error)
+    contenders |= copies(x0)
+    moved = dict.fromkeys(COPIES, 2 * x0.nbytes)
+    return Workload(case.labels, 4 * x0.nbytes, contenders, moved)
+
+
+def workload(case: Case) -> Workload:
+    return noising_and_training(case) if case.mode == MODES[-1] else _spec_workload(case)
+
+
+_spec_workload = spec_workload(specify)
+OP = Op("eps_loss", MODES, workload, tiny_modes=MODES[:2])

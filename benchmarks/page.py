@@ -230,12 +230,25 @@ def replace_made_part(page: str, made: str) -> str:
     return f"{head}{BEGIN}\n{made}{END}{tail}"
 
 
+def other_machines(stem: str, folder: pathlib.Path = RESULTS) -> str:
+    """Targets of the reports in `folder` not called `stem`: earlier ones of other machines."""
+    documents = [
+        json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem != stem
+    ]
+    parts = [
+        f"{_machine(document)}\n`{command(document)}`\n\n{_verdicts(targets.verdicts(document))}"
+        for document in documents
+    ]
+    return "\n### Earlier, on another machine\n\n" + "\n\n".join(parts) if parts else ""
+
+
 def docs_page(document: Mapping[str, Any], stem: str, page: str, notes: Mapping[str, str]) -> str:
     """docs/performance.md with the numbers of `document`, whose files are called `stem`."""
     pictures = [
         f"../benchmarks/results/{path.name}" for path in sorted(RESULTS.glob(f"{stem}-*.png"))
     ]
-    return replace_made_part(page, render(document, notes, pictures, command(document)))
+    made = render(document, notes, pictures, command(document)) + other_machines(stem)
+    return replace_made_part(page, made)
 
 
 def command(document: Mapping[str, Any]) -> str:

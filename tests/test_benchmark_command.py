@@ -288,6 +288,16 @@ def test_a_missed_target_is_explained_and_only_the_made_part_is_replaced():
         page.replace_made_part("Head", text)
 
 
+def test_reports_of_other_machines_stay_on_the_page(tmp_path):
+    slow = row("group_norm_silu", "vae b1", "forward", fastdiff=1.0, eager=0.5)
+    (tmp_path / "old.json").write_text(json.dumps(document(slow)))
+    assert page.other_machines("old", tmp_path) == ""
+    text = page.other_machines("new", tmp_path)
+    assert "### Earlier, on another machine" in text
+    assert "Measured on " in text
+    assert "| **missed** | 0.50x | 0.50x: group_norm_silu vae b1 fp32 nchw forward |" in text
+
+
 def test_the_page_of_whole_networks():
     measured = row("training_step", "digits b64", "eager", fastdiff=0.5, diffusers=1.0)
     measured |= {"images": 64, "peak_bytes": {"fastdiff": 10 << 20, "diffusers": None}}
