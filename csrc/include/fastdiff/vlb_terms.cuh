@@ -6,41 +6,18 @@
 
 namespace fastdiff {
 
-// The twin of load_head: writes V elements of one half of the model output's gradient.
-template <int V, typename Output>
-__device__ __forceinline__ void store_head(Output* out, const SampleLayout& layout, bool strided,
-                                           int64_t i, const float in[V]) {
-  if (!strided) {
-    store_vector<V>(out + i, in);
-    return;
-  }
-  const int64_t pixel = i / layout.inner;
-  if (layout.inner % V == 0) {
-    store_vector<V>(out + i + pixel * layout.inner, in);
-    return;
-  }
-  int64_t gap = pixel * layout.inner, next = gap + layout.inner;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (i + v == next) gap = next, next += layout.inner;
-    out[i + v + gap] = from_float<Output>(in[v]);
-  }
-}
-
 // V elements of every input of a chunk's sample.
 template <typename Data, typename Output, int V>
 struct VlbVector {
   float x0[V], x[V], output[V], v[V], noise[V];
 
-  __device__ __forceinline__ void load(const VlbTermsArgs& args, int64_t sample, int64_t i) {
-    const int64_t base = sample * args.layout.numel;
-    const Output* head = static_cast<const Output*>(args.model_output) + args.output_base(sample);
+  __device__ __forceinline__ void load(const VlbTermsArgs& args, const ModelHeads<Output>& heads,
+                                       int64_t i) {
+    const int64_t base = heads.chunk.sample * args.layout.numel;
     load_vector<V>(static_cast<const Data*>(args.x0) + base + i, x0);
     load_vector<V>(static_cast<const Data*>(args.x_t) + base + i, x);
-    load_head<V>(head, args.layout, args.output_strided(), i, output);
-    if (args.learned) {
-      load_head<V>(head + args.variance_offset(), args.layout, args.output_strided(), i, v);
-    }
+    heads.template load<V>(0, i, output);
+    if (args.learned) heads.template load<V>(1, i, v);
   }
 
   __device__ __forceinline__ VlbVariance variance(const VlbTermsArgs& args, const VlbRow& row,
@@ -85,13 +62,19 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const Chunk chunk = block_chunk(args.layout, plan);
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
+  const ModelHeads<Output> heads(args, chunk, args.model_output,
+                                 head_tile<Output>(plan, shared, 0));
+  if (heads.tile) {
+    heads.stage();
+    __syncthreads();
+  }
   const ChunkNoise<Data, VlbTermsArgs> noise(args, plan, chunk, shared);
 
   float sums[3] = {};
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
     VlbVector<Data, Output, V> elements;
-    elements.load(args, chunk.sample, i);
+    elements.load(args, heads, i);
     noise.template load<V>(i, elements.noise);
     if (row.first) {
       elements.template add<true>(args, row, fixed, sums);
@@ -117,13 +100,19 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
   const VlbGradients grad = args.gradients(chunk.sample);
+  const ModelHeads<Output> heads(args, chunk, args.model_output,
+                                 head_tile<Output>(plan, shared, 0));
+  if (heads.tile) {
+    heads.stage();
+    __syncthreads();
+  }
   const ChunkNoise<Data, VlbTermsArgs> noise(args, plan, chunk, shared);
   Output* out = static_cast<Output*>(args.grad_output) + args.output_base(chunk.sample);
 
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
     VlbVector<Data, Output, V> elements;
-    elements.load(args, chunk.sample, i);
+    elements.load(args, heads, i);
     if (grad.eps_mse != 0.0f) {
       noise.template load<V>(i, elements.noise);
     } else {
@@ -135,12 +124,11 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     } else {
       elements.template differentiate<false>(args, row, fixed, grad);
     }
-    store_head<V>(out, args.layout, args.output_strided(), i, elements.output);
-    if (args.learned) {
-      store_head<V>(out + args.variance_offset(), args.layout, args.output_strided(), i,
-                    elements.v);
-    }
+    // A thread's elements of the tile are its own to overwrite.
+    heads.template store<V>(out, 0, i, elements.output);
+    if (args.learned) heads.template store<V>(out, 1, i, elements.v);
   }
+  if (heads.tile) heads.unstage(out);
 }
 
 }  // namespace fastdiff
