@@ -30,14 +30,18 @@ cudaError_t launch_step(const SamplerStepArgs& args, cudaStream_t stream, const 
                        vectors_of_heads(args.layout, args.output_strided(), V);
   const ChunkPlan plan = plan_chunks(args.layout, vectors ? V : 1, generated, head_bytes);
   if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-  const auto kernel = vectors ? kernel_of(type_is<X>{}, type_is<Output>{}, vector_of<V>{})
-                              : kernel_of(type_is<X>{}, type_is<Output>{}, vector_of<1>{});
+  const auto with = [&](auto tiled, auto vector) {
+    return kernel_of(type_is<X>{}, type_is<Output>{}, tiled, vector);
+  };
+  const auto kernel = plan.head_bytes > 0 ? with(std::true_type{}, vector_of<V>{})
+                      : vectors           ? with(std::false_type{}, vector_of<V>{})
+                                          : with(std::false_type{}, vector_of<1>{});
   kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
                                                                                          plan);
   return cudaGetLastError();
 }
 
-// kernel_of(type_is<X>{}, type_is<Output>{}, vector_of<V>{}) is the op's kernel. A float32 state goes
+// kernel_of(type_is<X>{}, type_is<Output>{}, tiled, vector_of<V>{}) is the op's kernel. A float32 state goes
 // with model outputs of any type, a half-precision one with its own type and float32.
 template <typename Kernel>
 cudaError_t dispatch_step(const SamplerStepArgs& args, cudaStream_t stream,

@@ -32,8 +32,9 @@ struct Forward {
   static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Output);
     const ChunkPlan plan = forward_plan(args);
-    const auto kernel = vector_elements(args) > 1 ? vlb_terms_fwd_kernel<Data, Output, V>
-                                                  : vlb_terms_fwd_kernel<Data, Output, 1>;
+    const auto kernel = plan.head_bytes > 0         ? vlb_terms_fwd_kernel<Data, Output, true, V>
+                        : vector_elements(args) > 1 ? vlb_terms_fwd_kernel<Data, Output, false, V>
+                                                    : vlb_terms_fwd_kernel<Data, Output, false, 1>;
     if (plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
       kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
@@ -55,8 +56,9 @@ struct Backward {
     const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated,
                                        head_bytes(args));
     if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-    const auto kernel = vector > 1 ? vlb_terms_bwd_kernel<Data, Output, V>
-                                   : vlb_terms_bwd_kernel<Data, Output, 1>;
+    const auto kernel = plan.head_bytes > 0 ? vlb_terms_bwd_kernel<Data, Output, true, V>
+                        : vector > 1        ? vlb_terms_bwd_kernel<Data, Output, false, V>
+                                            : vlb_terms_bwd_kernel<Data, Output, false, 1>;
     kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
                                                                                            plan);
     return cudaGetLastError();

@@ -27,25 +27,33 @@ inline int staged_head_bytes(const SampleLayout& layout, bool strided, int outpu
 
 #if defined(__CUDACC__)
 
-// One sample's model output, as a block sees it that works on `chunk`.
-template <typename Output>
+// One sample's model output, as a block sees it that works on `chunk`. A template over Tiled, so that
+// kernels without a tile keep its registers.
+template <typename Output, bool Tiled>
 struct ModelHeads {
   const SampleLayout& layout;
   const Chunk& chunk;
   const Output* sample;  // the whole sample
-  Output* tile;          // the chunk's pixels in shared memory, or null
+  Output* tile;          // Tiled: the chunk's pixels in shared memory, after the block's noise
   int64_t to_variance;   // from an element of the first head to its twin
   bool strided;
 
+  // `output` is the model output number `number` of the op.
   template <typename Args>
-  __device__ __forceinline__ ModelHeads(const Args& args, const Chunk& chunk, const void* output,
-                                        void* tile)
+  __device__ __forceinline__ ModelHeads(const Args& args, const ChunkPlan& plan,
+                                        const Chunk& chunk, const void* output, int number,
+                                        float4* shared)
       : layout(args.layout),
         chunk(chunk),
         sample(static_cast<const Output*>(output) + args.output_base(chunk.sample)),
-        tile(static_cast<Output*>(tile)),
         to_variance(args.variance_offset()),
-        strided(args.output_strided()) {}
+        strided(args.output_strided()) {
+    if constexpr (Tiled) {
+      float* noise = reinterpret_cast<float*>(shared);
+      tile = reinterpret_cast<Output*>(noise + (plan.stage_noise ? plan.elements : 0)) +
+             2 * number * plan.elements;
+    }
+  }
 
   // Copies the chunk's pixels into the tile; the caller waits for the other threads.
   __device__ __forceinline__ void stage() const {
@@ -60,21 +68,21 @@ struct ModelHeads {
   // V elements of a head (0 or 1), for the elements from memory index i of x.
   template <int V>
   __device__ __forceinline__ void load(int head, int64_t i, float out[V]) const {
-    if (tile) {
+    if constexpr (Tiled) {
       each<V>(head, i, [&](Output& value, int v) { out[v] = to_float(value); });
-      return;
+    } else {
+      load_vector<V>(sample + index(head, i), out);
     }
-    load_vector<V>(sample + index(head, i), out);
   }
 
   // The twin of load, for gradients: into the tile, or where there is none, to `out`, a sample.
   template <int V>
   __device__ __forceinline__ void store(Output* out, int head, int64_t i, const float in[V]) const {
-    if (tile) {
+    if constexpr (Tiled) {
       each<V>(head, i, [&](Output& value, int v) { value = from_float<Output>(in[v]); });
-      return;
+    } else {
+      store_vector<V>(out + index(head, i), in);
     }
-    store_vector<V>(out + index(head, i), in);
   }
 
   // Copies the tile to the chunk's pixels of `out`, a sample, once all threads have stored.
@@ -109,15 +117,6 @@ struct ModelHeads {
     }
   }
 };
-
-// The tiles of a block's model outputs follow its noise in shared memory.
-template <typename Output>
-__device__ __forceinline__ Output* head_tile(const ChunkPlan& plan, float4* shared, int output) {
-  if (plan.head_bytes == 0) return nullptr;
-  float* noise = reinterpret_cast<float*>(shared);
-  Output* tiles = reinterpret_cast<Output*>(noise + (plan.stage_noise ? plan.elements : 0));
-  return tiles + 2 * output * plan.elements;
-}
 
 #endif  // __CUDACC__
 

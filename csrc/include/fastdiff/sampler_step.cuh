@@ -7,19 +7,18 @@ namespace fastdiff {
 
 // One pass over a chunk: reads x_t, the model output(s) and the noise if given, writes x_s and, if
 // asked for, x0. The options are uniform over the grid, so their branches cost nothing.
-template <bool Learned, typename X, typename Output, int V>
+template <bool Learned, typename X, typename Output, bool Tiled, int V>
 __device__ __forceinline__ void sampler_step_chunk(const SamplerStepArgs& args,
                                                    const ChunkPlan& plan, float4* shared) {
   const SampleLayout& layout = args.layout;
   const Chunk chunk = block_chunk(layout, plan);
   const int64_t base = chunk.sample * layout.numel;
   const X* x_t = static_cast<const X*>(args.x_t) + base;
-  const ModelHeads<Output> cond(args, chunk, args.model_output,
-                                head_tile<Output>(plan, shared, 0));
-  const ModelHeads<Output> uncond(args, chunk, args.uncond, head_tile<Output>(plan, shared, 1));
+  const ModelHeads<Output, Tiled> cond(args, plan, chunk, args.model_output, 0, shared);
+  const ModelHeads<Output, Tiled> uncond(args, plan, chunk, args.uncond, 1, shared);
   const float scale = static_cast<float>(args.guidance_scale);
   const StepRow<float> row = step_row<float>(args.columns(chunk.sample), args.options());
-  if (cond.tile) {
+  if constexpr (Tiled) {
     cond.stage();
     if (args.uncond) uncond.stage();
     __syncthreads();

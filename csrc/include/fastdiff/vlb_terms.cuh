@@ -11,8 +11,9 @@ template <typename Data, typename Output, int V>
 struct VlbVector {
   float x0[V], x[V], output[V], v[V], noise[V];
 
-  __device__ __forceinline__ void load(const VlbTermsArgs& args, const ModelHeads<Output>& heads,
-                                       int64_t i) {
+  template <bool Tiled>
+  __device__ __forceinline__ void load(const VlbTermsArgs& args,
+                                       const ModelHeads<Output, Tiled>& heads, int64_t i) {
     const int64_t base = heads.chunk.sample * args.layout.numel;
     load_vector<V>(static_cast<const Data*>(args.x0) + base + i, x0);
     load_vector<V>(static_cast<const Data*>(args.x_t) + base + i, x);
@@ -55,16 +56,15 @@ struct VlbVector {
 
 // One pass: reads every input, writes a block's three partial sums. Whether a sample's term is the
 // decoder's is uniform over the block.
-template <typename Data, typename Output, int V>
+template <typename Data, typename Output, bool Tiled, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
     vlb_terms_fwd_kernel(const VlbTermsArgs args, const ChunkPlan plan) {
   extern __shared__ float4 shared[];
   const Chunk chunk = block_chunk(args.layout, plan);
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
-  const ModelHeads<Output> heads(args, chunk, args.model_output,
-                                 head_tile<Output>(plan, shared, 0));
-  if (heads.tile) {
+  const ModelHeads<Output, Tiled> heads(args, plan, chunk, args.model_output, 0, shared);
+  if constexpr (Tiled) {
     heads.stage();
     __syncthreads();
   }
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 
 // One pass: reads every input, writes the gradient of the model's output. Where the gradient of
 // eps_mse is zero the noise is neither read nor made.
-template <typename Data, typename Output, int V>
+template <typename Data, typename Output, bool Tiled, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
     vlb_terms_bwd_kernel(const VlbTermsArgs args, const ChunkPlan plan) {
   extern __shared__ float4 shared[];
@@ -100,9 +100,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
   const VlbGradients grad = args.gradients(chunk.sample);
-  const ModelHeads<Output> heads(args, chunk, args.model_output,
-                                 head_tile<Output>(plan, shared, 0));
-  if (heads.tile) {
+  const ModelHeads<Output, Tiled> heads(args, plan, chunk, args.model_output, 0, shared);
+  if constexpr (Tiled) {
     heads.stage();
     __syncthreads();
   }
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     heads.template store<V>(out, 0, i, elements.output);
     if (args.learned) heads.template store<V>(out, 1, i, elements.v);
   }
-  if (heads.tile) heads.unstage(out);
+  if constexpr (Tiled) heads.unstage(out);
 }
 
 }  // namespace fastdiff
