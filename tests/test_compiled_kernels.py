@@ -39,10 +39,9 @@ PER_CHANNEL = {
 }
 # A load from another block's shared memory is a generic one in machine code.
 CLUSTERS = {"group_norm_silu_fwd_kernel", "group_norm_silu_bwd_kernel"}
-# Sampler steps: a row has 15 coefficients, beside step and key; and the model outputs (two, and the
-# variance) are read as vectors in two places, or gathered if channels_last pixels hold two heads.
+# Sampler steps: a row has 15 coefficients, beside step and key.
 ROW = 17
-HEADS = {"ddim_step_fwd_kernel": 2, "ddpm_step_fwd_kernel": 3}
+STEPS = {"ddim_step_fwd_kernel", "ddpm_step_fwd_kernel"}
 # Results of a block's sums: at most so many stores, of 4 bytes each.
 RESULTS_PER_BLOCK = {
     "eps_loss_fwd_kernel": 1,
@@ -50,8 +49,7 @@ RESULTS_PER_BLOCK = {
     "group_norm_silu_moments_kernel": 4,
     "vlb_terms_fwd_kernel": 3,
 }
-# Loads of t, the key, a row of the table and (backward) three gradients, once per block, beside
-# the two heads of a channels_last model output, element by element where vectors do not fit.
+# Loads of t, the key, a row of the table and (backward) three gradients, once per block.
 ROW_LOADS = {"vlb_terms_fwd_kernel": 16, "vlb_terms_bwd_kernel": 19}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 
@@ -94,13 +92,16 @@ def operands(kernel: Kernel) -> list[str]:
         "group_norm_silu_bwd_kernel": lambda x, last, v: [x, x],
         "group_norm_silu_bwd_sums_kernel": lambda x, last, v: [x, x],
         "group_norm_silu_bwd_apply_kernel": lambda x, last, v: [x, x],
-        # x_t, noise; model_output and uncond, and for ddpm_step the variance channels.
-        "ddim_step_fwd_kernel": lambda x, output, v: [x, x, output, output],
-        "ddpm_step_fwd_kernel": lambda x, output, v: [x, x, output, output, output],
-        "vlb_terms_fwd_kernel": lambda data, output, v: [data, data, data, output, output],
-        "vlb_terms_bwd_kernel": lambda data, output, v: [data, data, data, output, output],
+        # x_t, noise; model_output and uncond, and for ddpm_step the variance channels. With a tile
+        # both heads of an output are one load in a loop.
+        "ddim_step_fwd_kernel": lambda x, out, tiled, v: [x, x, out, out],
+        "ddpm_step_fwd_kernel": lambda x, out, tiled, v: [x, x, out, out] + (1 - tiled) * [out],
+        "vlb_terms_fwd_kernel": lambda x, out, tiled, v: 3 * [x] + (2 - tiled) * [out],
+        "vlb_terms_bwd_kernel": lambda x, out, tiled, v: 3 * [x] + (2 - tiled) * [out],
     }
     assert stem in known, f"state here what {stem} reads as vectors"
+    if stem in STEPS or stem in ROW_LOADS:
+        arguments[2] = int(arguments[2] in ("true", "1"))
     return known[stem](*arguments)
 
 
@@ -135,7 +136,7 @@ def assert_wide_loads(kernel: Kernel, sizes: list[int], narrow: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_cuda_kernels(arch):
     kernels = cuda_kernels(arch)
-    assert {"q_sample_fwd_kernel", "philox_normal_kernel", *HEADS} <= {
+    assert {"q_sample_fwd_kernel", "philox_normal_kernel", *STEPS} <= {
         template(k)[0] for k in kernels
     }
     for kernel in kernels:
@@ -154,17 +155,16 @@ def test_cuda_kernels(arch):
             assert kernel.count("global store") == kernel.count("global store", 4), stores
             assert 0 < kernel.count("global store") <= results, stores
         else:
-            # Two heads of a channels_last gradient, where vectors do not fit.
-            few = PER_CHANNEL.get(stem, (0, 0))[1]
-            assert_wide_stores(kernel, narrow=4 * vector if stem in ROW_LOADS else few)
+            assert_wide_stores(kernel, narrow=PER_CHANNEL.get(stem, (0, 0))[1])
         sizes = [vector * BYTES[operand] for operand in operands(kernel)]
+        if (stem in STEPS or stem in ROW_LOADS) and arguments[2] in ("true", "1"):
+            sizes = [max(16, size) for size in sizes]  # tiles are copied by 16 bytes
         # Once per block: t, two coefficients, flip, key (or grad, weight, key). A mirrored sample
         # is gathered by element.
-        heads = HEADS.get(stem)
-        if heads is not None:
-            narrow = ROW + heads * (vector + 1)
+        if stem in STEPS:
+            narrow = ROW
         elif stem in ROW_LOADS:
-            narrow = ROW_LOADS[stem] + 2 * vector
+            narrow = ROW_LOADS[stem]
         else:
             narrow = max(5 + vector, PER_CHANNEL.get(stem, (0, 0))[0])
         assert_wide_loads(kernel, sizes, narrow)

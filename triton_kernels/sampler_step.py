@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _launch
 from ._layout import block_elements, sample_layout
+from .model_heads import head_index, head_of_tile, load_tile, plan_heads
 from .philox import chunk_normals, noise_key
 
 # The numbers are those of fastdiff/reference/step_table.py.
@@ -101,12 +102,14 @@ def sampler_step_fwd_kernel(
     guidance_scale,
     numel,
     inner,
+    span,
     PREDICTION: tl.constexpr,
     CLIP: tl.constexpr,
     HAS_EPS: tl.constexpr,
     EPS_FROM_CLIPPED: tl.constexpr,
     TWO_HEADS: tl.constexpr,
     LEARNED: tl.constexpr,
+    STAGED: tl.constexpr,
     HAS_UNCOND: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     GENERATE: tl.constexpr,
@@ -118,29 +121,33 @@ def sampler_step_fwd_kernel(
     """One step of a sampler for one chunk of one sample."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    first = (program - sample * chunks) * BLOCK
-    i = first + tl.arange(0, BLOCK)
-    mask = i < numel
+    e = tl.arange(0, BLOCK)
+    if STAGED:
+        first = (program - sample * chunks) * span
+        count = tl.minimum(numel - first, span)
+        mask = e < count
+    else:
+        first = (program - sample * chunks) * BLOCK
+        mask = first + e < numel
+    i = first + e
     base = sample * numel
 
     index = tl.load(step + sample)
     valid = (index >= 0) & (index < num_rows)
     row = table + index * COLUMNS
 
-    # Where the first half of the model output's channels is, and how far the second is from it.
-    head = base + i
-    to_second = numel
-    if TWO_HEADS:
-        if LOGICAL_ORDER:
-            head = 2 * base + i
-        else:
-            head = 2 * base + i + i // inner * inner
-            to_second = inner
-
     x = tl.load(x_t + base + i, mask=mask).to(tl.float32)
-    output = tl.load(model_output + head, mask=mask).to(tl.float32)
+    if STAGED:
+        tile = load_tile(model_output, base, first, count, BLOCK)
+        output = head_of_tile(tile, inner, 0, BLOCK)
+    else:
+        head, to_variance = head_index(base, i, numel, inner, TWO_HEADS, LOGICAL_ORDER)
+        output = tl.load(model_output + head, mask=mask).to(tl.float32)
     if HAS_UNCOND:
-        other = tl.load(uncond + head, mask=mask).to(tl.float32)
+        if STAGED:
+            other = head_of_tile(load_tile(uncond, base, first, count, BLOCK), inner, 0, BLOCK)
+        else:
+            other = tl.load(uncond + head, mask=mask).to(tl.float32)
         output = other + guidance_scale * (output - other)
 
     x0 = predicted_x0(row, valid, x, output, PREDICTION)
@@ -155,7 +162,10 @@ def sampler_step_fwd_kernel(
     if HAS_NOISE or GENERATE:
         sigma = column(row, valid, SIGMA)
         if LEARNED:
-            v = tl.load(model_output + head + to_second, mask=mask).to(tl.float32)
+            if STAGED:
+                v = head_of_tile(tile, inner, 1, BLOCK)
+            else:
+                v = tl.load(model_output + head + to_variance, mask=mask).to(tl.float32)
             sigma = sigma * exp_of(0.5 * column(row, valid, LOG_VARIANCE_SLOPE) * v)
         if GENERATE:
             key = noise_key(keys, seed, sample, HAS_KEYS)
@@ -195,7 +205,9 @@ def sampler_step(
         return
     layout = sample_layout(x_t, channels_last)
     block = block_elements(x_s.dtype)
-    chunks = triton.cdiv(layout.numel, block)
+    two_heads = model_output.shape[1] != x_t.shape[1]
+    heads = plan_heads(layout, two_heads, block)
+    chunks = triton.cdiv(layout.numel, heads.span)
     _launch.launch(
         sampler_step_fwd_kernel,
         layout.batch * chunks,
@@ -216,12 +228,14 @@ def sampler_step(
         guidance_scale,
         layout.numel,
         layout.inner,
+        heads.span,
         PREDICTION=prediction,
         CLIP=clip,
         HAS_EPS=not ddpm,
         EPS_FROM_CLIPPED=not ddpm and clip and flag,
-        TWO_HEADS=model_output.shape[1] != x_t.shape[1],
+        TWO_HEADS=two_heads,
         LEARNED=ddpm and flag,
+        STAGED=heads.staged,
         HAS_UNCOND=uncond is not None,
         HAS_NOISE=noise is not None,
         GENERATE=keys is not None or seed is not None,

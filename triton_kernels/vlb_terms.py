@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _launch, reduce
 from ._layout import block_elements, sample_layout
+from .model_heads import head_index, head_of_tile, load_tile, plan_heads, store_tile
 from .normal_tail import decoder_term, exp_minus_linear
 from .philox import chunk_normals, noise_key
 from .sampler_step import (
@@ -47,20 +48,6 @@ def slopes_of_prediction(row, valid, PREDICTION: tl.constexpr):
 
 
 @triton.jit
-def head_index(base, i, numel, inner, LEARNED: tl.constexpr, LOGICAL_ORDER: tl.constexpr):
-    """Where the model's outputs of elements i are, and how far behind their variance channels."""
-    head = base + i
-    to_variance = numel
-    if LEARNED:
-        if LOGICAL_ORDER:
-            head = 2 * base + i
-        else:
-            head = 2 * base + i + i // inner * inner
-            to_variance = inner
-    return head, to_variance
-
-
-@triton.jit
 def elements(
     x0,
     x_t,
@@ -68,24 +55,36 @@ def elements(
     row,
     valid,
     sample,
-    i,
+    first,
+    count,
     numel,
     inner,
     PREDICTION: tl.constexpr,
     LEARNED: tl.constexpr,
+    STAGED: tl.constexpr,
     CLIP: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """x0, x0 - x0^, eps^, whether the clip left x0^ alone, z, 1 / sigma, w (as vlb_terms.h)."""
-    mask = i < numel
+    e = tl.arange(0, BLOCK)
+    i = first + e
+    mask = e < count
     base = sample * numel
-    head, to_variance = head_index(base, i, numel, inner, LEARNED, LOGICAL_ORDER)
     true_x0 = tl.load(x0 + base + i, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_t + base + i, mask=mask, other=0.0).to(tl.float32)
-    output = tl.load(model_output + head, mask=mask, other=0.0).to(tl.float32)
     log_variance = column(row, valid, LOG_VARIANCE)
+    if STAGED:
+        tile = load_tile(model_output, base, first, count, BLOCK)
+        output = head_of_tile(tile, inner, 0, BLOCK)
+    else:
+        head, to_variance = head_index(base, i, numel, inner, LEARNED, LOGICAL_ORDER)
+        output = tl.load(model_output + head, mask=mask, other=0.0).to(tl.float32)
     if LEARNED:
-        v = tl.load(model_output + head + to_variance, mask=mask, other=0.0).to(tl.float32)
+        if STAGED:
+            v = head_of_tile(tile, inner, 1, BLOCK)
+        else:
+            v = tl.load(model_output + head + to_variance, mask=mask, other=0.0).to(tl.float32)
         log_variance = log_variance + column(row, valid, LOG_VARIANCE_SLOPE) * v
     raw = predicted_x0(row, valid, x, output, PREDICTION)
     clipped = raw
@@ -112,18 +111,20 @@ def load_noise(
     stream,
     sample,
     first,
-    i,
+    count,
     numel,
     inner,
     GENERATE: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The noise of memory indices i = first .. first + BLOCK - 1."""
+    """The noise of memory indices first .. first + count - 1, in a block."""
+    e = tl.arange(0, BLOCK)
+    i = first + e
     if GENERATE:
         n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
     else:
-        n = tl.load(noise + sample * numel + i, mask=i < numel, other=0.0).to(tl.float32)
+        n = tl.load(noise + sample * numel + i, mask=e < count, other=0.0).to(tl.float32)
     return n
 
 
@@ -143,8 +144,10 @@ def vlb_terms_fwd_kernel(
     chunks,
     numel,
     inner,
+    span,
     PREDICTION: tl.constexpr,
     LEARNED: tl.constexpr,
+    STAGED: tl.constexpr,
     CLIP: tl.constexpr,
     GENERATE: tl.constexpr,
     HAS_KEYS: tl.constexpr,
@@ -155,7 +158,8 @@ def vlb_terms_fwd_kernel(
     """Sums of the bound's terms in bits and of the squared errors of one chunk of one sample."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    begin = (program - sample * chunks) * (ROUNDS * BLOCK)
+    width = span if STAGED else BLOCK
+    begin = (program - sample * chunks) * (ROUNDS * width)
     key = noise_key(keys, seed, sample, HAS_KEYS)
     index = tl.load(t + sample)
     valid = (index >= 0) & (index < num_rows)
@@ -164,8 +168,8 @@ def vlb_terms_fwd_kernel(
     x0_square = tl.zeros((BLOCK,), tl.float32)
     eps_square = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROUNDS):
-        first = begin + r * BLOCK
-        i = first + tl.arange(0, BLOCK)
+        first = begin + r * width
+        count = tl.minimum(numel - first, width)
         true_x0, x0_error, eps, _kept, z, inverse_sigma, w = elements(
             x0,
             x_t,
@@ -173,22 +177,25 @@ def vlb_terms_fwd_kernel(
             row,
             valid,
             sample,
-            i,
+            first,
+            count,
             numel,
             inner,
             PREDICTION,
             LEARNED,
+            STAGED,
             CLIP,
             LOGICAL_ORDER,
+            BLOCK,
         )
         n = load_noise(
-            noise, key, stream, sample, first, i, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
+            noise, key, stream, sample, first, count, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
         )
         if index == 0:
             nats, _slope_z, _slope_h = decoder_term(true_x0, z, inverse_sigma)
         else:
             nats = 0.5 * (exp_minus_linear(w) + z * z)
-        mask = i < numel
+        mask = tl.arange(0, BLOCK) < count
         bits += tl.where(mask, BITS_PER_NAT * nats, 0.0)
         x0_square += tl.where(mask, x0_error * x0_error, 0.0)
         eps_square += tl.where(mask, (n - eps) * (n - eps), 0.0)
@@ -216,8 +223,10 @@ def vlb_terms_bwd_kernel(
     chunks,
     numel,
     inner,
+    span,
     PREDICTION: tl.constexpr,
     LEARNED: tl.constexpr,
+    STAGED: tl.constexpr,
     CLIP: tl.constexpr,
     DETACH_MEAN: tl.constexpr,
     GENERATE: tl.constexpr,
@@ -231,8 +240,9 @@ def vlb_terms_bwd_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    first = (program - sample * chunks) * BLOCK
-    i = first + tl.arange(0, BLOCK)
+    width = span if STAGED else BLOCK
+    first = (program - sample * chunks) * width
+    count = tl.minimum(numel - first, width)
     index = tl.load(t + sample)
     valid = (index >= 0) & (index < num_rows)
     row = table + index * COLUMNS
@@ -248,19 +258,22 @@ def vlb_terms_bwd_kernel(
         row,
         valid,
         sample,
-        i,
+        first,
+        count,
         numel,
         inner,
         PREDICTION,
         LEARNED,
+        STAGED,
         CLIP,
         LOGICAL_ORDER,
+        BLOCK,
     )
     eps_error = tl.zeros((BLOCK,), tl.float32)
     if grad_eps != 0.0:
         key = noise_key(keys, seed, sample, HAS_KEYS)
         n = load_noise(
-            noise, key, stream, sample, first, i, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
+            noise, key, stream, sample, first, count, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
         )
         eps_error = n - eps
     if index == 0:
@@ -270,8 +283,6 @@ def vlb_terms_bwd_kernel(
         slope_z = z
         slope_log_variance = -0.5 * (exp_minus_linear(w) + w + z * z)
 
-    mask = i < numel
-    head, to_variance = head_index(sample * numel, i, numel, inner, LEARNED, LOGICAL_ORDER)
     x0_by_output, eps_by_output = slopes_of_prediction(row, valid, PREDICTION)
     by_x0 = grad_kl * slope_z * column(row, valid, COEF_X0) * inverse_sigma
     by_x0 += 2.0 * grad_x0 * x0_error
@@ -279,11 +290,18 @@ def vlb_terms_bwd_kernel(
     g = g * tl.where(kept, 1.0, 0.0)  # NaN stays NaN
     if DETACH_MEAN:
         g = tl.zeros((BLOCK,), tl.float32)
-    tl.store(grad_output + head, g.to(grad_output.dtype.element_ty), mask=mask)
-    if LEARNED:
-        g = grad_kl * column(row, valid, LOG_VARIANCE_SLOPE) * slope_log_variance
-        g = g.to(grad_output.dtype.element_ty)
-        tl.store(grad_output + head + to_variance, g, mask=mask)
+    g = g.to(grad_output.dtype.element_ty)
+    base = sample * numel
+    g_v = grad_kl * column(row, valid, LOG_VARIANCE_SLOPE) * slope_log_variance
+    g_v = g_v.to(grad_output.dtype.element_ty)
+    if STAGED:
+        store_tile(grad_output, g, g_v, base, first, count, inner, BLOCK)
+    else:
+        e = tl.arange(0, BLOCK)
+        head, to_variance = head_index(base, first + e, numel, inner, LEARNED, LOGICAL_ORDER)
+        tl.store(grad_output + head, g, mask=e < count)
+        if LEARNED:
+            tl.store(grad_output + head + to_variance, g_v, mask=e < count)
 
 
 def vlb_terms(
@@ -308,8 +326,9 @@ def vlb_terms(
         return
     layout = sample_layout(x_t, channels_last)
     block = block_elements(model_output.dtype)
-    rounds = reduce.rounds_per_program(layout.numel, block)
-    chunks = triton.cdiv(layout.numel, rounds * block)
+    heads = plan_heads(layout, learned, block)
+    rounds = reduce.rounds_per_program(layout.numel, heads.span)
+    chunks = triton.cdiv(layout.numel, rounds * heads.span)
     partials = reduce.workspace(out, 3 * layout.batch * chunks)
     if chunks > 0:
         _launch.launch(
@@ -330,8 +349,10 @@ def vlb_terms(
             chunks,
             layout.numel,
             layout.inner,
+            heads.span,
             PREDICTION=prediction,
             LEARNED=learned,
+            STAGED=heads.staged,
             CLIP=clip,
             GENERATE=noise is None,
             HAS_KEYS=keys is not None,
@@ -366,7 +387,8 @@ def vlb_terms_backward(
         return
     layout = sample_layout(x_t, channels_last)
     block = block_elements(model_output.dtype)
-    chunks = triton.cdiv(layout.numel, block)
+    heads = plan_heads(layout, learned, block)
+    chunks = triton.cdiv(layout.numel, heads.span)
     _launch.launch(
         vlb_terms_bwd_kernel,
         layout.batch * chunks,
@@ -387,8 +409,10 @@ def vlb_terms_backward(
         chunks,
         layout.numel,
         layout.inner,
+        heads.span,
         PREDICTION=prediction,
         LEARNED=learned,
+        STAGED=heads.staged,
         CLIP=clip,
         DETACH_MEAN=detach_mean,
         GENERATE=noise is None,

@@ -6,9 +6,9 @@
 extern "C" cudaError_t fastdiff_ddim_step(const fastdiff::SamplerStepArgs* args,
                                           cudaStream_t stream) {
   using namespace fastdiff;
-  return cuda::dispatch_step(*args, stream, [](auto x, auto output, auto vector) {
+  return cuda::dispatch_step(*args, stream, [](auto x, auto output, auto tiled, auto vector) {
     using X = typename decltype(x)::type;
     using Output = typename decltype(output)::type;
-    return ddim_step_fwd_kernel<X, Output, decltype(vector)::value>;
+    return ddim_step_fwd_kernel<X, Output, decltype(tiled)::value, decltype(vector)::value>;
   });
 }

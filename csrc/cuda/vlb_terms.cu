@@ -13,12 +13,18 @@ int vector_elements(const VlbTermsArgs& args) {
       args.layout.numel % V == 0 && fits(args.x0, args.noise_type) &&
       fits(args.x_t, args.noise_type) && fits(args.noise, args.noise_type) &&
       fits(args.model_output, args.output_type) && fits(args.grad_output, args.output_type) &&
-      (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout));
+      (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout)) &&
+      vectors_of_heads(args.layout, args.output_strided(), V);
   return vectors ? V : 1;
 }
 
+int head_bytes(const VlbTermsArgs& args) {
+  return staged_head_bytes(args.layout, args.output_strided(), 1, args.output_type);
+}
+
 ChunkPlan forward_plan(const VlbTermsArgs& args) {
-  return plan_reduction(args.layout, vector_elements(args), args.mode == NoiseMode::kGenerated);
+  return plan_reduction(args.layout, vector_elements(args), args.mode == NoiseMode::kGenerated,
+                        head_bytes(args));
 }
 
 struct Forward {
@@ -26,8 +32,9 @@ struct Forward {
   static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Output);
     const ChunkPlan plan = forward_plan(args);
-    const auto kernel = vector_elements(args) > 1 ? vlb_terms_fwd_kernel<Data, Output, V>
-                                                  : vlb_terms_fwd_kernel<Data, Output, 1>;
+    const auto kernel = plan.head_bytes > 0         ? vlb_terms_fwd_kernel<Data, Output, true, V>
+                        : vector_elements(args) > 1 ? vlb_terms_fwd_kernel<Data, Output, false, V>
+                                                    : vlb_terms_fwd_kernel<Data, Output, false, 1>;
     if (plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
       kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
@@ -46,10 +53,12 @@ struct Backward {
   static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Output);
     const int vector = vector_elements(args);
-    const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
+    const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated,
+                                       head_bytes(args));
     if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-    const auto kernel = vector > 1 ? vlb_terms_bwd_kernel<Data, Output, V>
-                                   : vlb_terms_bwd_kernel<Data, Output, 1>;
+    const auto kernel = plan.head_bytes > 0 ? vlb_terms_bwd_kernel<Data, Output, true, V>
+                        : vector > 1        ? vlb_terms_bwd_kernel<Data, Output, false, V>
+                                            : vlb_terms_bwd_kernel<Data, Output, false, 1>;
     kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
                                                                                            plan);
     return cudaGetLastError();

@@ -70,6 +70,7 @@ TESTS = {
     "group_norm_silu": ("group_norm_silu", "group_norm_silu_cuda"),
     "cluster": ("group_norm_silu_cuda",),
     "layout": ("q_sample",),
+    "model_heads": ("ddpm_step", "vlb_terms"),
     "_layout": ("q_sample",),
     "normal_tail": ("vlb_terms",),
     "philox": ("philox_normal",),

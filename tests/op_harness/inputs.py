@@ -16,6 +16,7 @@ SHAPES = {
     "volume": (2, 4, 3, 4, 5),
     "many channels": (1, 260, 3, 4),
     "several chunks": (1, 4, 24, 24),
+    "pictures": (1, 3, 24, 32),
 }
 
 
@@ -43,6 +44,12 @@ def arrange(x: Tensor, layout: str) -> Tensor:
         return wide[:, 1:]
     if layout == "expanded":  # one sample seen B times
         return x[:1].expand(x.shape)
+    if layout == "misaligned channels_last":  # at 8 bytes past a multiple of 16
+        shift = 8 // x.itemsize
+        flat = torch.empty(x.numel() + shift, dtype=x.dtype)
+        pixels = flat[shift:].view(x.shape[0], *x.shape[2:], x.shape[1])
+        pixels.copy_(x.movedim(1, -1))
+        return pixels.movedim(-1, 1)
     if layout == "misaligned":  # contiguous, but not at a multiple of 16 bytes
         flat = torch.empty(x.numel() + 1, dtype=x.dtype)
         flat[1:] = x.flatten()

@@ -17,19 +17,21 @@ namespace fastdiff {
 constexpr int kElementwiseThreads = 128;
 
 // Chunks are kElementwiseThreads * V elements, or more where the grid would pass its limit; chunks
-// whose noise is staged in shared memory are whole pixels.
+// of which something is staged in shared memory are whole pixels.
 struct ChunkPlan {
   int64_t elements;   // per chunk
   int64_t per_sample;
   bool stage_noise;   // generate the chunk's noise into shared memory, in memory order
+  int head_bytes;     // per element, of model outputs that are staged (model_heads.cuh)
 
+  bool whole_pixels() const { return stage_noise || head_bytes > 0; }
   // Whether the grid is within the device's limit; a launcher refuses what is not.
   bool fits(const SampleLayout& layout) const { return layout.batch <= INT_MAX / per_sample; }
   unsigned blocks(const SampleLayout& layout) const {
     return static_cast<unsigned>(layout.batch * per_sample);
   }
   unsigned shared_bytes() const {
-    return stage_noise ? static_cast<unsigned>(elements * sizeof(float)) : 0;
+    return static_cast<unsigned>(elements * ((stage_noise ? sizeof(float) : 0) + head_bytes));
   }
 };
 
@@ -38,16 +40,18 @@ struct ChunkPlan {
 // lets every element make its own block.
 inline bool vectors_of_noise(const SampleLayout& layout) { return layout.inner <= 256; }
 
-inline ChunkPlan plan_chunks(const SampleLayout& layout, int vector, bool generated) {
+inline ChunkPlan plan_chunks(const SampleLayout& layout, int vector, bool generated,
+                             int head_bytes = 0) {
   ChunkPlan plan{};
   plan.stage_noise = generated && layout.inner > 1 && vector > 1;
+  plan.head_bytes = vector > 1 ? head_bytes : 0;
   plan.elements = kElementwiseThreads * vector;
-  if (plan.stage_noise) {
+  if (plan.whole_pixels()) {
     const int64_t pixels = plan.elements / layout.inner / 16 * 16;
     plan.elements = layout.inner * (pixels > 16 ? pixels : 16);
   }
   plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
-  while (!plan.stage_noise && plan.per_sample > 1 && !plan.fits(layout)) {
+  while (!plan.whole_pixels() && plan.per_sample > 1 && !plan.fits(layout)) {
     plan.elements *= 2;
     plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
   }

@@ -13,9 +13,10 @@ constexpr int kFinishThreads = 1024;
 
 // As plan_chunks, with chunks that grow until a sample has fewer than twice kReductionChunks of
 // them: enough to fill a device at batch 1, few enough that the second stage is short.
-inline ChunkPlan plan_reduction(const SampleLayout& layout, int vector, bool generated) {
-  ChunkPlan plan = plan_chunks(layout, vector, generated);
-  if (!plan.stage_noise && plan.per_sample > kReductionChunks) {
+inline ChunkPlan plan_reduction(const SampleLayout& layout, int vector, bool generated,
+                                int head_bytes = 0) {
+  ChunkPlan plan = plan_chunks(layout, vector, generated, head_bytes);
+  if (!plan.whole_pixels() && plan.per_sample > kReductionChunks) {
     plan.elements *= plan.per_sample / kReductionChunks;
     plan.per_sample = (layout.numel + plan.elements - 1) / plan.elements;
   }

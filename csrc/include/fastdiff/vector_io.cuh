@@ -108,7 +108,8 @@ __device__ __forceinline__ void store_vector(T* out, const float in[V]) {
   for (int v = 0; v < V; ++v) vector.values[v] = from_float<T>(in[v]);
 #pragma unroll
   for (int p = 0; p < Vector<T, V>::kPackets; ++p) {
-    reinterpret_cast<Access*>(out)[p] = vector.packets[p];
+    // A plain assignment is one store only where the compiler leaves it whole.
+    __stwb(reinterpret_cast<Access*>(out) + p, vector.packets[p]);
   }
 }
 

@@ -6,41 +6,19 @@
 
 namespace fastdiff {
 
-// The twin of load_head: writes V elements of one half of the model output's gradient.
-template <int V, typename Output>
-__device__ __forceinline__ void store_head(Output* out, const SampleLayout& layout, bool strided,
-                                           int64_t i, const float in[V]) {
-  if (!strided) {
-    store_vector<V>(out + i, in);
-    return;
-  }
-  const int64_t pixel = i / layout.inner;
-  if (layout.inner % V == 0) {
-    store_vector<V>(out + i + pixel * layout.inner, in);
-    return;
-  }
-  int64_t gap = pixel * layout.inner, next = gap + layout.inner;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (i + v == next) gap = next, next += layout.inner;
-    out[i + v + gap] = from_float<Output>(in[v]);
-  }
-}
-
 // V elements of every input of a chunk's sample.
 template <typename Data, typename Output, int V>
 struct VlbVector {
   float x0[V], x[V], output[V], v[V], noise[V];
 
-  __device__ __forceinline__ void load(const VlbTermsArgs& args, int64_t sample, int64_t i) {
-    const int64_t base = sample * args.layout.numel;
-    const Output* head = static_cast<const Output*>(args.model_output) + args.output_base(sample);
+  template <bool Tiled>
+  __device__ __forceinline__ void load(const VlbTermsArgs& args,
+                                       const ModelHeads<Output, Tiled>& heads, int64_t i) {
+    const int64_t base = heads.chunk.sample * args.layout.numel;
     load_vector<V>(static_cast<const Data*>(args.x0) + base + i, x0);
     load_vector<V>(static_cast<const Data*>(args.x_t) + base + i, x);
-    load_head<V>(head, args.layout, args.output_strided(), i, output);
-    if (args.learned) {
-      load_head<V>(head + args.variance_offset(), args.layout, args.output_strided(), i, v);
-    }
+    heads.template load<V>(0, i, output);
+    if (args.learned) heads.template load<V>(1, i, v);
   }
 
   __device__ __forceinline__ VlbVariance variance(const VlbTermsArgs& args, const VlbRow& row,
@@ -78,20 +56,25 @@ struct VlbVector {
 
 // One pass: reads every input, writes a block's three partial sums. Whether a sample's term is the
 // decoder's is uniform over the block.
-template <typename Data, typename Output, int V>
+template <typename Data, typename Output, bool Tiled, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
     vlb_terms_fwd_kernel(const VlbTermsArgs args, const ChunkPlan plan) {
   extern __shared__ float4 shared[];
   const Chunk chunk = block_chunk(args.layout, plan);
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
+  const ModelHeads<Output, Tiled> heads(args, plan, chunk, args.model_output, 0, shared);
+  if constexpr (Tiled) {
+    heads.stage();
+    __syncthreads();
+  }
   const ChunkNoise<Data, VlbTermsArgs> noise(args, plan, chunk, shared);
 
   float sums[3] = {};
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
     VlbVector<Data, Output, V> elements;
-    elements.load(args, chunk.sample, i);
+    elements.load(args, heads, i);
     noise.template load<V>(i, elements.noise);
     if (row.first) {
       elements.template add<true>(args, row, fixed, sums);
@@ -109,7 +92,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 
 // One pass: reads every input, writes the gradient of the model's output. Where the gradient of
 // eps_mse is zero the noise is neither read nor made.
-template <typename Data, typename Output, int V>
+template <typename Data, typename Output, bool Tiled, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
     vlb_terms_bwd_kernel(const VlbTermsArgs args, const ChunkPlan plan) {
   extern __shared__ float4 shared[];
@@ -117,13 +100,18 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const VlbRow row = args.row(chunk.sample);
   const VlbVariance fixed = vlb_variance(row, 0.0f);
   const VlbGradients grad = args.gradients(chunk.sample);
+  const ModelHeads<Output, Tiled> heads(args, plan, chunk, args.model_output, 0, shared);
+  if constexpr (Tiled) {
+    heads.stage();
+    __syncthreads();
+  }
   const ChunkNoise<Data, VlbTermsArgs> noise(args, plan, chunk, shared);
   Output* out = static_cast<Output*>(args.grad_output) + args.output_base(chunk.sample);
 
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
     VlbVector<Data, Output, V> elements;
-    elements.load(args, chunk.sample, i);
+    elements.load(args, heads, i);
     if (grad.eps_mse != 0.0f) {
       noise.template load<V>(i, elements.noise);
     } else {
@@ -135,12 +123,11 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     } else {
       elements.template differentiate<false>(args, row, fixed, grad);
     }
-    store_head<V>(out, args.layout, args.output_strided(), i, elements.output);
-    if (args.learned) {
-      store_head<V>(out + args.variance_offset(), args.layout, args.output_strided(), i,
-                    elements.v);
-    }
+    // A thread's elements of the tile are its own to overwrite.
+    heads.template store<V>(out, 0, i, elements.output);
+    if (args.learned) heads.template store<V>(out, 1, i, elements.v);
   }
+  if constexpr (Tiled) heads.unstage(out);
 }
 
 }  // namespace fastdiff
