@@ -46,9 +46,9 @@ def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
         row = [value for value in quality[eta].values() if value is not None]
         falls = all(b < a for a, b in itertools.pairwise(row))
         found.append((falls, f"{_label(eta)}: the distance falls with S"))
-    if quality["0"].get(1000) is not None:
-        best = quality["sigma_hat"][1000] < quality["0"][1000]
-        found.append((best, "at S = 1000 sigma_hat is better than eta = 0"))
+    full = [quality[eta].get(1000) for eta in ("sigma_hat", "0")]
+    if None not in full:
+        found.append((full[0] < full[1], "at S = 1000 sigma_hat is better than eta = 0"))
     falls = all(b < a for a, b in itertools.pairwise(errors.values()))
     found.append((falls, "the reconstruction error falls with S"))
     return found
