@@ -4,7 +4,7 @@ Noise given, or made again in the kernel from its seed, where the others have ke
 "noising + train" is what a training step does around its network: the others draw the noise, keep
 it, and compute x_t and the loss with it; fastdiff makes it twice. GB/s counts the bytes a perfect
 kernel moves: forward reads the prediction and the noise if it is given; backward reads them again
-and writes the gradient.
+and writes the gradient; noising reads x0 and writes x_t.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def noising_and_training(case: Case) -> Workload:
         noise = prediction.detach().double() - grad * (grad.numel() / 2)
         a, s = (table[t].double().view(-1, 1, 1, 1) for table in (table_a, table_s))
         worst = (x_t - (a * x0.double() + s * noise)).abs().max().item()
-        if not worst <= 64 * max(eps, 2**-20):
+        # Values up to 6 rounded in x_t, differences up to 10 rounded twice in the gradient.
+        if not worst <= 16 * eps + 2**-18:
             return f"x_t and the gradient have different noise: {worst:.3g}"
         # Five standard errors of the mean square of N values.
         square = noise.square().mean().item()
@@ -147,9 +148,11 @@ def noising_and_training(case: Case) -> Workload:
     return Workload(case.labels, 4 * x0.nbytes, contenders, moved)
 
 
+_loss_alone = spec_workload(specify)
+
+
 def workload(case: Case) -> Workload:
-    return noising_and_training(case) if case.mode == MODES[-1] else _spec_workload(case)
+    return noising_and_training(case) if case.mode == MODES[-1] else _loss_alone(case)
 
 
-_spec_workload = spec_workload(specify)
 OP = Op("eps_loss", MODES, workload, tiny_modes=MODES[:2])

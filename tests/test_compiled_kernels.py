@@ -100,9 +100,14 @@ def operands(kernel: Kernel) -> list[str]:
         "vlb_terms_bwd_kernel": lambda x, out, tiled, v: 3 * [x] + (2 - tiled) * [out],
     }
     assert stem in known, f"state here what {stem} reads as vectors"
-    if stem in STEPS or stem in ROW_LOADS:
-        arguments[2] = int(arguments[2] in ("true", "1"))
+    if has_two_heads(stem):
+        arguments[2] = arguments[2] == "true"
     return known[stem](*arguments)
+
+
+def has_two_heads(stem: str) -> bool:
+    """Whether the kernel is also a template over a tile for the two heads of a model output."""
+    return stem in STEPS or stem in ROW_LOADS
 
 
 def assert_stays_in_registers(kernel: Kernel) -> None:
@@ -157,7 +162,7 @@ def test_cuda_kernels(arch):
         else:
             assert_wide_stores(kernel, narrow=PER_CHANNEL.get(stem, (0, 0))[1])
         sizes = [vector * BYTES[operand] for operand in operands(kernel)]
-        if (stem in STEPS or stem in ROW_LOADS) and arguments[2] in ("true", "1"):
+        if has_two_heads(stem) and arguments[2] == "true":
             sizes = [max(16, size) for size in sizes]  # tiles are copied by 16 bytes
         # Once per block: t, two coefficients, flip, key (or grad, weight, key). A mirrored sample
         # is gathered by element.

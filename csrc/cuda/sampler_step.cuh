@@ -41,8 +41,8 @@ cudaError_t launch_step(const SamplerStepArgs& args, cudaStream_t stream, const 
   return cudaGetLastError();
 }
 
-// kernel_of(type_is<X>{}, type_is<Output>{}, tiled, vector_of<V>{}) is the op's kernel. A float32 state goes
-// with model outputs of any type, a half-precision one with its own type and float32.
+// kernel_of(type_is<X>{}, type_is<Output>{}, tiled, vector_of<V>{}) is the op's kernel. A float32
+// state goes with model outputs of any type, a half-precision one with its own type and float32.
 template <typename Kernel>
 cudaError_t dispatch_step(const SamplerStepArgs& args, cudaStream_t stream,
                           const Kernel& kernel_of) {
