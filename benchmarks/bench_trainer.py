@@ -8,6 +8,8 @@ out here); that of denoising-diffusion-pytorch's Trainer with its own U-Net of t
 multipliers. diffusers' network starts with our weights. All take Adam or AdamW, clip the gradient's
 norm and average the weights, in one process, in turns. Before a contender is timed, its loss must
 be that of a network that predicts noise, and its step must have moved the weights and the average.
+"ours" is how many times faster ours is; GFLOP counts convolutions, attention and matrix products,
+of which denoising-diffusion-pytorch's network has others than ours.
 
 With --profile: where the time of one step goes, by torch.profiler, which slows small operations.
 """
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, report
 from benchmarks.networks import BETAS, DIFFUSERS, LUCIDRAINS, T
@@ -197,6 +200,13 @@ def workload(labels: dict[str, str], batch: int, device: torch.device) -> Worklo
     return Workload(labels, pixels.nbytes, contenders)
 
 
+def gigaflops(step: Callable[[], Any]) -> float:
+    """Floating-point operations of a step's convolutions, attention and matrix products / 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 1e9
+
+
 def profile(step: Callable[[], Any], device: torch.device, steps: int = 3) -> list[tuple]:
     """(kind, operator, milliseconds per step) of self time, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -249,9 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     facts = machine.facts(device)
     report.print_facts(facts)
-    peers = [DIFFUSERS, LUCIDRAINS]
-    titles = ["network", "batch", "layout", "run as", "ms", "IQR", *(f"vs {p}" for p in peers)]
-    widths = {"network": 12, "layout": 13, "run as": 8}
+    titles = ["network", "batch", "layout", "run as", "contender", "ms", "IQR", "ours", "GFLOP"]
+    widths = {"network": 12, "layout": 13, "run as": 8, "contender": 27, "ms": 7, "ours": 6}
     table = report.Table(titles, widths)
     records: list[Record] = []
     profiles = []
@@ -263,19 +272,18 @@ def main(argv: list[str] | None = None) -> int:
                 work = workload(labels, batch, device)
                 record = run(work, device, options.rounds, options.seconds)
                 records.append(record)
-                timing = record.timings.get(OURS)
-                table.row(
-                    [*labels.values(), report.number(timing and timing.median * 1e3, 1)]
-                    + [report.number(timing and 100 * timing.spread, 0, "%")]
-                    + [report.ratio(record, OURS, peer) for peer in peers]
-                )
-                if options.profile and mode == "eager":
-                    what = f"{preset} b{batch} {layout}"
-                    profiles += [
-                        (f"{what}, {name}", profile(c.run, device))
-                        for name, c in work.contenders.items()
-                        if name in record.timings
-                    ]
+                for name, contender in work.contenders.items():
+                    timing = record.timings.get(name)
+                    numbers = (
+                        report.number(timing and timing.median * 1e3, 1),
+                        report.number(timing and 100 * timing.spread, 0, "%"),
+                        report.ratio(record, OURS, name),
+                        report.number(gigaflops(contender.run), 1),
+                    )
+                    table.row([*labels.values(), name, *numbers])
+                    if options.profile and mode == "eager" and timing:
+                        what = f"{preset} b{batch} {layout}, {name}"
+                        profiles.append((what, profile(contender.run, device)))
     for record in records:
         for name, why in record.wrong.items():
             print(f"wrong, hence no number: {name}: {why}")
