@@ -117,6 +117,14 @@ def _eps_loss(dtype: torch.dtype, seed: int | None = None, channels_last: bool =
     eps_loss(out, prediction, noise, None, seed, 0, None, 1.0, 0, channels_last)
 
 
+def _eps_loss_of_digits(dtype: torch.dtype) -> None:
+    """Losses of samples that one program holds."""
+    from fastdiff.triton_kernels.eps_loss import eps_loss
+
+    prediction, out = _empty(dtype, shape=(64, 1, 8, 8)), _empty(torch.float32, shape=(64,))
+    eps_loss(out, prediction, prediction, None, None, 0, out, 1.0, 0, False)
+
+
 def _eps_loss_backward(
     dtype: torch.dtype, seed: int | None = None, channels_last: bool = False
 ) -> None:
@@ -250,6 +258,7 @@ def representative_calls() -> dict[str, Callable[[], None]]:
         calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
             _sampler_step, dtype, seed=0, learned=True
         )
+        calls[f"eps_loss {name} nchw given digits"] = functools.partial(_eps_loss_of_digits, dtype)
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)

@@ -59,25 +59,28 @@ def error(
     return tl.where(mask, p - n, 0.0)
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "chunks"])
+@triton.jit(do_not_specialize=["seed", "stream", "chunks", "scale"])
 def eps_loss_fwd_kernel(
-    partials,
+    out,
     prediction,
     noise,
     keys,
+    weight,
     seed,
     stream,
     chunks,
     numel,
     inner,
+    scale,
     KIND: tl.constexpr,
     GENERATE: tl.constexpr,
     HAS_KEYS: tl.constexpr,
+    WHOLE_SAMPLES: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum of the losses of one chunk of one sample."""
+    """Sum of the losses of one chunk of one sample, or (WHOLE_SAMPLES) the sample's loss."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     begin = (program - sample * chunks) * (ROUNDS * BLOCK)
@@ -99,7 +102,12 @@ def eps_loss_fwd_kernel(
             BLOCK,
         )
         acc += loss_term(d, KIND)
-    tl.store(partials + program, tl.sum(acc, axis=0))
+    total = tl.sum(acc, axis=0)
+    if WHOLE_SAMPLES:
+        if weight is not None:
+            total *= tl.load(weight + sample)
+        total = scale * total
+    tl.store(out + program, total)
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "chunks", "scale"])
@@ -164,29 +172,34 @@ def eps_loss(
     block = block_elements(prediction.dtype)
     rounds = reduce.rounds_per_program(layout.numel, block)
     chunks = triton.cdiv(layout.numel, rounds * block)
-    partials = reduce.workspace(out, layout.batch * chunks)
+    whole_samples = out.dim() == 1 and chunks == 1
+    sums = out if whole_samples else reduce.workspace(out, layout.batch * chunks)
     if layout.batch * chunks > 0:
         _launch.launch(
             eps_loss_fwd_kernel,
             layout.batch * chunks,
             out.device,
-            partials,
+            sums,
             prediction,
             noise,
             keys,
+            weight if whole_samples else None,
             0 if seed is None else seed,
             stream,
             chunks,
             layout.numel,
             layout.inner,
+            scale,
             KIND=kind,
             GENERATE=noise is None,
             HAS_KEYS=keys is not None,
+            WHOLE_SAMPLES=whole_samples,
             LOGICAL_ORDER=layout.inner == 1,
             ROUNDS=rounds,
             BLOCK=block,
         )
-    reduce.finish_sums(out, partials, weight, layout.batch, chunks, scale)
+    if not whole_samples:
+        reduce.finish_sums(out, sums, weight, layout.batch, chunks, scale)
 
 
 def eps_loss_backward(

@@ -21,6 +21,11 @@ ChunkPlan forward_plan(const EpsLossArgs& args) {
   return plan_reduction(args.layout, vector_elements(args), args.mode == NoiseMode::kGenerated);
 }
 
+// Whether the first stage writes losses, not partial sums.
+bool whole_samples(const EpsLossArgs& args, const ChunkPlan& plan) {
+  return args.reduction == Reduction::kNone && plan.per_sample == 1;
+}
+
 struct Forward {
   template <typename Prediction, typename Noise>
   static cudaError_t launch(const EpsLossArgs& args, cudaStream_t stream) {
@@ -30,9 +35,11 @@ struct Forward {
                                                   : eps_loss_fwd_kernel<Prediction, Noise, 1>;
     if (args.layout.batch * plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
-                                                                                             plan);
-      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+      const bool whole = whole_samples(args, plan);
+      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(
+          args, plan, whole, static_cast<float>(args.scale()));
+      const cudaError_t error = cudaGetLastError();
+      if (whole || error != cudaSuccess) return error;
     }
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
                        static_cast<const float*>(args.weight), args.layout, plan, args.scale(),
@@ -72,7 +79,9 @@ cudaError_t dispatch(const EpsLossArgs& args, cudaStream_t stream) {
 }  // namespace fastdiff::cuda
 
 extern "C" int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args) {
-  return args->layout.batch * fastdiff::cuda::forward_plan(*args).per_sample;
+  const fastdiff::ChunkPlan plan = fastdiff::cuda::forward_plan(*args);
+  if (fastdiff::cuda::whole_samples(*args, plan)) return 0;
+  return args->layout.batch * plan.per_sample;
 }
 
 extern "C" cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream) {

@@ -241,6 +241,31 @@ def test_traffic(mode: str, dtype: str, layout: str, arch: str, implementation: 
         assert requests.sectors <= 1.05 * requests.min_sectors
 
 
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("mode", ["given", "seed"])
+def test_traffic_of_samples_of_one_block(mode: str, arch: str, implementation: str) -> None:
+    """The 8x8 digits: no partial sums and no second launch, except for the mean of all."""
+    generator = torch.Generator().manual_seed(3)
+    args = arguments(Case(shape="rows", mode=mode, weighted=False))
+    args["prediction"] = prediction = torch.randn((64, 1, 8, 8), generator=generator).bfloat16()
+    noise = torch.randn(prediction.shape, generator=generator).bfloat16()
+    args |= {"noise": noise if mode == "given" else None, "weight": torch.rand(64) + 0.5}
+    result = evaluate("eps_loss", implementation, args, arch=arch, count=True)
+    (launch,) = result.launches
+    arrays = launch.counters.arrays
+    moved = sum(array.unique_loaded_bytes + array.stored_bytes for array in arrays)
+    images = prediction.nbytes * (2 if mode == "given" else 1)
+    assert moved <= 1.05 * (images + 2 * 64 * 4)  # and weights and losses
+    value, magnitude = expected(args)
+    assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
+    args["reduction"] = REDUCTIONS.index("mean")
+    mean = evaluate("eps_loss", implementation, args)
+    assert len(mean.launches) == 2
+    value, magnitude = expected(args)
+    assert_close(mean.outputs[0], value, magnitude=magnitude, operations=operations(args))
+
+
 @pytest.mark.parametrize("implementation", implementation_params("cpu", "cuda-ptx"))
 @pytest.mark.parametrize("mode", ["given", "seed"])
 def test_a_sample_does_not_depend_on_its_batch(mode: str, implementation: str) -> None:

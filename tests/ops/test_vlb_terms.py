@@ -43,6 +43,7 @@ CASES = [
             ("vectors", "bf16", "seed", "fixed_large"),
             ("several chunks", "fp32", "seed", "learned_range"),
             ("many channels", "fp32", "given", "learned"),
+            ("many channels", "bf16", "given", "learned"),
             ("odd", "fp16", "seed", "learned"),
             ("volume", "bf16", "given", "fixed_small"),
         )

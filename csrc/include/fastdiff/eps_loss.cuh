@@ -22,10 +22,12 @@ __device__ __forceinline__ void dispatch_kind(LossKind kind, const F& body) {
   }
 }
 
-// One pass: reads the prediction (and the noise if given), writes one partial sum per block.
+// One pass: reads the prediction (and the noise if given), writes one partial sum per block; or, if
+// every block has a whole sample, its loss: then there is no second stage.
 template <typename Prediction, typename Noise, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
-    eps_loss_fwd_kernel(const EpsLossArgs args, const ChunkPlan plan) {
+    eps_loss_fwd_kernel(const EpsLossArgs args, const ChunkPlan plan, const bool whole_samples,
+                        const float scale) {
   extern __shared__ float4 shared[];
   const Chunk chunk = block_chunk(args.layout, plan);
   const Prediction* prediction =
@@ -44,7 +46,14 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     });
   }
   sum = block_sum(sum);
-  if (threadIdx.x == 0) static_cast<float*>(args.partials)[blockIdx.x] = sum;
+  if (threadIdx.x > 0) return;
+  if (whole_samples) {
+    const float* weight = static_cast<const float*>(args.weight);
+    const float weighted = sum * (weight ? weight[chunk.sample] : 1.0f);
+    static_cast<float*>(args.out)[chunk.sample] = scale * weighted;
+  } else {
+    static_cast<float*>(args.partials)[blockIdx.x] = sum;
+  }
 }
 
 // One pass: reads the prediction (and the noise if given), writes the gradients asked for.
