@@ -193,7 +193,12 @@ def workload(labels: dict[str, str], batch: int, device: torch.device) -> Worklo
         from denoising_diffusion_pytorch import Unet
 
         config = unet.config
-        theirs = Unet(config.channels, dim_mults=config.channel_mult, channels=config.in_channels)
+        theirs = Unet(
+            config.channels,
+            dim_mults=config.channel_mult,
+            channels=config.in_channels,
+            dropout=config.dropout,
+        )
         theirs.to(device, memory_format=LAYOUTS[layout])
         contenders[LUCIDRAINS] = contender(lucidrains_loop(theirs, x0, compiled), False, True)
     contenders = {OURS: contender(our_loop(trainer, pixels), True, False), **contenders}

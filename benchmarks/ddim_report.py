@@ -96,7 +96,7 @@ def _markdown(results: dict[str, Any]) -> str:
         "",
         "| | " + " | ".join(f"S = {S}" for S in errors) + " |",
         "|---" * (len(errors) + 1) + "|",
-        "| here | " + " | ".join(f"{error:.5f}" for error in errors.values()) + " |",
+        "| here | " + " | ".join(f"{error:.2g}" for error in errors.values()) + " |",
         "| CIFAR-10 | " + " | ".join(str(PUBLISHED_RECONSTRUCTION[S]) for S in errors) + " |",
         "",
         "## Trends",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import platform
+import re
+import shutil
 import subprocess
 import sys
 
@@ -48,6 +51,30 @@ def test_counts_repeat_exactly_and_a_second_call_doubles_them(objects) -> None:
     twice = counted(objects, "--again", only=only)
     for name, number in twice.instructions.items():
         assert number == pytest.approx(2 * once.instructions[name], rel=0.01)
+
+
+def test_every_loop_is_vectorized() -> None:
+    """A loop that the compiler left scalar, which a budget written from it would not show.
+
+    Of every function that is compiled for AVX2, the vector instructions on all eight lanes against
+    the scalar arithmetic, of which ends of loops have some.
+    """
+    library = instructions.ROOT / "fastdiff/_C_cpu.so"
+    objdump = shutil.which("objdump")
+    if not library.exists() or objdump is None or platform.machine() != "x86_64":
+        pytest.skip("needs the CPU library, for x86-64, and objdump")
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", str(library)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    loops = re.findall(r"^[0-9a-f]+ <(.*Clones<.*::avx2\(.*)>:\n((?:.+\n)+)", text, re.MULTILINE)
+    assert len(loops) > 50
+    scalar = {
+        name
+        for name, code in loops
+        if code.count("ymm")
+        < 0.1 * len(re.findall(r"\tv?(?:add|sub|mul|div|sqrt|fn?m)\w*ss ", code))
+        or "ymm" not in code
+    }
+    assert not scalar
 
 
 SLOWER = {
