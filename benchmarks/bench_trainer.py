@@ -4,10 +4,11 @@
 
 From a batch of uint8 images to updated weights and their average: `fastdiff.training.Trainer`; the
 loop of diffusers' unconditional example (its images come normalized from the loader, which is left
-out here); that of denoising-diffusion-pytorch's Trainer with its own U-Net of the same width and
-multipliers. diffusers' network starts with our weights. All take Adam or AdamW, clip the gradient's
-norm and average the weights, in one process, in turns. Before a contender is timed, its loss must
-be that of a network that predicts noise, and its step must have moved the weights and the average.
+out here); that of denoising-diffusion-pytorch's Trainer with its own U-Net, as wide as it takes to
+have as many weights. diffusers' network starts with our weights. All take Adam or AdamW, clip the
+gradient's norm and average the weights, in one process, in turns. Before a contender is timed, its
+loss must be that of a network that predicts noise, and its step must have moved the weights and the
+average.
 "ours" is how many times faster ours is; GFLOP counts convolutions, attention and matrix products,
 of which denoising-diffusion-pytorch's network has others than ours.
 
@@ -36,6 +37,7 @@ from benchmarks import machine, report
 from benchmarks.networks import BETAS, DIFFUSERS, LUCIDRAINS, T
 from benchmarks.shapes import LAYOUTS
 from benchmarks.suite import OURS, Contender, Record, Workload, run
+from fastdiff.nn import UNet
 from fastdiff.nn.presets import preset_config
 from fastdiff.training import RunFolder, TrainConfig, Trainer
 from fastdiff.training.data import ArrayDataset
@@ -123,6 +125,29 @@ def diffusers_loop(net: nn.Module, x0: Tensor, compiled: bool) -> Loop:
     return Loop(step, list(net.parameters()), ema.shadow_params)
 
 
+def lucidrains_unet(unet: UNet) -> nn.Module:
+    """Their U-Net with our multipliers and the width that comes closest to our number of weights."""
+    from denoising_diffusion_pytorch import Unet
+
+    config = unet.config
+
+    def made(width: int) -> nn.Module:
+        return Unet(
+            width,
+            dim_mults=config.channel_mult,
+            channels=config.in_channels,
+            dropout=config.dropout,
+        )
+
+    # Weights grow with the square of the width, which their groups of normalization want in eights.
+    growth = (weights_of(unet) / weights_of(made(config.channels))) ** 0.5
+    return made(8 * round(config.channels * growth / 8))
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def lucidrains_loop(net: nn.Module, x0: Tensor, compiled: bool) -> Loop:
     """The body of denoising_diffusion_pytorch.Trainer.train, for noise as the objective."""
     from denoising_diffusion_pytorch import GaussianDiffusion
@@ -174,35 +199,32 @@ def contender(loop: Loop, starts_at_zero: bool, peer: bool) -> Contender:
     return Contender(loop.step, error, peer)
 
 
-def workload(labels: dict[str, str], batch: int, device: torch.device) -> Workload:
+def loops(labels: dict[str, str], batch: int, device: torch.device) -> dict[str, Loop]:
     """Every loop that is installed, for one preset and layout."""
     preset, layout, compiled = labels["network"], labels["layout"], labels["run as"] == "compiled"
     pixels = images(preset, batch)
     x0 = normalized(pixels, layout, device)
     trainer = our_trainer(preset, pixels, layout, compiled, device)
-    unet = trainer.unet
-    contenders = {}
+    found = {OURS: our_loop(trainer, pixels)}
     if importlib.util.find_spec("diffusers") is not None:
         from diffusers.utils import logging
 
         logging.set_verbosity_error()  # it warns at every .to(), for an empty list of modules
-        theirs = copy.deepcopy(unet).to_diffusers().train()
+        theirs = copy.deepcopy(trainer.unet).to_diffusers().train()
         theirs.to(device, memory_format=LAYOUTS[layout])
-        contenders[DIFFUSERS] = contender(diffusers_loop(theirs, x0, compiled), True, True)
+        found[DIFFUSERS] = diffusers_loop(theirs, x0, compiled)
     if importlib.util.find_spec("denoising_diffusion_pytorch") is not None:
-        from denoising_diffusion_pytorch import Unet
+        theirs = lucidrains_unet(trainer.unet).to(device, memory_format=LAYOUTS[layout])
+        found[LUCIDRAINS] = lucidrains_loop(theirs, x0, compiled)
+    return found
 
-        config = unet.config
-        theirs = Unet(
-            config.channels,
-            dim_mults=config.channel_mult,
-            channels=config.in_channels,
-            dropout=config.dropout,
-        )
-        theirs.to(device, memory_format=LAYOUTS[layout])
-        contenders[LUCIDRAINS] = contender(lucidrains_loop(theirs, x0, compiled), False, True)
-    contenders = {OURS: contender(our_loop(trainer, pixels), True, False), **contenders}
-    return Workload(labels, pixels.nbytes, contenders)
+
+def workload(labels: dict[str, str], found: dict[str, Loop]) -> Workload:
+    contenders = {
+        name: contender(loop, starts_at_zero=name != LUCIDRAINS, peer=name != OURS)
+        for name, loop in found.items()
+    }
+    return Workload(labels, 0, contenders)
 
 
 def gigaflops(step: Callable[[], Any]) -> float:
@@ -264,7 +286,18 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     facts = machine.facts(device)
     report.print_facts(facts)
-    titles = ["network", "batch", "layout", "run as", "contender", "ms", "IQR", "ours", "GFLOP"]
+    titles = [
+        "network",
+        "batch",
+        "layout",
+        "run as",
+        "contender",
+        "ms",
+        "IQR",
+        "ours",
+        "GFLOP",
+        "M weights",
+    ]
     widths = {"network": 12, "layout": 13, "run as": 8, "contender": 27, "ms": 7, "ours": 6}
     table = report.Table(titles, widths)
     records: list[Record] = []
@@ -274,21 +307,22 @@ def main(argv: list[str] | None = None) -> int:
         for layout in options.layouts:
             for mode in ("eager", "compiled") if options.compile else ("eager",):
                 labels = {"network": preset, "batch": str(batch), "layout": layout, "run as": mode}
-                work = workload(labels, batch, device)
-                record = run(work, device, options.rounds, options.seconds)
+                found = loops(labels, batch, device)
+                record = run(workload(labels, found), device, options.rounds, options.seconds)
                 records.append(record)
-                for name, contender in work.contenders.items():
+                for name, loop in found.items():
                     timing = record.timings.get(name)
                     numbers = (
                         report.number(timing and timing.median * 1e3, 1),
                         report.number(timing and 100 * timing.spread, 0, "%"),
                         report.ratio(record, OURS, name),
-                        report.number(gigaflops(contender.run), 1),
+                        report.number(gigaflops(loop.step), 1),
+                        report.number(sum(w.numel() for w in loop.weights) / 1e6, 1),
                     )
                     table.row([*labels.values(), name, *numbers])
                     if options.profile and mode == "eager" and timing:
                         what = f"{preset} b{batch} {layout}, {name}"
-                        profiles.append((what, profile(contender.run, device)))
+                        profiles.append((what, profile(loop.step, device)))
     for record in records:
         for name, why in record.wrong.items():
             print(f"wrong, hence no number: {name}: {why}")

@@ -17,8 +17,11 @@ LABELS = {"network": "digits", "layout": "channels_last", "run as": "eager"}
 
 
 def test_every_loop_passes_the_gate_and_a_broken_one_does_not() -> None:
-    work = bench_trainer.workload(LABELS, 64, CPU)
-    assert OURS in work.contenders
+    loops = bench_trainer.loops(LABELS, 64, CPU)
+    assert OURS in loops
+    sizes = [sum(w.numel() for w in loop.weights) for loop in loops.values()]
+    assert max(sizes) < 1.1 * min(sizes)  # a width is a multiple of 8
+    work = bench_trainer.workload(LABELS, loops)
     for name, contender in work.contenders.items():
         loss = contender.run()
         assert contender.error(loss) is None, name
