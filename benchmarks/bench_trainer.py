@@ -126,7 +126,7 @@ def diffusers_loop(net: nn.Module, x0: Tensor, compiled: bool) -> Loop:
 
 
 def lucidrains_unet(unet: UNet) -> nn.Module:
-    """Their U-Net with our multipliers and the width that comes closest to our number of weights."""
+    """Their U-Net with our multipliers, as wide as it takes to have as many weights as ours."""
     from denoising_diffusion_pytorch import Unet
 
     config = unet.config
