@@ -1,5 +1,5 @@
 // For this file only: both passes make branches of the selections in normal_tail.h, around which GCC
-// does not vectorize. Scalar, these loops took seven times the instructions (AVX2).
+// does not vectorize. Scalar, these loops took six times the instructions (AVX2).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-pre", "no-thread-jumps")
 #endif
