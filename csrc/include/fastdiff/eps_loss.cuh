@@ -47,13 +47,14 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   }
   sum = block_sum(sum);
   if (threadIdx.x > 0) return;
-  if (whole_samples) {
+  float* results = static_cast<float*>(args.partials);
+  if (whole_samples) {  // block k has sample k
     const float* weight = static_cast<const float*>(args.weight);
-    const float weighted = sum * (weight ? weight[chunk.sample] : 1.0f);
-    static_cast<float*>(args.out)[chunk.sample] = scale * weighted;
-  } else {
-    static_cast<float*>(args.partials)[blockIdx.x] = sum;
+    sum *= weight ? weight[blockIdx.x] : 1.0f;
+    sum *= scale;
+    results = static_cast<float*>(args.out);
   }
+  results[blockIdx.x] = sum;
 }
 
 // One pass: reads the prediction (and the noise if given), writes the gradients asked for.
