@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, report
-from benchmarks.networks import BETAS, DIFFUSERS, LUCIDRAINS, T
+from benchmarks.networks import BETAS, DIFFUSERS, LUCIDRAINS, T, parameters
 from benchmarks.shapes import LAYOUTS
 from benchmarks.suite import OURS, Contender, Record, Workload, run
 from fastdiff.nn import UNet
@@ -140,12 +140,8 @@ def lucidrains_unet(unet: UNet) -> nn.Module:
         )
 
     # Weights grow with the square of the width, which their groups of normalization want in eights.
-    growth = (weights_of(unet) / weights_of(made(config.channels))) ** 0.5
+    growth = (parameters(unet) / parameters(made(config.channels))) ** 0.5
     return made(8 * round(config.channels * growth / 8))
-
-
-def weights_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def lucidrains_loop(net: nn.Module, x0: Tensor, compiled: bool) -> Loop:

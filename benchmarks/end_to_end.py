@@ -97,7 +97,7 @@ def measure(task: Task, device: torch.device, rounds: int, seconds: float) -> di
         "op": task.name,
         **record.to_json(),
         "images": task.batch,
-        "parameters": {name: parameters(network) for name, (network, _) in made.items()},
+        "parameters": {name: parameters(network.module) for name, (network, _) in made.items()},
         "peak_bytes": {name: peak_bytes(made[name][1].run, device) for name in record.timings},
     }
 

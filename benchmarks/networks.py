@@ -111,8 +111,8 @@ def networks(
     ]
 
 
-def parameters(network: Network) -> int:
-    return sum(parameter.numel() for parameter in network.module.parameters())
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def release() -> None:
