@@ -2,9 +2,11 @@
 
     fastdiff/_C_cpu.so        CPU kernels and their registration, if there is a C++ compiler
     fastdiff/_C_cuda.so       CUDA kernels and their registration, if there is nvcc
+    fastdiff/_autograd.*      autograd nodes in C++, without which Python's serve
     fastdiff/_build_info.*    the facts of this build (pybind11)
 
-The first two use only LibTorch's stable ABI, so they run under any torch >= 2.10.
+The first two use only LibTorch's stable ABI, so they run under any torch >= 2.10; the third is
+loaded only under the torch that it was built with, and its failure does not fail the build.
 
 Environment
     FASTDIFF_BUILD         cpu: no CUDA; cuda: a missing nvcc is an error; none: pure Python
@@ -152,10 +154,13 @@ class Plan:
     def extensions(self) -> list[Extension]:
         names = []
         if self.cxx:
-            names += ["_C_cpu", "_build_info"]
+            names += ["_C_cpu", "_build_info", "_autograd"]
         if self.cuda_home:
             names.append("_C_cuda")
-        return [Extension(f"fastdiff.{name}", sources=[]) for name in names]
+        return [
+            Extension(f"fastdiff.{name}", sources=[], optional=name == "_autograd")
+            for name in names
+        ]
 
 
 class NinjaBuild(build_ext):
@@ -198,17 +203,23 @@ class NinjaBuild(build_ext):
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
         if self.verbose:
             command.append("-v")
-        if subprocess.run(command, check=False).returncode:
-            remedy = (
-                " FASTDIFF_BUILD=cpu leaves the CUDA kernels out, FASTDIFF_BUILD=none everything."
-            )
-            raise SystemExit(f"fastdiff: the native build failed, see above.{remedy}")
+        # -k 0: what an optional library fails at does not keep the others from being built.
+        failed = subprocess.run([*command, "-k", "0"], check=False).returncode != 0
         for ext in self.extensions:
+            file = pathlib.Path(self.get_ext_filename(ext.name)).name
             target = pathlib.Path(self.get_ext_fullpath(ext.name))
+            target.unlink(missing_ok=True)
+            if failed and subprocess.run([*command, file], check=False).returncode:
+                if ext.optional:
+                    say(f"{file} could not be built, see above; Python does what it would do")
+                    continue
+                raise SystemExit(
+                    "fastdiff: the native build failed, see above. FASTDIFF_BUILD=cpu leaves the "
+                    "CUDA kernels out, FASTDIFF_BUILD=none everything."
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             # A new file, not new bytes in an old one that a running process may have mapped.
-            target.unlink(missing_ok=True)
-            shutil.copy(folder / pathlib.Path(self.get_ext_filename(ext.name)).name, target)
+            shutil.copy(folder / file, target)
 
     def ninja_text(self, folder: pathlib.Path, torch_version: str, pybind11_include: str) -> str:
         include = [f"-I{CSRC / 'include'}"]
@@ -289,6 +300,13 @@ class NinjaBuild(build_ext):
             link(
                 "_C_cuda.so", objects, f"{torch_libs} {cudart} -lpthread {self.torch_cuda(folder)}"
             )
+        python_include = ["-isystem", sysconfig.get_paths()["include"]]
+        if "_autograd" in names:
+            # All of torch's headers, where the others may see only the stable ones.
+            flags = ["-UTORCH_TARGET_VERSION", "-UUSE_CUDA", *python_include]
+            object_ = compile_(CSRC / "bindings/autograd.cpp", shlex.join(flags))
+            name = pathlib.Path(self.get_ext_filename("fastdiff._autograd")).name
+            link(name, [object_], f"{torch_libs} -lc10 -ltorch_python")
         if "_build_info" in names:
             facts = {
                 "FASTDIFF_COMPILER": compiler_version(),
@@ -299,7 +317,7 @@ class NinjaBuild(build_ext):
             }
             # Quoted once for C++ and once for the shell.
             flags = [f'-D{name}="{value}"' for name, value in facts.items()]
-            flags += ["-isystem", pybind11_include, "-isystem", sysconfig.get_paths()["include"]]
+            flags += ["-isystem", pybind11_include, *python_include]
             name = pathlib.Path(self.get_ext_filename("fastdiff._build_info")).name
             source = compile_(
                 CSRC / "bindings/build_info.cpp", shlex.join(flags).replace("$", "$$")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_unary
 
 from fastdiff import _native
 from fastdiff.ops import _checks
@@ -58,12 +59,16 @@ def recording() -> Iterator[None]:
 
 
 class Op(NamedTuple):
-    """The overloads of one op, its autograd kernel, and its public function's argument check."""
+    """The overloads of one op, its autograd kernel, and its public function's argument check.
+
+    `cpp` runs the default overload and records it for autograd like the rest of `call`, in C++.
+    """
 
     default: Callable
     triton: Callable
     check: Callable | None
     autograd: Callable | None
+    cpp: Callable | None
 
     def call(
         self, backend: str, arguments: tuple, differentiable: tuple[torch.Tensor | None, ...]
@@ -87,11 +92,17 @@ class Op(NamedTuple):
             self.check(*arguments, check_range=True)
         guard = None
         try:
+            if (
+                self.cpp is not None
+                and overload is self.default
+                and not has_torch_function_unary(arguments[0])
+            ):
+                return (self.cpp(*arguments),)
             if torch.is_grad_enabled() and _needs_grad(differentiable):
                 return self.autograd(overload, *arguments)
             guard = torch._C._AutoDispatchBelowAutograd()
             return overload(*arguments)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             self.check(*arguments, check_range=True)
             raise
         finally:
@@ -134,7 +145,8 @@ def define(
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
-    op = Op(packet.default, packet.triton, check, autograd)
+    cpp = getattr(_native.autograd()[0], name, None)
+    op = Op(packet.default, packet.triton, check, autograd, cpp)
     if autograd is not None:
         _library.impl(name, _bind(name, autograd, op.default), "Autograd")
         _library.impl(f"{name}.triton", _bind(name, autograd, op.triton), "Autograd")

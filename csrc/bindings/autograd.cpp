@@ -1,0 +1,132 @@
+// What a call of an op costs in Python, in C++: the way to the dispatcher, and the autograd node.
+//
+// The stable ABI has no autograd, so this uses torch's other headers, and fastdiff/_native.py loads
+// it only under the very torch that it was built with. Without it torch.autograd.Function does the
+// same: fastdiff/ops/group_norm_silu.py.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+
+namespace fastdiff {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Operand = std::optional<Tensor>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups,
+                                           const Operand& weight, const Operand& bias, double eps,
+                                           const Operand& channel_bias, const Operand& scale,
+                                           const Operand& shift, int64_t activation) {
+  static const auto op = find_op<decltype(forward)>("fastdiff::group_norm_silu");
+  at::AutoDispatchBelowAutograd below;
+  return op.call(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                   int64_t num_groups, const Operand& weight, const Operand& bias,
+                   const Operand& channel_bias, const Operand& scale, const Operand& shift,
+                   int64_t activation, bool need_x, bool need_weight, bool need_bias,
+                   bool need_channel_bias, bool need_scale, bool need_shift) {
+  static const auto op = find_op<decltype(backward)>("fastdiff::group_norm_silu_backward");
+  at::AutoDispatchBelowAutograd below;
+  return op.call(grad, x, mean, rstd, num_groups, weight, bias, channel_bias, scale, shift,
+                 activation, need_x, need_weight, need_bias, need_channel_bias, need_scale,
+                 need_shift);
+}
+
+// create_graph: gradients that can be differentiated again, from the reference in Python.
+Gradients differentiable_gradients(const Tensor& grad, const std::array<Operand, 6>& inputs,
+                                   const std::array<bool, 6>& needs, int64_t num_groups, double eps,
+                                   int64_t activation) {
+  pybind11::gil_scoped_acquire gil;
+  const auto module = pybind11::module_::import("fastdiff.ops.group_norm_silu");
+  const auto found = module.attr("_differentiable_gradients")(grad, inputs, needs, num_groups, eps,
+                                                              activation);
+  std::array<Tensor, 6> gradients;
+  for (size_t i = 0; i < 6; ++i) {
+    if (needs[i]) gradients[i] = found[pybind11::int_(i)].cast<Tensor>();
+  }
+  return std::tuple_cat(gradients);
+}
+
+// Keeps x, the small operands, mean and rstd; the activation's input is computed again.
+struct GroupNormSilu : torch::autograd::Function<GroupNormSilu> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, int64_t num_groups,
+                               const Operand& weight, const Operand& bias, double eps,
+                               const Operand& channel_bias, const Operand& scale,
+                               const Operand& shift, int64_t activation) {
+    auto [y, mean, rstd] = fastdiff::forward(x, num_groups, weight, bias, eps, channel_bias, scale,
+                                             shift, activation);
+    const auto saved = [](const Operand& operand) { return operand.value_or(Tensor()); };
+    ctx->save_for_backward({x, saved(weight), saved(bias), saved(channel_bias), saved(scale),
+                            saved(shift), mean, rstd});
+    ctx->saved_data["call"] = std::tuple(num_groups, eps, activation);
+    ctx->mark_non_differentiable({mean, rstd});
+    ctx->set_materialize_grads(false);
+    return {y, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& grad = grads[0];
+    const variable_list saved = ctx->get_saved_variables();
+    const auto [num_groups, eps, activation] =
+        ctx->saved_data["call"].to<std::tuple<int64_t, double, int64_t>>();
+    std::array<Operand, 6> inputs;
+    std::array<bool, 6> needs{};
+    for (size_t i = 0, edge = 0; i < 6; ++i) {
+      if (!saved[i].defined()) continue;
+      inputs[i] = saved[i];
+      needs[i] = grad.defined() && ctx->needs_input_grad(edge++);  // edges are tensors only
+    }
+    Gradients found;
+    if (!grad.defined()) {
+      // Nothing came back through y: nothing goes on.
+    } else if (at::GradMode::is_enabled()) {
+      found = differentiable_gradients(grad, inputs, needs, num_groups, eps, activation);
+    } else {
+      found = fastdiff::backward(grad, *inputs[0], saved[6], saved[7], num_groups, inputs[1],
+                                 inputs[2], inputs[3], inputs[4], inputs[5], activation, needs[0],
+                                 needs[1], needs[2], needs[3], needs[4], needs[5]);
+    }
+    const auto& [x, weight, bias, channel_bias, scale, shift] = found;
+    const auto wanted = [&](size_t i, const Tensor& g) { return needs[i] ? g : Tensor(); };
+    return {wanted(0, x),     Tensor(),         wanted(1, weight),
+            wanted(2, bias),  Tensor(),         wanted(3, channel_bias),
+            wanted(4, scale), wanted(5, shift), Tensor()};
+  }
+};
+
+Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const Operand& weight,
+                       const Operand& bias, double eps, const Operand& channel_bias,
+                       const Operand& scale, const Operand& shift, int64_t activation) {
+  const auto requires_grad = [](const Operand& t) { return t && t->requires_grad(); };
+  if (at::GradMode::is_enabled() &&
+      (x.requires_grad() || requires_grad(weight) || requires_grad(bias) ||
+       requires_grad(channel_bias) || requires_grad(scale) || requires_grad(shift))) {
+    return GroupNormSilu::apply(x, num_groups, weight, bias, eps, channel_bias, scale, shift,
+                                activation)[0];
+  }
+  return std::get<0>(
+      forward(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation));
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+PYBIND11_MODULE(_autograd, m) {
+  m.doc() = "The default overload of ops, run and recorded for autograd.";
+  m.def("group_norm_silu", torch::wrap_pybind_function_no_gil(&fastdiff::group_norm_silu));
+}
