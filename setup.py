@@ -211,6 +211,8 @@ class NinjaBuild(build_ext):
             target.unlink(missing_ok=True)
             if failed and subprocess.run([*command, file], check=False).returncode:
                 if ext.optional:
+                    for old in (ROOT / "fastdiff").glob(file):
+                        old.unlink()
                     say(f"{file} could not be built, see above; Python does what it would do")
                     continue
                 raise SystemExit(

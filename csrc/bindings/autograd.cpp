@@ -1,13 +1,16 @@
-// What a call of an op costs in Python, in C++: the way to the dispatcher, and the autograd node.
+// In C++ what calls of ops cost most in Python: the node that autograd records, and the kernel at the
+// Autograd key for those that nobody records.
 //
 // The stable ABI has no autograd, so this uses torch's other headers, and fastdiff/_native.py loads
-// it only under the very torch that it was built with. Without it torch.autograd.Function does the
-// same: fastdiff/ops/group_norm_silu.py.
+// it only under the very torch that it was built with. Without it Python does the same:
+// fastdiff/ops/_library.py and group_norm_silu.py.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <array>
 
@@ -123,10 +126,71 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const Operand& weigh
       forward(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation));
 }
 
+// An op's kernel at the Autograd key: past autograd if nobody records, as in a compiled graph, which
+// calls the op from a node of its own; else the kernel in Python.
+class AutogradKernel : public c10::OperatorKernel {
+ public:
+  // The dispatcher keeps kernels until the process ends, when there is no Python to free them with.
+  explicit AutogradKernel(pybind11::object python) : python_(python.release()) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    const auto& schema = op.schema();
+    const size_t count = schema.arguments().size(), first = stack->size() - count;
+    const auto arguments = torch::jit::last(*stack, count);
+    const bool in_functorch = c10::impl::tls_is_dispatch_key_included(
+        c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+    if (!in_functorch && std::none_of(arguments.begin(), arguments.end(), is_recorded)) {
+      at::AutoDispatchBelowAutograd below;
+      op.callBoxed(stack);
+      return;
+    }
+    pybind11::gil_scoped_acquire gil;
+    pybind11::tuple given(count);
+    for (size_t i = 0; i < count; ++i) given[i] = to_python(schema.arguments()[i], arguments[i]);
+    const pybind11::object returned = python_(*given);
+    stack->resize(first);
+    if (!pybind11::isinstance<pybind11::tuple>(returned)) {
+      stack->emplace_back(returned.cast<Tensor>());
+      return;
+    }
+    for (const pybind11::handle output : returned) stack->emplace_back(output.cast<Tensor>());
+  }
+
+ private:
+  static bool is_recorded(const c10::IValue& value) {
+    if (!value.isTensor()) return false;
+    const Tensor& x = value.toTensor();
+    if (!x.defined()) return false;
+    return (at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined();
+  }
+
+  static pybind11::object to_python(const c10::Argument& argument, const c10::IValue& value) {
+    auto type = argument.real_type();
+    if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+    if (type->kind() == c10::TypeKind::ScalarTypeType && value.isInt()) {
+      return pybind11::cast(value.toScalarType());
+    }
+    return torch::jit::toPyObject(value);
+  }
+
+  pybind11::handle python_;
+};
+
+void register_autograd(const std::string& name, pybind11::object kernel) {
+  static auto* library =  // kept: destroying it takes the kernels back
+      new torch::Library(torch::Library::IMPL, "fastdiff", std::nullopt, __FILE__, __LINE__);
+  auto functor = std::make_unique<AutogradKernel>(std::move(kernel));
+  library->impl(name.c_str(),
+                torch::dispatch(c10::DispatchKey::Autograd,
+                                torch::CppFunction::makeFromBoxedFunctor(std::move(functor))));
+}
+
 }  // namespace
 }  // namespace fastdiff
 
 PYBIND11_MODULE(_autograd, m) {
-  m.doc() = "The default overload of ops, run and recorded for autograd.";
+  m.doc() = "What is between callers of ops and their kernels.";
+  m.def("register_autograd", &fastdiff::register_autograd,
+        "Register a kernel at the Autograd key, in Python, for the calls that autograd records.");
   m.def("group_norm_silu", torch::wrap_pybind_function_no_gil(&fastdiff::group_norm_silu));
 }

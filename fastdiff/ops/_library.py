@@ -145,11 +145,15 @@ def define(
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
-    cpp = getattr(_native.autograd()[0], name, None)
-    op = Op(packet.default, packet.triton, check, autograd, cpp)
+    nodes, _ = _native.autograd()
+    op = Op(packet.default, packet.triton, check, autograd, getattr(nodes, name, None))
     if autograd is not None:
-        _library.impl(name, _bind(name, autograd, op.default), "Autograd")
-        _library.impl(f"{name}.triton", _bind(name, autograd, op.triton), "Autograd")
+        for qualified, overload in ((name, op.default), (f"{name}.triton", op.triton)):
+            kernel = _bind(name, autograd, overload)
+            if nodes is None:
+                _library.impl(qualified, kernel, "Autograd")
+            else:
+                nodes.register_autograd(qualified, kernel)
     return op
 
 
