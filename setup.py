@@ -2,7 +2,7 @@
 
     fastdiff/_C_cpu.so        CPU kernels and their registration, if there is a C++ compiler
     fastdiff/_C_cuda.so       CUDA kernels and their registration, if there is nvcc
-    fastdiff/_autograd.*      autograd nodes in C++, without which Python's serve
+    fastdiff/_dispatch.*      calls and autograd nodes in C++, without which Python's serve
     fastdiff/_build_info.*    the facts of this build (pybind11)
 
 The first two use only LibTorch's stable ABI, so they run under any torch >= 2.10; the third is
@@ -154,11 +154,11 @@ class Plan:
     def extensions(self) -> list[Extension]:
         names = []
         if self.cxx:
-            names += ["_C_cpu", "_build_info", "_autograd"]
+            names += ["_C_cpu", "_build_info", "_dispatch"]
         if self.cuda_home:
             names.append("_C_cuda")
         return [
-            Extension(f"fastdiff.{name}", sources=[], optional=name == "_autograd")
+            Extension(f"fastdiff.{name}", sources=[], optional=name == "_dispatch")
             for name in names
         ]
 
@@ -303,11 +303,11 @@ class NinjaBuild(build_ext):
                 "_C_cuda.so", objects, f"{torch_libs} {cudart} -lpthread {self.torch_cuda(folder)}"
             )
         python_include = ["-isystem", sysconfig.get_paths()["include"]]
-        if "_autograd" in names:
+        if "_dispatch" in names:
             # All of torch's headers, where the others may see only the stable ones.
             flags = ["-UTORCH_TARGET_VERSION", "-UUSE_CUDA", *python_include]
-            object_ = compile_(CSRC / "bindings/autograd.cpp", shlex.join(flags))
-            name = pathlib.Path(self.get_ext_filename("fastdiff._autograd")).name
+            object_ = compile_(CSRC / "bindings/dispatch.cpp", shlex.join(flags))
+            name = pathlib.Path(self.get_ext_filename("fastdiff._dispatch")).name
             link(name, [object_], f"{torch_libs} -lc10 -ltorch_python")
         if "_build_info" in names:
             facts = {

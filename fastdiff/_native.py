@@ -1,8 +1,8 @@
 """Loads the compiled operator libraries, and remembers why one is missing.
 
 The libraries register their kernels with torch's dispatcher when they are loaded; they use only
-LibTorch's stable ABI, so one build serves every torch from 2.10 on. The autograd nodes in C++ are
-outside of it: they serve the torch that they were built with, and any other gets Python's.
+LibTorch's stable ABI, so one build serves every torch from 2.10 on. Calls and autograd nodes in C++
+are outside of it: they serve the torch that they were built with, and any other gets Python's.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def build_info() -> ModuleType | None:
 
 
 @functools.cache
-def autograd() -> tuple[ModuleType | None, str]:
-    """The module with autograd nodes in C++ if it may be used, and what `fastdiff.info` says."""
+def dispatch() -> tuple[ModuleType | None, str]:
+    """The module that calls ops in C++ if it may be used, and what `fastdiff.info` says of it."""
     build = build_info()
     if build is None:
         return None, "Python (no native build)"
     if build.torch_version != torch.__version__:
-        return None, f"Python (the build's C++ nodes are for torch {build.torch_version} only)"
+        return None, f"Python (the build's C++ is for torch {build.torch_version} only)"
     try:
-        return importlib.import_module("fastdiff._autograd"), "C++"
+        return importlib.import_module("fastdiff._dispatch"), "C++"
     except ImportError as error:
         return None, f"Python ({error})"

@@ -25,7 +25,7 @@ def collect() -> dict[str, Any]:
         facts = {
             "compiler": build.compiler,
             "built with torch": f"{build.torch_version}; runs with {build.torch_target_version} on",
-            "autograd nodes": _native.autograd()[1],
+            "calls and autograd nodes": _native.dispatch()[1],
             "CPU instruction set in use": build.simd_level(),
             "values of FASTDIFF_CPU_ISA": " ".join(build.isa_names()),
             "CUDA toolkit": build.cuda_version or "none",

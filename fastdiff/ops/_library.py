@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function_variadic
 
 from fastdiff import _native
 from fastdiff.ops import _checks
@@ -61,7 +61,8 @@ def recording() -> Iterator[None]:
 class Op(NamedTuple):
     """The overloads of one op, its autograd kernel, and its public function's argument check.
 
-    `cpp` runs the default overload and records it for autograd like the rest of `call`, in C++.
+    `cpp` does what `call` does, with the default overload and in C++; None if autograd has to record
+    what only Python's kernel records.
     """
 
     default: Callable
@@ -95,9 +96,10 @@ class Op(NamedTuple):
             if (
                 self.cpp is not None
                 and overload is self.default
-                and not has_torch_function_unary(arguments[0])
+                and not has_torch_function_variadic(*differentiable)
+                and (found := self.cpp(*arguments)) is not None
             ):
-                return (self.cpp(*arguments),)
+                return found
             if torch.is_grad_enabled() and _needs_grad(differentiable):
                 return self.autograd(overload, *arguments)
             guard = torch._C._AutoDispatchBelowAutograd()
@@ -145,15 +147,15 @@ def define(
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
-    nodes, _ = _native.autograd()
-    op = Op(packet.default, packet.triton, check, autograd, getattr(nodes, name, None))
+    cpp, _ = _native.dispatch()
+    op = Op(packet.default, packet.triton, check, autograd, getattr(cpp, name, None))
     if autograd is not None:
         for qualified, overload in ((name, op.default), (f"{name}.triton", op.triton)):
             kernel = _bind(name, autograd, overload)
-            if nodes is None:
+            if cpp is None:
                 _library.impl(qualified, kernel, "Autograd")
             else:
-                nodes.register_autograd(qualified, kernel)
+                cpp.register_autograd(qualified, kernel)
     return op
 
 

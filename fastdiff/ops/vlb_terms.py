@@ -99,12 +99,14 @@ def vlb_terms(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"vlb_terms: pass either noise or seed; {given} was given")
-    for name, value, known in (
-        ("prediction", prediction, PREDICTIONS),
-        ("variance", variance, VARIANCES),
-    ):
-        if value not in known:
-            raise ValueError(f"vlb_terms: unknown {name} {value!r}; choose from {', '.join(known)}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"vlb_terms: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
+        )
+    if variance not in VARIANCES:
+        raise ValueError(
+            f"vlb_terms: unknown variance {variance!r}; choose from {', '.join(VARIANCES)}"
+        )
     keys, integer = _checks.split_seed("vlb_terms", seed)
     stream = _checks.as_int64("vlb_terms", "stream", stream)
     arguments = (
@@ -127,7 +129,8 @@ def vlb_terms(
     if backend == "reference":
         _check(*arguments, check_range=True)
         return _reference(*arguments).unbind()
-    return _op.call(backend, arguments, (model_output,)).unbind()
+    found = _op.call(backend, arguments, (model_output,))
+    return found.unbind() if isinstance(found, Tensor) else found
 
 
 def _check(

@@ -30,7 +30,7 @@ def _use(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if node == "C++":
         if _native.build_info() is None:
             pytest.skip("no native build")
-        module, reason = _native.autograd()
+        module, reason = _native.dispatch()
         if module is None and "only" in reason:
             pytest.skip(reason)
         assert module is not None, reason  # built here, for this torch: it must load
@@ -191,10 +191,10 @@ def test_subclasses_see_the_operator(node: str) -> None:
 
 
 def test_no_other_torch_gets_the_cpp_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = _native.autograd.__wrapped__
+    load = _native.dispatch.__wrapped__
     monkeypatch.setattr(
         _native, "build_info", lambda: types.SimpleNamespace(torch_version="2.9.9+other")
     )
-    assert load() == (None, "Python (the build's C++ nodes are for torch 2.9.9+other only)")
+    assert load() == (None, "Python (the build's C++ is for torch 2.9.9+other only)")
     monkeypatch.setattr(_native, "build_info", lambda: None)
     assert load() == (None, "Python (no native build)")

@@ -1,5 +1,6 @@
-// In C++ what calls of ops cost most in Python: the node that autograd records, and the kernel at the
-// Autograd key for those that nobody records.
+// In C++ what is between callers of ops and their kernels: the call past autograd that nobody records,
+// the kernel at the Autograd key, and the node of the op that is recorded most. On small tensors the
+// same in Python takes longer than the kernels.
 //
 // The stable ABI has no autograd, so this uses torch's other headers, and fastdiff/_native.py loads
 // it only under the very torch that it was built with. Without it Python does the same:
@@ -12,6 +13,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 
 namespace fastdiff {
@@ -65,6 +67,24 @@ Gradients differentiable_gradients(const Tensor& grad, const std::array<Operand,
   return std::tuple_cat(gradients);
 }
 
+bool is_recorded(const Tensor& x) {
+  return x.defined() &&
+         ((at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined());
+}
+bool is_recorded(const Operand& x) { return x && is_recorded(*x); }
+template <typename T>
+bool is_recorded(const T&) {
+  return false;
+}
+
+// Under torch.func's transforms, which do not know kernels at the Autograd key.
+bool in_functorch() {
+  using c10::DispatchKey;
+  using c10::impl::tls_is_dispatch_key_included;
+  return tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 // Keeps x, the small operands, mean and rstd; the activation's input is computed again.
 struct GroupNormSilu : torch::autograd::Function<GroupNormSilu> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, int64_t num_groups,
@@ -112,19 +132,67 @@ struct GroupNormSilu : torch::autograd::Function<GroupNormSilu> {
   }
 };
 
-Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const Operand& weight,
-                       const Operand& bias, double eps, const Operand& channel_bias,
-                       const Operand& scale, const Operand& shift, int64_t activation) {
-  const auto requires_grad = [](const Operand& t) { return t && t->requires_grad(); };
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || requires_grad(weight) || requires_grad(bias) ||
-       requires_grad(channel_bias) || requires_grad(scale) || requires_grad(shift))) {
-    return GroupNormSilu::apply(x, num_groups, weight, bias, eps, channel_bias, scale, shift,
-                                activation)[0];
+std::tuple<Tensor> group_norm_silu(const Tensor& x, int64_t num_groups, const Operand& weight,
+                                   const Operand& bias, double eps, const Operand& channel_bias,
+                                   const Operand& scale, const Operand& shift, int64_t activation) {
+  if (is_recorded(x) || is_recorded(weight) || is_recorded(bias) || is_recorded(channel_bias) ||
+      is_recorded(scale) || is_recorded(shift)) {
+    return {GroupNormSilu::apply(x, num_groups, weight, bias, eps, channel_bias, scale, shift,
+                                 activation)[0]};
   }
-  return std::get<0>(
-      forward(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation));
+  return {std::get<0>(
+      forward(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation))};
 }
+
+template <size_t N>
+struct Name {
+  char text[N]{};
+  constexpr Name(const char (&name)[N]) { std::copy_n(name, N, text); }
+};
+
+// The other ops, as far as nobody records: None if somebody does.
+template <Name kName, typename Result, typename... Args>
+struct Unrecorded {
+  static std::optional<Result> call(Args... args) {
+    if (in_functorch() || (is_recorded(args) || ...)) return std::nullopt;
+    static const auto op = find_op<Result(Args...)>(kName.text);
+    at::AutoDispatchBelowAutograd below;
+    return op.call(args...);
+  }
+
+  // The three rows of a matrix one by one, which takes Python as long as the call.
+  static std::optional<std::tuple<Tensor, Tensor, Tensor>> rows(Args... args) {
+    const auto matrix = call(args...);
+    if (!matrix) return std::nullopt;
+    at::AutoDispatchBelowAutograd below;
+    return std::tuple(matrix->select(0, 0), matrix->select(0, 1), matrix->select(0, 2));
+  }
+};
+
+using c10::SymInt;
+using Seed = std::optional<SymInt>;
+
+using QSample =
+    Unrecorded<"fastdiff::q_sample", Tensor, const Tensor& /*x0*/, const Tensor& /*t*/,
+               const Tensor& /*sqrt_alpha_bar*/, const Tensor& /*sqrt_one_minus_alpha_bar*/,
+               const Operand& /*noise*/, const Operand& /*keys*/, Seed, SymInt /*stream*/,
+               const Operand& /*flip*/, std::optional<at::ScalarType>>;
+using EpsLoss = Unrecorded<"fastdiff::eps_loss", Tensor, const Tensor& /*prediction*/,
+                           const Operand& /*noise*/, const Operand& /*keys*/, Seed,
+                           SymInt /*stream*/, const Operand& /*weight*/, int64_t /*reduction*/,
+                           int64_t /*kind*/>;
+using VlbTerms =
+    Unrecorded<"fastdiff::vlb_terms", Tensor, const Tensor& /*x0*/, const Tensor& /*x_t*/,
+               const Tensor& /*model_output*/, const Tensor& /*t*/, const Tensor& /*table*/,
+               const Operand& /*noise*/, const Operand& /*keys*/, Seed, SymInt /*stream*/,
+               int64_t /*prediction*/, bool /*learned*/, bool /*clip*/, bool /*detach_mean*/>;
+template <Name kName>
+using SamplerStep =
+    Unrecorded<kName, std::tuple<Tensor, Tensor>, const Tensor& /*x_t*/,
+               const Tensor& /*model_output*/, const Tensor& /*step*/, const Tensor& /*table*/,
+               int64_t /*prediction*/, bool /*clip*/, bool /*flag*/, const Operand& /*uncond*/,
+               double /*guidance_scale*/, const Operand& /*noise*/, const Operand& /*keys*/, Seed,
+               SymInt /*stream*/, bool /*return_pred_x0*/>;
 
 // An op's kernel at the Autograd key: past autograd if nobody records, as in a compiled graph, which
 // calls the op from a node of its own; else the kernel in Python.
@@ -137,9 +205,10 @@ class AutogradKernel : public c10::OperatorKernel {
     const auto& schema = op.schema();
     const size_t count = schema.arguments().size(), first = stack->size() - count;
     const auto arguments = torch::jit::last(*stack, count);
-    const bool in_functorch = c10::impl::tls_is_dispatch_key_included(
-        c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-    if (!in_functorch && std::none_of(arguments.begin(), arguments.end(), is_recorded)) {
+    const auto recorded = [](const c10::IValue& value) {
+      return value.isTensor() && is_recorded(value.toTensor());
+    };
+    if (!in_functorch() && std::none_of(arguments.begin(), arguments.end(), recorded)) {
       at::AutoDispatchBelowAutograd below;
       op.callBoxed(stack);
       return;
@@ -157,13 +226,6 @@ class AutogradKernel : public c10::OperatorKernel {
   }
 
  private:
-  static bool is_recorded(const c10::IValue& value) {
-    if (!value.isTensor()) return false;
-    const Tensor& x = value.toTensor();
-    if (!x.defined()) return false;
-    return (at::GradMode::is_enabled() && x.requires_grad()) || x._fw_grad(0).defined();
-  }
-
   static pybind11::object to_python(const c10::Argument& argument, const c10::IValue& value) {
     auto type = argument.real_type();
     if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
@@ -188,9 +250,17 @@ void register_autograd(const std::string& name, pybind11::object kernel) {
 }  // namespace
 }  // namespace fastdiff
 
-PYBIND11_MODULE(_autograd, m) {
+PYBIND11_MODULE(_dispatch, m) {
   m.doc() = "What is between callers of ops and their kernels.";
   m.def("register_autograd", &fastdiff::register_autograd,
         "Register a kernel at the Autograd key, in Python, for the calls that autograd records.");
-  m.def("group_norm_silu", torch::wrap_pybind_function_no_gil(&fastdiff::group_norm_silu));
+  const auto define = [&m](const char* name, auto* call) {
+    m.def(name, torch::wrap_pybind_function_no_gil(std::move(call)));
+  };
+  define("group_norm_silu", &fastdiff::group_norm_silu);
+  define("q_sample", &fastdiff::QSample::call);
+  define("eps_loss", &fastdiff::EpsLoss::call);
+  define("vlb_terms", &fastdiff::VlbTerms::rows);
+  define("ddim_step", &fastdiff::SamplerStep<"fastdiff::ddim_step">::call);
+  define("ddpm_step", &fastdiff::SamplerStep<"fastdiff::ddpm_step">::call);
 }
