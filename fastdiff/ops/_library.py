@@ -61,8 +61,8 @@ def recording() -> Iterator[None]:
 class Op(NamedTuple):
     """The overloads of one op, its autograd kernel, and its public function's argument check.
 
-    `cpp` does what `call` does, with the default overload and in C++; None if autograd has to record
-    what only Python's kernel records.
+    `cpp` calls the default overload in C++; it returns None if autograd has to record what only the
+    Python kernel records.
     """
 
     default: Callable
