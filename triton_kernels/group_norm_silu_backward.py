@@ -16,29 +16,36 @@ from .group_norm_silu_gradients import (
     group_norm_silu_bwd_kernel,
     group_norm_silu_bwd_sums_kernel,
 )
-from .group_norm_silu_tiles import plan, row_stride, store_if_wanted, workspace
+from .group_norm_silu_tiles import (
+    Plan,
+    plan,
+    row_stride,
+    samples_per_program,
+    store_if_wanted,
+    workspace,
+)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["rows"])
 def group_norm_silu_bwd_samples_kernel(
     grad_weight,
     grad_bias,
     weight_sums,
     bias_sums,
-    batch,
+    rows,
     CHANNELS: tl.constexpr,
-    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
     CH: tl.constexpr,
 ):
-    """dweight and dbias of some channels: the sums over the samples, in the order of a program."""
+    """dweight and dbias of some channels: the sums over the shares, in the order of a program."""
     i_c = tl.program_id(0) * CH + tl.arange(0, CH)
     m_c = i_c < CHANNELS
-    b_weight = tl.zeros((SAMPLES, CH), tl.float32)
-    b_bias = tl.zeros((SAMPLES, CH), tl.float32)
-    for first in range(0, batch, SAMPLES):
-        i_b = first + tl.arange(0, SAMPLES).to(tl.int64)
-        i = i_b[:, None] * CHANNELS + i_c[None, :]
-        mask = (i_b < batch)[:, None] & m_c[None, :]
+    b_weight = tl.zeros((ROWS, CH), tl.float32)
+    b_bias = tl.zeros((ROWS, CH), tl.float32)
+    for first in range(0, rows, ROWS):
+        i_row = first + tl.arange(0, ROWS).to(tl.int64)
+        i = i_row[:, None] * CHANNELS + i_c[None, :]
+        mask = (i_row < rows)[:, None] & m_c[None, :]
         if grad_weight is not None:
             b_weight += tl.load(weight_sums + i, mask=mask, other=0.0)
         if grad_bias is not None:
@@ -72,12 +79,16 @@ def group_norm_silu_backward(
     `grad` and `x` are dense, in the same memory format; `mean` and `rstd` are the forward pass's.
     """
     batch, channels = x.shape[:2]
-    # The shares of the samples in dweight and dbias; the only sample's are the gradients.
+    pixels = x.shape[2:].numel()
+    # One pixel: both formats are the same, and the channels are adjacent.
+    channels_last = channels_last or pixels == 1
+    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, arrays=2)
+    samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
+    # The shares of a program's samples in dweight and dbias: a single row is the gradients.
+    rows = batch // samples
     shares = grad_weight, grad_bias
-    if batch != 1:
-        shares = tuple(
-            None if total is None else workspace(x, batch * channels) for total in shares
-        )
+    if rows != 1:
+        shares = tuple(None if total is None else workspace(x, rows * channels) for total in shares)
     if x.numel() > 0:
         _sample_gradients(
             (*shares, grad_channel_bias, grad_scale, grad_shift),
@@ -90,8 +101,10 @@ def group_norm_silu_backward(
             (weight, bias, channel_bias, scale, shift),
             activation,
             channels_last,
+            cut,
+            samples,
         )
-    if batch != 1 and not (grad_weight is None and grad_bias is None):
+    if rows != 1 and not (grad_weight is None and grad_bias is None):
         block = min(32, triton.next_power_of_2(channels))
         _launch.launch(
             group_norm_silu_bwd_samples_kernel,
@@ -100,9 +113,9 @@ def group_norm_silu_backward(
             grad_weight,
             grad_bias,
             *shares,
-            batch,
+            rows,
             CHANNELS=channels,
-            SAMPLES=32,
+            ROWS=32,
             CH=block,
         )
 
@@ -118,18 +131,18 @@ def _sample_gradients(
     operands: tuple[Tensor | None, ...],
     activation: int,
     channels_last: bool,
+    cut: Plan,
+    samples: int,
 ) -> None:
-    """What needs no sum over samples: `small` are the shares, dchannel_bias, dscale and dshift."""
-    channels, pixels = x.shape[1], x[0, 0].numel()
-    # One pixel: both formats are the same, and the channels are adjacent.
-    channels_last = channels_last or pixels == 1
-    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, arrays=2)
-    tiles = x.shape[0] * cut.channel_tiles(channels, num_groups)
+    """What needs no sum over the batch; `small`: the shares, dchannel_bias, dscale and dshift."""
+    channels, pixels = x.shape[1], x.shape[2:].numel()
+    tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
     meta = cut.constants(channels, num_groups, channels_last) | {"ACTIVATION": activation}
     weight, bias, channel_bias, scale, shift = operands
     strides = row_stride(channel_bias), row_stride(scale), row_stride(shift)
     inputs = (grad, x, mean, rstd, *operands, *strides, pixels)
     if cut.one_pass:
+        meta["SAMPLES"] = samples
         _launch.launch(group_norm_silu_bwd_kernel, tiles, x.device, grad_x, *small, *inputs, **meta)
         return
 

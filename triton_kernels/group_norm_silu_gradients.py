@@ -62,8 +62,6 @@ def store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rst
 
 @triton.jit
 def store_channel_gradients(
-    weight_sums,
-    bias_sums,
     grad_channel_bias,
     grad_scale,
     grad_shift,
@@ -84,16 +82,18 @@ def store_channel_gradients(
     m_c,
     CHANNELS: tl.constexpr,
 ):
-    """What the sums over a sample's pixels say about the small operands."""
+    """What the sums over a sample's pixels say about the small operands.
+
+    Returns its shares in the gradients of weight and bias, which are sums over the batch.
+    """
     i = i_b * CHANNELS + i_c
-    b_scale = 1.0 + load_channels(scale, i_b, scale_stride, i_c, m_c, 0.0)
-    store_if_wanted(weight_sums, i, b_scale * s1, m_c)
-    store_if_wanted(bias_sums, i, b_scale * s0, m_c)
     b_weight = load_channels(weight, 0, 0, i_c, m_c, 1.0)
     b_bias = load_channels(bias, 0, 0, i_c, m_c, 0.0)
     store_if_wanted(grad_scale, i, b_weight * s1 + b_bias * s0, m_c)
     store_if_wanted(grad_shift, i, s0, m_c)
     store_if_wanted(grad_channel_bias, i, b_rstd * (gamma * s0 - pixels * m0 - s2 * m1), m_c)
+    b_scale = 1.0 + load_channels(scale, i_b, scale_stride, i_c, m_c, 0.0)
+    return b_scale * s1, b_scale * s0
 
 
 @triton.jit
@@ -124,53 +124,64 @@ def group_norm_silu_bwd_kernel(
     ACTIVATION: tl.constexpr,
     CH: tl.constexpr,
     PIX: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
-    """One span of whole groups of one sample, held in registers: x and grad are read once."""
-    tile = tl.program_id(0).to(tl.int64)
-    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
-    base, offsets, m_tile = tile_offsets(
-        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
-    )
-    _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
-    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
-    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
-    b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
-    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+    """One span of whole groups, held in registers: x and grad are read once.
 
-    h_hat, dz = load_gradient(
-        grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
-    )
-    s0 = tl.sum(dz, axis=1)
-    s1 = sum_products(dz, h_hat, m_tile)
-    s2 = tl.sum(h_hat, axis=1) if grad_channel_bias is not None else s0
+    Of SAMPLES samples one after the other, so that their shares in the gradients of weight and bias
+    are added up here.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    row, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
     scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
-    m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
-    m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
-    store_channel_gradients(
-        weight_sums,
-        bias_sums,
-        grad_channel_bias,
-        grad_scale,
-        grad_shift,
-        weight,
-        bias,
-        scale,
-        scale_stride,
-        pixels,
-        s0,
-        s1,
-        s2,
-        m0,
-        m1,
-        b_rstd,
-        gamma,
-        i_b,
-        i_c,
-        m_c,
-        CHANNELS,
-    )
-    if grad_x is not None:
-        store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+    weight_share = tl.zeros((CH,), tl.float32)
+    bias_share = tl.zeros((CH,), tl.float32)
+    for sample in tl.static_range(SAMPLES):
+        i_b = row * SAMPLES + sample
+        base, offsets, m_tile = tile_offsets(
+            i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
+        )
+        center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+        center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+        b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+        gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+
+        h_hat, dz = load_gradient(
+            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
+        )
+        s0 = tl.sum(dz, axis=1)
+        s1 = sum_products(dz, h_hat, m_tile)
+        s2 = tl.sum(h_hat, axis=1) if grad_channel_bias is not None else s0
+        m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
+        m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
+        weight_part, bias_part = store_channel_gradients(
+            grad_channel_bias,
+            grad_scale,
+            grad_shift,
+            weight,
+            bias,
+            scale,
+            scale_stride,
+            pixels,
+            s0,
+            s1,
+            s2,
+            m0,
+            m1,
+            b_rstd,
+            gamma,
+            i_b,
+            i_c,
+            m_c,
+            CHANNELS,
+        )
+        weight_share += weight_part
+        bias_share += bias_part
+        if grad_x is not None:
+            store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+    store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_c)
+    store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_c)
 
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])
@@ -298,9 +309,7 @@ def group_norm_silu_bwd_finish_kernel(
         s2 = s0
         if sums2 is not None:
             s2 = add_chunks(sums2, i_b, i_c, m_c, chunks, CHANNELS, CH)
-        store_channel_gradients(
-            weight_sums,
-            bias_sums,
+        weight_share, bias_share = store_channel_gradients(
             grad_channel_bias,
             grad_scale,
             grad_shift,
@@ -321,6 +330,8 @@ def group_norm_silu_bwd_finish_kernel(
             m_c,
             CHANNELS,
         )
+        store_if_wanted(weight_sums, i_b * CHANNELS + i_c, weight_share, m_c)
+        store_if_wanted(bias_sums, i_b * CHANNELS + i_c, bias_share, m_c)
 
 
 @triton.jit(do_not_specialize=["chunks"])

@@ -202,6 +202,7 @@ SECTOR_BYTES = 32
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
 SPLIT_WIDTH_BYTES = 128  # channels_last: a cache line of adjacent channels
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
+DEVICE_PROGRAMS = 116  # seven eighths of 132 multiprocessors
 WASTE = 1.1  # sectors touched / needed
 
 
@@ -250,6 +251,28 @@ def plan(
     tiles = triton.cdiv(pixels, tile_pixels) * triton.cdiv(channels, tile)
     rounds = max(1, triton.next_power_of_2(tiles // REDUCTION_PROGRAMS + 1) // 2)
     return Plan(False, groups, tile, tile_pixels, rounds, 4)
+
+
+def samples_per_program(
+    cut: Plan, batch: int, channels: int, num_groups: int, pixels: int, itemsize: int
+) -> int:
+    """Samples that a program of the backward pass handles one after the other.
+
+    Its shares in the gradients of weight and bias are 16 bytes per channel, written and read: twice
+    as many samples until that is a 24th of x, grad and grad_x, as long as they divide the batch and
+    leave enough programs, to fill a device or of 4 KB.
+    """
+    samples, size = 1, pixels * itemsize
+    enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))
+    tiles = batch * cut.channel_tiles(channels, num_groups)
+    while (
+        cut.one_pass
+        and samples * 3 * size < 24 * 16
+        and batch % (2 * samples) == 0
+        and tiles // (2 * samples) >= enough
+    ):
+        samples *= 2
+    return samples
 
 
 def _warps(elements: int) -> int:

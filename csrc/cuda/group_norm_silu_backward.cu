@@ -34,30 +34,32 @@ struct Backward {
     return dispatch_group_norm(args.x_type, args.layout.channels_last, vector, body);
   }
 
-  // Whether gradients are to be added up over samples.
+  // Whether gradients are to be added up over blocks.
   bool has_parameters() const {
-    return args.layout.batch > 1 && (args.grad_weight.data || args.grad_bias.data);
+    return args.layout.batch > plan.samples && (args.grad_weight.data || args.grad_bias.data);
   }
 
   int64_t workspace() const {
     const GroupNormLayout& layout = args.layout;
-    if (plan.one_pass) return has_parameters() ? GradientWorkspace::sums_floats(layout) : 0;
-    return GradientWorkspace::sums_floats(layout) + GradientWorkspace::means_floats(layout) +
+    const int64_t parameters = GradientWorkspace::parameters_floats(layout, plan);
+    if (plan.one_pass) return has_parameters() ? parameters : 0;
+    return parameters + GradientWorkspace::means_floats(layout) +
            layout.batch * layout.channels * plan.chunks * GradientSums::kFloats;
   }
 
   template <typename T, bool ChannelsLast, int V>
   cudaError_t run(cudaStream_t stream) const {
     const GroupNormLayout& layout = args.layout;
-    const int64_t blocks = layout.batch * plan.blocks_per_sample;
+    const int64_t blocks = layout.batch / plan.samples * plan.blocks_per_sample;
+    const dim3 threads(plan.threads, plan.samples);
     const auto start = [&](GroupNormKernel<GroupNormSiluBackwardArgs> kernel, int64_t count,
                            int64_t shared_bytes, int cluster = 1) {
-      return launch(kernel, args, plan, count, plan.threads, shared_bytes, cluster, stream);
+      return launch(kernel, args, plan, count, threads, shared_bytes, cluster, stream);
     };
     cudaError_t error = cudaSuccess;
     if (plan.one_pass) {
-      error = start(group_norm_silu_bwd_kernel<T, ChannelsLast, V>, blocks, plan.shared_bytes,
-                    plan.cluster);
+      error = start(group_norm_silu_bwd_kernel<T, ChannelsLast, V>, blocks,
+                    plan.samples * plan.shared_bytes, plan.cluster);
     } else {
       const int64_t coefficients = plan.chunk_channels() * sizeof(float4);
       error = start(group_norm_silu_bwd_sums_kernel<T, ChannelsLast, V>, blocks,
@@ -66,7 +68,8 @@ struct Backward {
         error = start(group_norm_silu_bwd_means_kernel<T>, layout.batch * layout.groups, 0);
       }
       if (error == cudaSuccess && args.grad_x) {
-        error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>, blocks, coefficients);
+        error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>, blocks,
+                      2 * coefficients);
       }
     }
     if (error != cudaSuccess || !has_parameters()) return error;

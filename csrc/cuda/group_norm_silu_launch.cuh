@@ -55,10 +55,10 @@ struct LaunchConfig {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
 
-  LaunchConfig(int64_t blocks, int threads, int64_t shared_bytes, int cluster,
+  LaunchConfig(int64_t blocks, dim3 threads, int64_t shared_bytes, int cluster,
                cudaStream_t stream) {
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.blockDim = threads;
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
     if (cluster == 1) return;
@@ -87,7 +87,7 @@ cudaError_t opt_in(GroupNormKernel<Args> kernel, int64_t shared_bytes, int clust
 // Launches `blocks` blocks in clusters, as many at a time as a grid may have.
 template <typename Args>
 cudaError_t launch(GroupNormKernel<Args> kernel, const Args& args, const GroupNormPlan& plan,
-                   int64_t blocks, int threads, int64_t shared_bytes, int cluster,
+                   int64_t blocks, dim3 threads, int64_t shared_bytes, int cluster,
                    cudaStream_t stream) {
   cudaError_t error = opt_in(kernel, shared_bytes, cluster);
   const int64_t most = INT_MAX / cluster * cluster;

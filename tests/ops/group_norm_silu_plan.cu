@@ -16,6 +16,6 @@ extern "C" void plan_of(const fastdiff::GroupNormLayout* given, int vector, long
                          plan.chunk_blocks, plan.chunk_segments,  plan.chunks,
                          t.channels_last, t.channels,          t.block_channels,
                          t.blocks,        t.segments,          t.segment_pixels,
-                         t.lanes};
+                         t.lanes,         plan.samples};
   for (const long value : values) *out++ = value;
 }

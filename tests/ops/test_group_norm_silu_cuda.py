@@ -119,6 +119,30 @@ def test_a_sample_does_not_depend_on_its_batch(implementation, layout, monkeypat
         assert torch.equal(many.gradients[name][7:8], alone.gradients[name])
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [4, 12])
+def test_samples_that_share_a_block(implementation, batch, layout, arch, monkeypatch):
+    """Of small maps: one launch if a block has the whole batch, and the same bits as alone."""
+    monkeypatch.setitem(SHAPES, "small", ((batch, 64, 4, 4), 4))
+    case = Case(shape="small", layout=layout, dtype="bf16")
+    launches = check(case, arch, seed=4, racecheck="strict")
+    assert launches[1].block[1] == 4
+    assert kernels(launches)[1:] == ["bwd"] + ["bwd_parameters"] * (batch > 4)
+    args, grad = arguments(case), grad_output(case, arguments(case)["x"])
+    names = ("x", "channel_bias", "scale", "shift")
+    parts = [
+        {k: v[s] if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in args.items()}
+        for s in (slice(0, batch), slice(3, 4))
+    ]
+    many, alone = (
+        evaluate("group_norm_silu", "cuda-ptx", part, gradients=names, grad_output=g, arch=arch)
+        for part, g in zip(parts, (grad, grad[3:4]), strict=True)
+    )
+    for name in names:
+        assert torch.equal(many.gradients[name][3:4], alone.gradients[name])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_strict_races(implementation, layout):
     """Only barriers and __syncwarp order shared memory, as the PTX manual promises."""
@@ -144,6 +168,7 @@ def check_traffic(site: GroupNormSite, batch: int, dtype, channels_last: bool, w
 SMALL = [
     ("ddpm_cifar10", 1, 256, 4, torch.bfloat16),
     ("ddpm_cifar10", 2, 256, 8, torch.float32),
+    ("ddpm_cifar10", 16, 512, 4, torch.bfloat16),
     ("ddpm_cifar10", 1, 384, 16, torch.bfloat16),
     ("ddpm_cifar10", 1, 128, 32, torch.bfloat16),
 ]

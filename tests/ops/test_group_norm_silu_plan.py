@@ -43,6 +43,7 @@ class Plan:
     segments: int
     segment_pixels: int
     lanes: int
+    samples: int
 
     @property
     def tiling(self) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def library():
 def plan(shape, groups, element_size, *, device=H100, last=False, backward=False, vector=True):
     batch, channels, pixels = shape
     layout = GroupNormLayout(batch, channels, groups, pixels, last)
-    numbers = (ctypes.c_long * 16)()
+    numbers = (ctypes.c_long * 17)()
     library()["plan_of"](
         ctypes.c_void_p(ctypes.addressof(layout)),
         16 // element_size if vector else 1,
@@ -113,6 +114,28 @@ def test_channels_last_keeps_sectors_together():
     assert plan((1, 64, 1), 4, 2).channels_last  # a single pixel has no rows to read
 
 
+@pytest.mark.parametrize(
+    ("batch", "pixels", "element_size", "samples"),
+    [
+        # What a channel leaves, 16 bytes written and read, by the 96 bytes of x, grad and grad_x.
+        (16, 16, 2, 4),
+        (128, 16, 2, 4),
+        (128, 16, 4, 2),
+        (128, 64, 2, 1),
+        (128, 64, 4, 1),
+        # Odd batches are not padded, and blocks of a single sample fill the device.
+        (6, 16, 2, 2),
+        (7, 16, 2, 1),
+        (2, 1024, 2, 1),
+    ],
+)
+def test_small_maps_share_a_block(batch, pixels, element_size, samples):
+    shape = (batch, 512, pixels)
+    assert plan(shape, 32, element_size, backward=True).samples == samples
+    assert plan(shape, 32, element_size, backward=True, device=A100).samples == samples
+    assert plan(shape, 32, element_size).samples == 1
+
+
 def test_split_fills_the_device_at_batch_1():
     """Even 32 groups of a single sample give two blocks to every multiprocessor."""
     for last in (False, True):
@@ -138,7 +161,7 @@ def _shapes(draw):
 )
 def test_every_plan_is_valid(shape_and_groups, element_size, last, backward, device):
     shape, groups = shape_and_groups
-    _, channels, pixels = shape
+    batch, channels, pixels = shape
     vector = 16 // element_size
     inner = channels if last or pixels == 1 else pixels
     options = {"device": device, "last": last, "backward": backward, "vector": inner % vector == 0}
@@ -162,6 +185,10 @@ def test_every_plan_is_valid(shape_and_groups, element_size, last, backward, dev
         assert p.cluster * p.items_per_block >= p.blocks * p.segments
         assert 32 <= p.threads <= 512
         assert p.blocks_per_sample == channels // p.channels * p.cluster
+        assert batch % p.samples == 0
+        assert p.samples * p.threads <= 512
+        assert p.samples == 1 or (backward and p.cluster == 1)
+        assert p.samples * p.shared_bytes <= device[0]
         data = (2 if backward else 1) * p.channels * pixels * element_size
         assert data <= p.cluster * p.shared_bytes
         assert p.shared_bytes <= device[0]

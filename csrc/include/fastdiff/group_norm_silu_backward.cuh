@@ -20,13 +20,11 @@ __device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackward
   return make_float4(map.slope, map.offset, rstd, (added - mean) * rstd);
 }
 
-template <typename T>
-__device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
-                                                     int64_t sample, int64_t channel) {
-  const int64_t group = sample * args.layout.groups + channel / args.layout.group_channels();
-  return first_coefficients<T>(args, sample, channel,
-                               __ldg(static_cast<const float*>(args.mean) + group),
-                               __ldg(static_cast<const float*>(args.rstd) + group));
+// Mean and rstd of a group.
+__device__ __forceinline__ float2 load_statistics(const GroupNormSiluBackwardArgs& args,
+                                                  int64_t group) {
+  return make_float2(__ldg(static_cast<const float*>(args.mean) + group),
+                     __ldg(static_cast<const float*>(args.rstd) + group));
 }
 
 // m = (m0, m1)
@@ -127,42 +125,60 @@ __device__ __forceinline__ void store_gradient(const ChannelGradient& gradient, 
   }
 }
 
-// Where the sums of a backward pass lie in the workspace: per sample and channel for the gradients of
-// weight and bias; if split, (m0, m1) per sample and group and the chunks' sums too.
+// Where the sums of a backward pass lie in the workspace: parts of the gradients of bias and weight, one
+// row for the samples of a block; if split, (m0, m1) per sample and group and the chunks' sums too.
 struct GradientWorkspace {
-  float* sums;    // (2, B, C): s0, s1
-  float* means;   // (B, G, 2)
-  float* chunks;  // as store_chunk
+  int64_t rows;
+  float* parameters;  // (2, rows, C)
+  float* means;       // (B, G, 2)
+  float* chunks;      // as store_chunk
 
-  FASTDIFF_HD static int64_t sums_floats(const GroupNormLayout& layout) {
-    return 2 * layout.batch * layout.channels;
+  FASTDIFF_HD static int64_t parameters_floats(const GroupNormLayout& layout,
+                                               const GroupNormPlan& plan) {
+    return 2 * (layout.batch / plan.samples) * layout.channels;
   }
   FASTDIFF_HD static int64_t means_floats(const GroupNormLayout& layout) {
     return 2 * layout.batch * layout.groups;
   }
-  FASTDIFF_HD GradientWorkspace(void* workspace, const GroupNormLayout& layout)
-      : sums(static_cast<float*>(workspace)),
-        means(sums + sums_floats(layout)),
+  FASTDIFF_HD GradientWorkspace(void* workspace, const GroupNormLayout& layout,
+                                const GroupNormPlan& plan)
+      : rows(layout.batch / plan.samples),
+        parameters(static_cast<float*>(workspace)),
+        means(parameters + parameters_floats(layout, plan)),
         chunks(means + means_floats(layout)) {}
 };
 
-// What follows from the sums of one channel of one sample: the gradients of scale and shift, and what
-// those of weight and bias are made of (themselves, of a single sample).
+// A row's parts of the gradients of bias and weight: the gradients themselves if it is the only one.
 template <typename T>
-__device__ __forceinline__ void store_channel_sums(const GroupNormSiluBackwardArgs& args,
-                                                   int64_t sample, int64_t channel, float s0,
-                                                   float s1) {
-  const GroupNormLayout& layout = args.layout;
-  const int64_t i = sample * layout.channels + channel;
-  if (layout.batch == 1) {
-    const float factor = 1.0f + load_operand<T>(args.scale, sample, channel, 0.0f);
-    store_gradient<T>(args.grad_bias, channel, factor * s0);
-    store_gradient<T>(args.grad_weight, channel, factor * s1);
+__device__ __forceinline__ void store_parameter_sums(const GroupNormSiluBackwardArgs& args,
+                                                     const GroupNormPlan& plan, int64_t row,
+                                                     int64_t channel, float2 sums) {
+  const GradientWorkspace workspace(args.workspace, args.layout, plan);
+  if (workspace.rows == 1) {
+    store_gradient<T>(args.grad_bias, channel, sums.x);
+    store_gradient<T>(args.grad_weight, channel, sums.y);
   } else if (args.grad_weight.data || args.grad_bias.data) {
-    float* sums = GradientWorkspace(args.workspace, layout).sums;
-    sums[i] = s0;
-    sums[layout.batch * layout.channels + i] = s1;
+    float* to = workspace.parameters + row * args.layout.channels + channel;
+    to[0] = sums.x;
+    to[workspace.rows * args.layout.channels] = sums.y;
   }
+}
+
+// What a channel's sums over one sample say about bias and weight.
+template <typename T>
+__device__ __forceinline__ float2 parameter_sums(const GroupNormSiluBackwardArgs& args,
+                                                 int64_t sample, int64_t channel, float s0,
+                                                 float s1) {
+  const float factor = 1.0f + load_operand<T>(args.scale, sample, channel, 0.0f);
+  return make_float2(factor * s0, factor * s1);
+}
+
+// The gradients of scale and shift.
+template <typename T>
+__device__ __forceinline__ void store_modulation_gradients(const GroupNormSiluBackwardArgs& args,
+                                                           int64_t sample, int64_t channel,
+                                                           float s0, float s1) {
+  const int64_t i = sample * args.layout.channels + channel;
   store_gradient<T>(args.grad_shift, i, s0);
   if (!args.grad_scale.data) return;
   const float weight = load_operand<T>(args.weight, sample, channel, 1.0f);
@@ -187,7 +203,8 @@ template <typename T, bool ChannelsLast, int V>
 __global__ void __launch_bounds__(kGroupNormThreads, 1)
     group_norm_silu_bwd_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
                                const int64_t first_block) {
-  extern __shared__ float4 shared[];
+  extern __shared__ float4 shared_of_block[];
+  float4* shared = shared_of_block + threadIdx.y * (plan.shared_bytes / 16);
   const GroupNormLayout& layout = args.layout;
   const GroupNormTiling& tiling = plan.tiling;
   const UnitBlock block(plan, first_block + blockIdx.x);
@@ -205,8 +222,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
 
   for (int g = threadIdx.x; g < groups; g += blockDim.x) {
     const int64_t group = block.sample * layout.groups + block.channel / group_channels + g;
-    means[g] = make_float2(__ldg(static_cast<const float*>(args.mean) + group),
-                           __ldg(static_cast<const float*>(args.rstd) + group));
+    means[g] = load_statistics(args, group);
   }
   __syncthreads();
   for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
@@ -251,10 +267,23 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
     const float2 m = means[c / group_channels];
     if (block.rank == 0) {
       const int64_t channel = block.channel + c;
-      store_channel_sums<T>(args, block.sample, channel, channels[c].s0, channels[c].s1);
+      store_modulation_gradients<T>(args, block.sample, channel, channels[c].s0, channels[c].s1);
       store_channel_bias_gradient<T>(args, block.sample, channel, coefficients[c], channels[c], m);
     }
     coefficients[c] = second_coefficients(coefficients[c], m);
+  }
+  if (block.rank == 0 && threadIdx.y == 0) {
+    for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
+      const int64_t channel = block.channel + c;
+      const char* from = reinterpret_cast<const char*>(channels + c);
+      float2 total = make_float2(0.0f, 0.0f);
+      for (int i = 0; i < plan.samples; ++i, from += plan.shared_bytes) {
+        const auto& sums = *reinterpret_cast<const GradientSums*>(from);
+        const float2 part = parameter_sums<T>(args, block.sample + i, channel, sums.s0, sums.s1);
+        total.x += part.x, total.y += part.y;
+      }
+      store_parameter_sums<T>(args, plan, block.sample / plan.samples, channel, total);
+    }
   }
   __syncthreads();
 
@@ -278,10 +307,17 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   extern __shared__ float4 shared[];
   float4* coefficients = shared;
   float* partials = reinterpret_cast<float*>(shared + plan.chunk_channels());
+  float2* statistics = reinterpret_cast<float2*>(partials);  // until the sums take this place
   const ChunkBlock block(plan, first_block + blockIdx.x);
+  const ChunkGroups groups(args.layout, block);
   const int64_t base = block.sample * args.layout.channels * args.layout.pixels;
+  for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
+    statistics[g] = load_statistics(args, block.sample * args.layout.groups + groups.first + g);
+  }
+  __syncthreads();
   for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
-    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c);
+    const float2 s = statistics[groups.of(c)];
+    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
   }
   __syncthreads();
   item_gradient_sums<T, ChannelsLast, V>(
@@ -293,7 +329,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
       [](int, const LaneItem&, const InputPair<T, V>&) {});
   __syncthreads();
   store_chunk<GradientSums>(args.layout, plan, block, partials,
-                            GradientWorkspace(args.workspace, args.layout).chunks);
+                            GradientWorkspace(args.workspace, args.layout, plan).chunks);
 }
 
 // Split, between the readings: a block finishes the sums of one group. The sums of its channels are
@@ -303,9 +339,9 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_bwd_means_kernel(const GroupNormSiluBackwardArgs args,
                                      const GroupNormPlan plan, const int64_t first_block) {
   __shared__ GradientSums warps[kGroupNormSplitThreads / 32];
-  __shared__ float2 shared_mean;
+  __shared__ float2 shared_mean, statistics;
   const GroupNormLayout& layout = args.layout;
-  const GradientWorkspace workspace(args.workspace, layout);
+  const GradientWorkspace workspace(args.workspace, layout, plan);
   const int64_t group = first_block + blockIdx.x, sample = group / layout.groups;
   const int64_t size = layout.group_channels(), channel = group % layout.groups * size;
   // The sums of the first chunk give way to those of all.
@@ -318,6 +354,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
       [&](int c, const GradientSums& sums) {
         for (int k = 0; k < 3; ++k) totals[k * layout.channels + c] = sums.value(k);
       });
+  if (threadIdx.x == 0) statistics = load_statistics(args, group);
   __syncthreads();
   GradientSums sums;
   for (int64_t c = threadIdx.x; c < size; c += blockDim.x) {
@@ -335,10 +372,14 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   for (int64_t c = threadIdx.x; c < size; c += blockDim.x) {
     const GradientSums total = {totals[c], totals[layout.channels + c],
                                 totals[2 * layout.channels + c]};
-    store_channel_sums<T>(args, sample, channel + c, total.s0, total.s1);
-    store_channel_bias_gradient<T>(args, sample, channel + c,
-                                   first_coefficients<T>(args, sample, channel + c), total,
-                                   shared_mean);
+    store_modulation_gradients<T>(args, sample, channel + c, total.s0, total.s1);
+    store_parameter_sums<T>(
+        args, plan, sample, channel + c,
+        parameter_sums<T>(args, sample, channel + c, total.s0, total.s1));
+    store_channel_bias_gradient<T>(
+        args, sample, channel + c,
+        first_coefficients<T>(args, sample, channel + c, statistics.x, statistics.y), total,
+        shared_mean);
   }
 }
 
@@ -347,17 +388,26 @@ template <typename T, bool ChannelsLast, int V>
 __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
                                      const GroupNormPlan plan, const int64_t first_block) {
-  extern __shared__ float4 coefficients[];
+  extern __shared__ float4 shared[];
+  float4* coefficients = shared;
+  float4* statistics = shared + plan.chunk_channels();  // mean, rstd, m0, m1
   const GroupNormLayout& layout = args.layout;
-  const GradientWorkspace workspace(args.workspace, layout);
+  const GradientWorkspace workspace(args.workspace, layout, plan);
   const ChunkBlock block(plan, first_block + blockIdx.x);
   const int64_t base = block.sample * layout.channels * layout.pixels;
+  const ChunkGroups groups(layout, block);
+  for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
+    const int64_t group = block.sample * layout.groups + groups.first + g;
+    const float2 s = load_statistics(args, group);
+    const float2 m = reinterpret_cast<const float2*>(workspace.means)[group];
+    statistics[g] = make_float4(s.x, s.y, m.x, m.y);
+  }
+  __syncthreads();
   for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
-    const int64_t channel = block.channel + c;
-    const int64_t group = block.sample * layout.groups + channel / layout.group_channels();
-    coefficients[c] =
-        second_coefficients(first_coefficients<T>(args, block.sample, channel),
-                            reinterpret_cast<const float2*>(workspace.means)[group]);
+    const float4 s = statistics[groups.of(c)];
+    coefficients[c] = second_coefficients(
+        first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y),
+        make_float2(s.z, s.w));
   }
   __syncthreads();
   write_grad_x<T, ChannelsLast, V>(

@@ -284,8 +284,9 @@ struct UnitBlock {
   int end;
 
   __device__ __forceinline__ UnitBlock(const GroupNormPlan& plan, int64_t block) {
-    sample = block / plan.blocks_per_sample;
-    const int rest = static_cast<int>(block - sample * plan.blocks_per_sample);
+    const int64_t row = block / plan.blocks_per_sample;
+    const int rest = static_cast<int>(block - row * plan.blocks_per_sample);
+    sample = row * plan.samples + threadIdx.y;
     rank = rest % plan.cluster;
     channel = int64_t{rest / plan.cluster} * plan.tiling.channels;
     begin = min(rank * plan.items_per_block, plan.tiling.items());
@@ -309,8 +310,11 @@ struct ChunkBlock {
     const GroupNormTiling& tiling = plan.tiling;
     sample = block / plan.blocks_per_sample;
     const int rest = static_cast<int>(block - sample * plan.blocks_per_sample);
-    chunk = rest % plan.chunks;
-    const int first = rest / plan.chunks * plan.chunk_blocks;
+    // Neighbours in the grid read what is adjacent in memory.
+    const int strips = static_cast<int>(plan.blocks_per_sample / plan.chunks);
+    chunk = tiling.channels_last ? rest / strips : rest % plan.chunks;
+    const int first =
+        (tiling.channels_last ? rest % strips : rest / plan.chunks) * plan.chunk_blocks;
     const int blocks = min(plan.chunk_blocks, tiling.blocks - first);
     channel = first * tiling.block_channels;
     channels = min(blocks * tiling.block_channels, tiling.channels - channel);
@@ -318,6 +322,24 @@ struct ChunkBlock {
     segments = min(plan.chunk_segments, tiling.segments - segment);
     begin = first * tiling.segments + segment;
     end = begin + (blocks - 1) * tiling.segments + segments;
+  }
+};
+
+// The groups that a chunk has channels of. What channels need of their groups is read once per group.
+struct ChunkGroups {
+  int64_t group_channels;
+  int64_t channel;  // the chunk's first
+  int64_t first;
+  int count;
+
+  __device__ __forceinline__ ChunkGroups(const GroupNormLayout& layout, const ChunkBlock& block)
+      : group_channels(layout.group_channels()),
+        channel(block.channel),
+        first(channel / group_channels),
+        count(static_cast<int>((channel + block.channels - 1) / group_channels - first) + 1) {}
+
+  __device__ __forceinline__ int of(int c) const {
+    return static_cast<int>((channel + c) / group_channels - first);
   }
 };
 

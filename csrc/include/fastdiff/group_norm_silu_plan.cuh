@@ -55,23 +55,26 @@ struct GroupNormPlan {
   int chunk_blocks;     // split
   int chunk_segments;
   int chunks;  // per channel
-  int threads;
+  int samples;  // one pass: of a block, side by side
+  int threads;  // per sample of a block
   int64_t blocks_per_sample;
-  int64_t shared_bytes;  // one pass; of the split kernels see chunk_partials(), chunk_channels()
+  // One pass, per sample of a block; of the split kernels see chunk_partials(), chunk_channels().
+  int64_t shared_bytes;
 
   FASTDIFF_HD int chunk_channels() const { return chunk_blocks * tiling.block_channels; }
   FASTDIFF_HD int chunk_partials() const { return chunk_channels() * chunk_segments; }
 };
 
-// What differs between the passes: tensors kept on chip, floats of a partial sum, and floats of
-// coefficients per channel.
+// What differs between the passes: tensors kept on chip, floats of a partial sum, floats of
+// coefficients per channel, and floats per channel that a block leaves to be added up over the batch.
 struct GroupNormPass {
   int tensors;
   int partial;
   int coefficients;
+  int row;
 };
-constexpr GroupNormPass kGroupNormForward = {1, 2, 2};
-constexpr GroupNormPass kGroupNormBackward = {2, 3, 4};
+constexpr GroupNormPass kGroupNormForward = {1, 2, 2, 0};
+constexpr GroupNormPass kGroupNormBackward = {2, 3, 4, 2};
 
 namespace group_norm_plan {
 
@@ -91,16 +94,16 @@ constexpr int lanes_for(int64_t n) {
 constexpr int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // `item_bytes` is what an item should have. Items are whole batches of four vectors per lane where
-// there is enough.
+// there is enough. In channels_last they are `widest` vectors wide, or less.
 inline GroupNormTiling tile(const GroupNormLayout& layout, int64_t channels, int vector,
-                            int64_t element_size, int64_t item_bytes) {
+                            int64_t element_size, int64_t item_bytes, int64_t widest = 32) {
   GroupNormTiling tiling{};
   tiling.channels_last = layout.channels_last;
   tiling.channels = static_cast<int>(channels);
   int64_t width = vector, extent = layout.pixels / vector;  // bytes of a step, steps of a block
   if (layout.channels_last) {
-    // Strips of equal width, of up to a vector per lane of a warp, and of whole sectors.
-    const int64_t vectors = channels / vector, strips = ceil_div(vectors, 32);
+    // Strips of equal width and of whole sectors.
+    const int64_t vectors = channels / vector, strips = ceil_div(vectors, widest);
     width = ceil_div(ceil_div(vectors, strips), 2) * 2 * vector;
     width = width < channels ? width : channels;
     extent = layout.pixels;
@@ -150,20 +153,47 @@ inline GroupNormPlan one_pass(const GroupNormTiling& tiling, const GroupNormPass
   const int64_t data = pass.tensors * plan.items_per_block * tiling.item_numel() * element_size;
   const int64_t partials = plan.items_per_block * tiling.block_channels * pass.partial;
   const int64_t channels = tiling.channels * (pass.partial + pass.coefficients);
-  plan.shared_bytes = ceil_div(data, 16) * 16 + 4 * (partials + channels + 2 * groups);
+  const int64_t floats = partials + channels + 2 * groups;
+  plan.shared_bytes = ceil_div(ceil_div(data, 16) * 16 + 4 * floats, 16) * 16;
+  plan.samples = 1;
   return plan;
 }
 
-// Chunks of 8 to 64 KB, so that one sample gives two blocks to every multiprocessor if it can.
+// Samples side by side in a block, which adds up what they say about weight and bias: on small maps what
+// would be written and read for that is a part of the traffic. Twice as many until it is a 24th, as
+// long as they divide the batch, leave the device enough blocks (of 4 KB at most, if those are
+// fewer), and leave a multiprocessor room for two.
+inline int samples_per_block(const GroupNormLayout& layout, const GroupNormPlan& plan,
+                             const GroupNormPass& pass, int64_t element_size,
+                             const DeviceLimits& device) {
+  const int64_t row = 2 * 4 * pass.row, sample = layout.pixels * element_size;
+  const int64_t batch = layout.batch * layout.channels * sample;
+  const int64_t enough = clamp(batch >> 12, 1, device.multiprocessors * 7 / 8);
+  int samples = 1;
+  while (24 * row > samples * (pass.tensors + 1) * sample) {
+    const int64_t next = 2 * samples;
+    const bool fits = next * plan.threads <= kGroupNormThreads &&
+                      2 * next * plan.shared_bytes <= device.shared_bytes;
+    if (!fits || layout.batch % next || layout.batch / next * plan.blocks_per_sample < enough) break;
+    samples = static_cast<int>(next);
+  }
+  return samples;
+}
+
+// Chunks of 8 to 64 KB, so that one sample gives two blocks to every multiprocessor if it can; in
+// channels_last 64 bytes wide, as wider ones would read the operands of, and leave the sums of, more
+// channels.
 inline GroupNormPlan split(const GroupNormLayout& layout, int vector, int64_t element_size,
                            const DeviceLimits& device) {
   constexpr int kWarps = kGroupNormSplitThreads / 32;
   const int64_t sample = layout.channels * layout.pixels * element_size;
   const int64_t chunk = clamp(sample / (2 * device.multiprocessors), 8 << 10, 64 << 10);
   GroupNormPlan plan{};
-  plan.tiling = tile(layout, layout.channels, vector, element_size, chunk / kWarps);
+  const int64_t widest = vector == 1 ? 32 : 64 / (vector * element_size);
+  plan.tiling = tile(layout, layout.channels, vector, element_size, chunk / kWarps, widest);
   const GroupNormTiling& tiling = plan.tiling;
   plan.cluster = 1;
+  plan.samples = 1;
   plan.threads = kGroupNormSplitThreads;
   plan.chunk_segments = tiling.segments < kWarps ? tiling.segments : kWarps;
   plan.chunk_blocks = 1;
@@ -224,6 +254,7 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
       if (next.shared_bytes <= device.shared_bytes) plan = next;
     }
     plan.blocks_per_sample = units * plan.cluster;
+    if (plan.cluster == 1) plan.samples = samples_per_block(layout, plan, pass, element_size, device);
     if (plan.one_pass) return plan;
   }
   return split(layout, vector, element_size, device);
