@@ -134,7 +134,6 @@ def group_norm_silu_bwd_kernel(
     tile = tl.program_id(0).to(tl.int64)
     row, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
-    scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
     weight_share = tl.zeros((CH,), tl.float32)
     bias_share = tl.zeros((CH,), tl.float32)
     for sample in tl.static_range(SAMPLES):
@@ -153,6 +152,7 @@ def group_norm_silu_bwd_kernel(
         s0 = tl.sum(dz, axis=1)
         s1 = sum_products(dz, h_hat, m_tile)
         s2 = tl.sum(h_hat, axis=1) if grad_channel_bias is not None else s0
+        scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
         m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
         m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
         weight_part, bias_part = store_channel_gradients(
@@ -178,10 +178,11 @@ def group_norm_silu_bwd_kernel(
         )
         weight_share += weight_part
         bias_share += bias_part
+        if sample == SAMPLES - 1:  # before grad_x, which takes the registers
+            store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_c)
+            store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_c)
         if grad_x is not None:
             store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
-    store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_c)
-    store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_c)
 
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])

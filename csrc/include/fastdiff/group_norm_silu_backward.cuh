@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 
 // Split, second reading of x and grad.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
+__global__ void __launch_bounds__(kGroupNormSplitThreads, 2)
     group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
                                      const GroupNormPlan plan, const int64_t first_block) {
   extern __shared__ float4 shared[];

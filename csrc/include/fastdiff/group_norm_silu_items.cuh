@@ -327,20 +327,18 @@ struct ChunkBlock {
 
 // The groups that a chunk has channels of. What channels need of their groups is read once per group.
 struct ChunkGroups {
-  int64_t group_channels;
-  int64_t channel;  // the chunk's first
-  int64_t first;
+  int group_channels;
+  int channel;  // the chunk's first
+  int first;
   int count;
 
   __device__ __forceinline__ ChunkGroups(const GroupNormLayout& layout, const ChunkBlock& block)
-      : group_channels(layout.group_channels()),
+      : group_channels(static_cast<int>(layout.group_channels())),
         channel(block.channel),
         first(channel / group_channels),
-        count(static_cast<int>((channel + block.channels - 1) / group_channels - first) + 1) {}
+        count((channel + block.channels - 1) / group_channels - first + 1) {}
 
-  __device__ __forceinline__ int of(int c) const {
-    return static_cast<int>((channel + c) / group_channels - first);
-  }
+  __device__ __forceinline__ int of(int c) const { return (channel + c) / group_channels - first; }
 };
 
 // Adds up what a chunk's items left in shared memory, to one partial sum per channel in the
