@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
       const int64_t channel = block.channel + c;
       const char* from = reinterpret_cast<const char*>(channels + c);
       float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll 1
       for (int i = 0; i < plan.samples; ++i, from += plan.shared_bytes) {
         const auto& sums = *reinterpret_cast<const GradientSums*>(from);
         const float2 part = parameter_sums<T>(args, block.sample + i, channel, sums.s0, sums.s1);
