@@ -250,12 +250,15 @@ class Code:
 
 
 def parse_sass(text: str) -> dict[str, Code]:
-    """Function -> its memory instructions by kind and bytes per thread, and all by class."""
+    """Function -> its memory instructions by kind and bytes per thread, and all by class.
+
+    A kernel that several object files of a library have is listed several times, and counts once.
+    """
     functions: dict[str, Code] = {}
     current = Code()
     for line in text.splitlines():
         if match := _FUNCTION.match(line):
-            current = functions.setdefault(match[1], Code())
+            current = functions[match[1]] = Code()
         elif match := _INSTRUCTION.match(line):
             opcode, *modifiers = match[1].split(".")
             current.classes[classify(opcode)] += 1

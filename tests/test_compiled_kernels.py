@@ -315,6 +315,7 @@ SASS = """
 
 def test_parse_sass():
     functions = cubin.parse_sass(SASS)
+    assert cubin.parse_sass(2 * SASS) == functions  # of two object files
     assert functions["kernel"].accesses == {
         ("global load", 16): 1,
         ("global load", 1): 1,

@@ -260,13 +260,14 @@ def samples_per_program(
 
     Its shares in the gradients of weight and bias are 16 bytes per channel, written and read: twice
     as many samples until that is a 24th of x, grad and grad_x, as long as they divide the batch and
-    leave enough programs, to fill a device or of 4 KB.
+    leave enough programs, to fill a device or of 4 KB; four at most, as their loop is unrolled.
     """
     samples, size = 1, pixels * itemsize
     enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))
     tiles = batch * cut.channel_tiles(channels, num_groups)
     while (
         cut.one_pass
+        and samples < 4
         and samples * 3 * size < 24 * 16
         and batch % (2 * samples) == 0
         and tiles // (2 * samples) >= enough

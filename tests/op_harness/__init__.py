@@ -11,6 +11,7 @@
 and returns the outputs and, on request, the gradients.
 """
 
+from .cpp_calls import cpp_calls
 from .evaluate import IMPLEMENTATIONS, Result, available, evaluate, implementation_params
 from .tolerance import assert_close, unit_roundoff
 
@@ -19,6 +20,7 @@ __all__ = [
     "Result",
     "assert_close",
     "available",
+    "cpp_calls",
     "evaluate",
     "implementation_params",
     "unit_roundoff",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from op_harness import cpp_calls
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -53,13 +54,7 @@ CALLS: dict[str, Callable] = {
 
 @pytest.fixture
 def cpp() -> types.ModuleType:
-    if _native.build_info() is None:
-        pytest.skip("no native build")
-    module, reason = _native.dispatch()
-    if module is None and "only" in reason:
-        pytest.skip(reason)
-    assert module is not None, reason  # built here, for this torch: it must load
-    return module
+    return cpp_calls()
 
 
 class _Spied:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from op_harness import cpp_calls
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastdiff import _native, ops
+from fastdiff import ops
 
 _module = importlib.import_module("fastdiff.ops.group_norm_silu")
 
@@ -26,16 +27,7 @@ def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def _use(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if node == "C++":
-        if _native.build_info() is None:
-            pytest.skip("no native build")
-        module, reason = _native.dispatch()
-        if module is None and "only" in reason:
-            pytest.skip(reason)
-        assert module is not None, reason  # built here, for this torch: it must load
-        cpp = module.group_norm_silu
-    else:
-        cpp = None
+    cpp = cpp_calls().group_norm_silu if node == "C++" else None
     monkeypatch.setattr(_module, "_op", _module._op._replace(cpp=cpp))
 
 

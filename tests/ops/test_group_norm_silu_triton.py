@@ -246,6 +246,22 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
             assert blocks >= 128
 
 
+@pytest.mark.parametrize(
+    ("batch", "pixels", "itemsize", "samples"),
+    [
+        (16, 16, 2, 4),
+        (128, 16, 4, 2),
+        (128, 1, 2, 4),
+        (6, 16, 2, 2),
+        (7, 16, 2, 1),
+        (128, 64, 2, 1),
+    ],
+)
+def test_samples_per_program(batch: int, pixels: int, itemsize: int, samples: int) -> None:
+    cut = tiles.plan(512, 32, pixels, itemsize, pixels == 1, arrays=2)
+    assert tiles.samples_per_program(cut, batch, 512, 32, pixels, itemsize) == samples
+
+
 def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -> tuple:
     channels, groups, pixels = shape
     chosen = tiles.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays)
