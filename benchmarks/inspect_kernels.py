@@ -38,7 +38,7 @@ def cuda_library() -> pathlib.Path | None:
 
 def triton_kernel(name: str, arch: str) -> Kernel:
     """Compile one of `triton_aot.representative_calls` and inspect it."""
-    launch = triton_aot.launch_of(triton_aot.representative_calls()[name])
+    launch = triton_aot.launch_of(triton_aot.representative_calls(arch)[name])
     compiled = triton_aot.compile_launch(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -138,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
         if importlib.util.find_spec("triton") is None:
             print("Triton: not installed")
         else:
-            names = [n for n in triton_aot.representative_calls() if options.kernel in n]
             for arch in options.arch or ARCHS:
+                calls = triton_aot.representative_calls(arch)
+                names = [name for name in calls if options.kernel in name]
                 kernels = [triton_kernel(name, arch) for name in names]
                 print_kernels(f"Triton {arch}", kernels)
                 document += [to_json("triton", kernel) for kernel in kernels]

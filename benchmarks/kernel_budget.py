@@ -135,7 +135,7 @@ def save(budgets: Mapping[str, Mapping[str, Budget]]) -> None:
 
 
 def _triton_kernels(arch: str) -> list[Kernel]:
-    return [inspect_kernels.triton_kernel(n, arch) for n in triton_aot.representative_calls()]
+    return [inspect_kernels.triton_kernel(n, arch) for n in triton_aot.representative_calls(arch)]
 
 
 KERNELS: dict[str, Callable[[str], list[Kernel]]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +42,11 @@ def recorded_launches() -> Iterator[list[Launch]]:
         device: torch.device,
         *arguments: Any,
         num_warps: int = 4,
+        num_ctas: int = 1,
         **meta: Any,
     ) -> None:
-        launches.append(Launch(kernel, arguments, meta | {"num_warps": num_warps}))
+        options = {"num_warps": num_warps, "num_ctas": num_ctas}
+        launches.append(Launch(kernel, arguments, meta | options))
 
     original, _launch.launch = _launch.launch, record
     try:
@@ -117,12 +120,13 @@ def _eps_loss(dtype: torch.dtype, seed: int | None = None, channels_last: bool =
     eps_loss(out, prediction, noise, None, seed, 0, None, 1.0, 0, channels_last)
 
 
-def _eps_loss_of_digits(dtype: torch.dtype) -> None:
-    """Losses of samples that one program holds."""
+def _eps_loss_of_digits(dtype: torch.dtype, mean: bool = False) -> None:
+    """Losses of samples that one program holds, or their mean."""
     from fastdiff.triton_kernels.eps_loss import eps_loss
 
-    prediction, out = _empty(dtype, shape=(64, 1, 8, 8)), _empty(torch.float32, shape=(64,))
-    eps_loss(out, prediction, prediction, None, None, 0, out, 1.0, 0, False)
+    prediction, weight = _empty(dtype, shape=(64, 1, 8, 8)), _empty(torch.float32, shape=(64,))
+    out = _empty(torch.float32, shape=()) if mean else weight
+    eps_loss(out, prediction, prediction, None, None, 0, weight, 1.0, 0, False)
 
 
 def _eps_loss_backward(
@@ -173,21 +177,27 @@ def _sampler_step(
 
 
 def _group_norm_silu(
-    dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool = False, backward: bool = False
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    channels_last: bool = False,
+    backward: bool = False,
+    max_blocks: int = 1,
 ) -> None:
+    from fastdiff.triton_kernels import _launch
     from fastdiff.triton_kernels import group_norm_silu as kernels
 
     x, operand = _empty(dtype, channels_last, shape), _empty(torch.float32, shape=shape[1:2])
     statistics = _empty(torch.float32, shape=(shape[0], 32))
     small = (operand, operand, None, None, None)
-    if backward:
-        kernels.group_norm_silu_backward(
-            x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
-        )
-    else:
-        kernels.group_norm_silu(
-            x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last
-        )
+    with unittest.mock.patch.object(_launch, "max_blocks", return_value=max_blocks):
+        if backward:
+            kernels.group_norm_silu_backward(
+                x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
+            )
+        else:
+            kernels.group_norm_silu(
+                x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last
+            )
 
 
 def _vlb_terms(
@@ -225,8 +235,9 @@ def _vlb_terms(
         kernels.vlb_terms(results, *inputs)
 
 
-def representative_calls() -> dict[str, Callable[[], None]]:
+def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
+    clusters = int(arch.removeprefix("sm_")) >= 90
     calls: dict[str, Callable[[], None]] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for layout, channels_last in (("nchw", False), ("channels_last", True)):
@@ -244,9 +255,16 @@ def representative_calls() -> dict[str, Callable[[], None]]:
             calls[f"ddim_step {name} {layout} guided"] = step
             calls[f"ddim_step {name} {layout} guided seed"] = functools.partial(step, seed=0)
             for op, backward in (("group_norm_silu", False), ("group_norm_silu_backward", True)):
+                call = functools.partial(
+                    _group_norm_silu, dtype, channels_last=channels_last, backward=backward
+                )
                 for case, size in (("one pass", 32), ("split", 256)):
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
-                        _group_norm_silu, dtype, (1, 128, size, size), channels_last, backward
+                        call, (1, 128, size, size)
+                    )
+                if clusters:
+                    calls[f"{op} {name} {layout} cluster"] = functools.partial(
+                        call, (1, 512, 64, 64), max_blocks=8
                     )
             for op, backward in (("vlb_terms", False), ("vlb_terms_backward", True)):
                 call = functools.partial(
@@ -258,7 +276,9 @@ def representative_calls() -> dict[str, Callable[[], None]]:
         calls[f"ddpm_step {name} nchw learned seed"] = functools.partial(
             _sampler_step, dtype, seed=0, learned=True
         )
-        calls[f"eps_loss {name} nchw given digits"] = functools.partial(_eps_loss_of_digits, dtype)
+        digits = functools.partial(_eps_loss_of_digits, dtype)
+        calls[f"eps_loss {name} nchw given digits"] = digits
+        calls[f"eps_loss {name} nchw given digits mean"] = functools.partial(digits, mean=True)
         pixels = functools.partial(_q_sample, dtype, torch.uint8, seed=0)
         calls[f"q_sample {name} nchw uint8 seed"] = pixels
         calls[f"q_sample {name} nchw uint8 seed flip"] = functools.partial(pixels, flip=True)

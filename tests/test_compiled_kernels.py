@@ -45,6 +45,7 @@ STEPS = {"ddim_step_fwd_kernel", "ddpm_step_fwd_kernel"}
 # Results of a block's sums: at most so many stores, of 4 bytes each.
 RESULTS_PER_BLOCK = {
     "eps_loss_fwd_kernel": 1,
+    "eps_loss_small_fwd_kernel": 1,
     "group_norm_silu_bwd_sums_kernel": 6,
     "group_norm_silu_moments_kernel": 4,
     "vlb_terms_fwd_kernel": 3,
@@ -85,6 +86,7 @@ def operands(kernel: Kernel) -> list[str]:
         "q_sample_fwd_kernel": lambda out, x0, noise, v: [x0, noise],
         "philox_normal_kernel": lambda out, v: [],
         "eps_loss_fwd_kernel": lambda prediction, noise, v: [prediction, noise],
+        "eps_loss_small_fwd_kernel": lambda prediction, noise, v: [prediction, noise],
         "eps_loss_bwd_kernel": lambda prediction, noise, v: [prediction, noise],
         "group_norm_silu_fwd_kernel": lambda x, last, v: [x],
         "group_norm_silu_moments_kernel": lambda x, last, v: [x],
@@ -113,7 +115,7 @@ def has_two_heads(stem: str) -> bool:
 def assert_stays_in_registers(kernel: Kernel) -> None:
     assert kernel.spills == 0, f"{kernel.name}: {kernel.spills} accesses to local memory"
     assert kernel.stack == kernel.local == 0, f"{kernel.name}: stack or local memory"
-    clusters = kernel.name.partition("<")[0] in CLUSTERS
+    clusters = kernel.name.partition("<")[0] in CLUSTERS or kernel.name.endswith(" cluster")
     for kind in ("generic store",) if clusters else ("generic load", "generic store"):
         assert kernel.count(kind) == 0, f"{kernel.name}: a {kind} hides which memory it uses"
 
@@ -190,6 +192,7 @@ TRITON = {
     "eps_loss fp32 nchw given": ([16, 16], 0),
     "eps_loss bf16 channels_last given": ([16, 16], 0),
     "eps_loss bf16 nchw seed": ([16], 0),
+    "eps_loss bf16 nchw given digits mean": ([16, 16], 1),  # the weight
     "ddim_step bf16 channels_last guided": ([16, 16, 16], ROW),
     "ddim_step fp32 nchw guided bf16 output": ([16, 8, 8], ROW),
     "ddpm_step bf16 nchw learned seed": ([16, 16, 16], ROW),
@@ -234,6 +237,29 @@ def test_triton_kernels(name, arch):
 )
 def test_triton_group_norm_silu(name, loads, stores, arch):
     """Tensors in vectors of 16 bytes; 4 bytes are parameters, statistics and sums."""
+    check_triton_group_norm_silu(name, loads, stores, arch)
+
+
+@needs_cuobjdump
+@needs_triton
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "sm_80"])
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        # 16384 elements of x in a block of 512 threads.
+        ("group_norm_silu bf16 channels_last cluster", 4, 4),
+        ("group_norm_silu fp32 nchw cluster", 8, 8),
+        ("group_norm_silu_backward bf16 nchw cluster", 8, 4),
+        # 8192 of x, and of grad.
+        ("group_norm_silu_backward bf16 channels_last cluster", 4, 2),
+        ("group_norm_silu_backward fp32 channels_last cluster", 8, 4),
+    ],
+)
+def test_triton_group_norm_silu_of_clusters(name, loads, stores, arch):
+    check_triton_group_norm_silu(name, loads, stores, arch)
+
+
+def check_triton_group_norm_silu(name, loads, stores, arch):
     kernel = inspect_kernels.triton_kernel(name, arch)
     assert_stays_in_registers(kernel)
     assert kernel.count("global load", 16) >= loads

@@ -9,13 +9,35 @@ from typing import Any
 
 import torch
 
+CLUSTER_BLOCKS = 8  # that every GPU with clusters allows
+
+
+def max_blocks(device: torch.device) -> int:
+    """Blocks that can work on one program: those of a cluster, from sm_90 on."""
+    if device.type != "cuda":
+        return 1
+    gpu = torch.cuda.get_device_properties(device)
+    # A slice of a GPU can have too few multiprocessors for a cluster.
+    has_clusters = gpu.major >= 9 and gpu.multi_processor_count >= 2 * CLUSTER_BLOCKS
+    return CLUSTER_BLOCKS if has_clusters else 1
+
 
 def launch(
-    kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int = 4, **meta: Any
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    *args: Any,
+    num_warps: int = 4,
+    num_ctas: int = 1,
+    **meta: Any,
 ) -> None:
-    """Run `kernel` on a one-dimensional grid of `programs` on `device`'s current stream."""
+    """Run `kernel` on a one-dimensional grid of `programs` on `device`'s current stream.
+
+    A program is a cluster of `num_ctas` blocks of `num_warps` warps.
+    """
+    options = {"num_warps": num_warps, "num_ctas": num_ctas}
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, num_warps=num_warps, **meta)
+            kernel[(programs,)](*args, **options, **meta)
     else:  # the interpreter
-        kernel[(programs,)](*args, num_warps=num_warps, **meta)
+        kernel[(programs,)](*args, **options, **meta)

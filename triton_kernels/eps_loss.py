@@ -110,6 +110,53 @@ def eps_loss_fwd_kernel(
     tl.store(out + program, total)
 
 
+@triton.jit(do_not_specialize=["seed", "stream", "batch"])
+def eps_loss_small_fwd_kernel(
+    out,
+    prediction,
+    noise,
+    keys,
+    weight,
+    seed,
+    stream,
+    batch,
+    numel,
+    inner,
+    KIND: tl.constexpr,
+    GENERATE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    LOGICAL_ORDER: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Weighted sum of the losses of SAMPLES whole samples."""
+    program = tl.program_id(0).to(tl.int64)
+    first = tl.full((), 0, tl.int64)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in range(SAMPLES):
+        sample = program * SAMPLES + k
+        if sample < batch:
+            key = noise_key(keys, seed, sample, HAS_KEYS)
+            d = error(
+                prediction,
+                noise,
+                key,
+                stream,
+                sample,
+                first,
+                numel,
+                inner,
+                GENERATE,
+                LOGICAL_ORDER,
+                BLOCK,
+            )
+            loss = loss_term(d, KIND)
+            if weight is not None:
+                loss *= tl.load(weight + sample)
+            acc += loss
+    tl.store(out + program, tl.sum(acc, axis=0))
+
+
 @triton.jit(do_not_specialize=["seed", "stream", "chunks", "scale"])
 def eps_loss_bwd_kernel(
     grad_prediction,
@@ -153,6 +200,19 @@ def eps_loss_bwd_kernel(
         tl.store(grad_noise + base + i, (-g).to(grad_noise.dtype.element_ty), mask=i < numel)
 
 
+def samples_per_program(batch: int, sample_bytes: int) -> int:
+    """Samples whose sums a program adds up before it writes, if only their total is wanted.
+
+    A partial sum is 8 bytes, written and read: twice as many samples until that is a 48th of the
+    prediction, as long as the programs fill a device, or have 4 KB each.
+    """
+    enough = min(reduce.DEVICE_PROGRAMS, max(1, batch * sample_bytes // 4096))
+    samples = 1
+    while samples < 16 and samples * sample_bytes < 8 * 48 and batch // (2 * samples) >= enough:
+        samples *= 2
+    return samples
+
+
 def eps_loss(
     out: Tensor,
     prediction: Tensor,
@@ -173,6 +233,38 @@ def eps_loss(
     rounds = reduce.rounds_per_program(layout.numel, block)
     chunks = triton.cdiv(layout.numel, rounds * block)
     whole_samples = out.dim() == 1 and chunks == 1
+    meta = {
+        "KIND": kind,
+        "GENERATE": noise is None,
+        "HAS_KEYS": keys is not None,
+        "LOGICAL_ORDER": layout.inner == 1,
+        "BLOCK": block,
+    }
+    if out.dim() == 0 and chunks == 1:
+        sample_bytes = layout.numel * prediction.element_size()
+        samples = samples_per_program(layout.batch, sample_bytes)
+        if samples > 1:
+            programs = triton.cdiv(layout.batch, samples)
+            sums = reduce.workspace(out, programs)
+            _launch.launch(
+                eps_loss_small_fwd_kernel,
+                programs,
+                out.device,
+                sums,
+                prediction,
+                noise,
+                keys,
+                weight,
+                0 if seed is None else seed,
+                stream,
+                layout.batch,
+                layout.numel,
+                layout.inner,
+                SAMPLES=samples,
+                **meta,
+            )
+            reduce.finish_sums(out, sums, None, 1, programs, scale)
+            return
     sums = out if whole_samples else reduce.workspace(out, layout.batch * chunks)
     if layout.batch * chunks > 0:
         _launch.launch(
@@ -190,13 +282,9 @@ def eps_loss(
             layout.numel,
             layout.inner,
             scale,
-            KIND=kind,
-            GENERATE=noise is None,
-            HAS_KEYS=keys is not None,
             WHOLE_SAMPLES=whole_samples,
-            LOGICAL_ORDER=layout.inner == 1,
             ROUNDS=rounds,
-            BLOCK=block,
+            **meta,
         )
     if not whole_samples:
         reduce.finish_sums(out, sums, weight, layout.batch, chunks, scale)

@@ -63,14 +63,15 @@ def group_norm_silu_fwd_kernel(
     ACTIVATION: tl.constexpr,
     CH: tl.constexpr,
     PIX: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     """One span of whole groups of one sample, held in registers: x is read once."""
     tile = tl.program_id(0).to(tl.int64)
-    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
+    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH, SEGMENTS)
     base, offsets, m_tile = tile_offsets(
-        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
+        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS
     )
-    i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
+    i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS, SEGMENTS)
     b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
     gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
 
@@ -253,7 +254,8 @@ def group_norm_silu(
     pixels = x[0, 0].numel()
     # One pixel: both formats are the same, and the channels are adjacent.
     channels_last = channels_last or pixels == 1
-    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, arrays=1)
+    blocks = _launch.max_blocks(x.device)
+    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, 1, blocks)
     tiles = batch * cut.channel_tiles(channels, num_groups)
     shape = cut.constants(channels, num_groups, channels_last)
     operands = (

@@ -82,7 +82,8 @@ def group_norm_silu_backward(
     pixels = x.shape[2:].numel()
     # One pixel: both formats are the same, and the channels are adjacent.
     channels_last = channels_last or pixels == 1
-    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, arrays=2)
+    blocks = _launch.max_blocks(x.device)
+    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, 2, blocks)
     samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
     # The shares of a program's samples in dweight and dbias: a single row is the gradients.
     rows = batch // samples

@@ -28,6 +28,7 @@ from .group_norm_silu_tiles import (
     store_if_wanted,
     sum_groups,
     sum_products,
+    sum_segments,
     tile_offsets,
 )
 
@@ -124,6 +125,7 @@ def group_norm_silu_bwd_kernel(
     ACTIVATION: tl.constexpr,
     CH: tl.constexpr,
     PIX: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
     """One span of whole groups, held in registers: x and grad are read once.
@@ -132,14 +134,15 @@ def group_norm_silu_bwd_kernel(
     are added up here.
     """
     tile = tl.program_id(0).to(tl.int64)
-    row, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
-    _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
-    weight_share = tl.zeros((CH,), tl.float32)
-    bias_share = tl.zeros((CH,), tl.float32)
+    row, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH, SEGMENTS)
+    _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS, SEGMENTS)
+    m_first = m_c & (tl.arange(0, SEGMENTS * CH) < CH)  # each channel once
+    weight_share = tl.zeros((SEGMENTS * CH,), tl.float32)
+    bias_share = tl.zeros((SEGMENTS * CH,), tl.float32)
     for sample in tl.static_range(SAMPLES):
         i_b = row * SAMPLES + sample
         base, offsets, m_tile = tile_offsets(
-            i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX
+            i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS
         )
         center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
         center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
@@ -155,6 +158,9 @@ def group_norm_silu_bwd_kernel(
         scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
         m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
         m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
+        s0 = sum_segments(s0, first, i_c, m_c, CH, SEGMENTS)
+        s1 = sum_segments(s1, first, i_c, m_c, CH, SEGMENTS)
+        s2 = sum_segments(s2, first, i_c, m_c, CH, SEGMENTS)
         weight_part, bias_part = store_channel_gradients(
             grad_channel_bias,
             grad_scale,
@@ -173,14 +179,14 @@ def group_norm_silu_bwd_kernel(
             gamma,
             i_b,
             i_c,
-            m_c,
+            m_first,
             CHANNELS,
         )
         weight_share += weight_part
         bias_share += bias_part
         if sample == SAMPLES - 1:  # before grad_x, which takes the registers
-            store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_c)
-            store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_c)
+            store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_first)
+            store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_first)
         if grad_x is not None:
             store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
 

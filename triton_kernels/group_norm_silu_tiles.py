@@ -3,6 +3,11 @@
 A tile is [channels, pixels] of one sample in both memory formats; which of the two is contiguous is
 left to the offsets, from which the compiler finds 16-byte accesses. Its channels belong to a span:
 GROUPS whole groups, GROUP_CHANNELS channels each. A span of more than CH channels is cut.
+
+A tile that a cluster holds is [rows, pixels]: the channels of a first segment of pixels, those of a
+second, and so on, as the compiler gives each block of the cluster as many rows. Were the rows
+channels, they would be too few for 16 bytes in channels_last, and Triton 3.8 fails to compile fewer
+rows than blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .reduce import DEVICE_PROGRAMS
 
 SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
 
@@ -41,8 +48,12 @@ def channels_of(
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     CH: tl.constexpr,
+    SEGMENTS: tl.constexpr = 1,
 ):
-    """Channel tile number `tile` over all samples: its sample, first channel, channels and mask."""
+    """Channel tile number `tile` over all samples: sample, first channel, channels of its rows.
+
+    And which of these exist.
+    """
     SPAN: tl.constexpr = GROUPS * GROUP_CHANNELS
     PARTS: tl.constexpr = (SPAN + CH - 1) // CH
     TILES: tl.constexpr = CHANNELS // SPAN * PARTS
@@ -50,7 +61,9 @@ def channels_of(
     i_tile = tile - i_b * TILES
     i_part = i_tile % PARTS
     first = i_tile // PARTS * SPAN + i_part * CH
-    i_local = tl.arange(0, CH)
+    i_local = tl.arange(0, SEGMENTS * CH)
+    if SEGMENTS > 1:
+        i_local %= CH
     return i_b, first, first + i_local, i_local + i_part * CH < SPAN
 
 
@@ -65,10 +78,14 @@ def tile_offsets(
     CHANNELS_LAST: tl.constexpr,
     CH: tl.constexpr,
     PIX: tl.constexpr,
+    SEGMENTS: tl.constexpr = 1,
 ):
     """Where a tile lies: its first element, the others relative to it, and which exist."""
-    c = tl.arange(0, CH)[:, None]
+    c = tl.arange(0, SEGMENTS * CH)[:, None]
     p = tl.arange(0, PIX)[None, :]
+    if SEGMENTS > 1:
+        p += c // CH * PIX
+        c %= CH
     if CHANNELS_LAST:
         base = (i_b * pixels + first_pixel) * CHANNELS + first
         offsets = p.to(tl.int64) * CHANNELS + c
@@ -120,9 +137,19 @@ def affine(
 
 
 @triton.jit
-def members(first, i_c, m_c, GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
-    """The groups of the span that a tile begins in, and which channel of the tile is in which."""
-    NUMBER: tl.constexpr = triton.next_power_of_2(GROUPS)
+def members(
+    first,
+    i_c,
+    m_c,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SEGMENTS: tl.constexpr = 1,
+):
+    """The groups of the span that a tile begins in, and which row of the tile is in which.
+
+    At least as many as the blocks of a cluster: the compiler cannot give them less than one each.
+    """
+    NUMBER: tl.constexpr = max(triton.next_power_of_2(GROUPS), SEGMENTS)
     i_g = first // GROUP_CHANNELS + tl.arange(0, NUMBER)
     m_member = (i_g[:, None] == (i_c // GROUP_CHANNELS)[None, :]) & m_c[None, :]
     return i_g, tl.arange(0, NUMBER) < GROUPS, m_member
@@ -146,14 +173,23 @@ def sum_products(a, b, m_tile):
 
 @triton.jit
 def sum_groups(b_c, m_member):
-    """Sums of per-channel values over the channels of each group."""
+    """Sums of the rows' values over the rows of each group."""
     return tl.sum(tl.where(m_member, b_c[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def spread(b_g, m_member):
-    """Per-group values, for every channel."""
+    """Per-group values, for every row."""
     return tl.sum(tl.where(m_member, b_g[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def sum_segments(b_r, first, i_c, m_c, CH: tl.constexpr, SEGMENTS: tl.constexpr):
+    """For every row the sum over all rows of its channel."""
+    if SEGMENTS > 1:
+        _, _, m_channel = members(first, i_c, m_c, 1, CH, SEGMENTS)
+        b_r = spread(sum_groups(b_r, m_channel), m_channel)
+    return b_r
 
 
 @triton.jit
@@ -168,9 +204,10 @@ class Plan(NamedTuple):
     one_pass: bool  # a program holds whole groups in registers
     groups: int  # whole groups in a span of channels
     channels: int  # tile: powers of two
-    pixels: int
+    pixels: int  # of a block
     rounds: int  # pixel tiles that a program of a reduction adds up
-    num_warps: int
+    num_warps: int  # of a block
+    blocks: int = 1  # of a program: a cluster
 
     def parts(self, channels: int, num_groups: int) -> int:
         """Channel tiles that a span is cut into; more than one only if it is a single group."""
@@ -182,7 +219,7 @@ class Plan(NamedTuple):
 
     def constants(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
-        return {
+        constants = {
             "CHANNELS": channels,
             "GROUP_CHANNELS": channels // num_groups,
             "GROUPS": self.groups,
@@ -190,19 +227,21 @@ class Plan(NamedTuple):
             "CH": self.channels,
             "PIX": self.pixels,
             "num_warps": self.num_warps,
+            "num_ctas": self.blocks,
         }
+        return constants | ({"SEGMENTS": self.blocks} if self.one_pass else {})
 
 
-# float32 values that a program can hold in the 65536 registers of a multiprocessor, next to
-# addresses and small operands. With more it spills on sm_80, sm_90 or sm_100; so does float32
-# channels_last, where 16 bytes are few channels, and a thread has many vectors.
+# float32 values that a block can hold in the 65536 registers of a multiprocessor, next to
+# addresses and small operands. With more it spills on sm_80, sm_90 or sm_100. So does what is two
+# of these: float32, of which 16 bytes are few elements; channels_last; a cluster's backward pass.
 HELD = 32768
 HELD_WIDE = 16384
+CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight times as many
 SECTOR_BYTES = 32
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
 SPLIT_WIDTH_BYTES = 128  # channels_last: a cache line of adjacent channels
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
-DEVICE_PROGRAMS = 116  # seven eighths of 132 multiprocessors
 WASTE = 1.1  # sectors touched / needed
 
 
@@ -214,10 +253,19 @@ def _sector_waste(width: int) -> float:
 
 
 def plan(
-    channels: int, num_groups: int, pixels: int, itemsize: int, channels_last: bool, arrays: int
+    channels: int,
+    num_groups: int,
+    pixels: int,
+    itemsize: int,
+    channels_last: bool,
+    arrays: int,
+    max_blocks: int = 1,
 ) -> Plan:
-    """The default choice for a sample, for a kernel that holds tiles of so many `arrays`."""
-    held = HELD_WIDE if channels_last and itemsize > 2 else HELD
+    """The default choice for a sample, for a kernel that holds tiles of so many `arrays`.
+
+    In the registers of one block; else of the smallest cluster of at most `max_blocks` that can;
+    else in two passes.
+    """
     group_channels = channels // num_groups
     divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
 
@@ -227,16 +275,24 @@ def plan(
         return _sector_waste(groups * group_channels * itemsize)
 
     padded = triton.next_power_of_2(pixels)
-    fitting = [
-        k for k in divisors if triton.next_power_of_2(k * group_channels) * padded <= held // arrays
-    ]
-    if fitting:
+    sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
+    blocks, limit = 1, min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
+    while blocks <= limit:
+        crowded = channels_last + (itemsize > 2) + (blocks > 1 and arrays > 1) >= 2
+        held = (HELD_WIDE if crowded else HELD) // arrays * blocks
+        if blocks > 1:
+            held = min(held, CLUSTER_CHANNELS * padded)  # elements
+        fitting = [k for k in divisors if sizes[k] <= held]
         # The fewest groups, so the most programs, among those that waste nothing; else the least.
-        groups = min(fitting, key=lambda k: (max(waste(k), WASTE), k))
-        tile = triton.next_power_of_2(groups * group_channels)
+        groups = min(fitting, key=lambda k: (max(waste(k), WASTE), k), default=0)
         # A second read costs half as much again.
-        if waste(groups) < 1.5:
-            return Plan(True, groups, tile, padded, 1, _warps(tile * padded))
+        if groups and waste(groups) < 1.5:
+            # A cluster that is needed anyway may as well fill a device at batch 1.
+            while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
+                blocks *= 2
+            tile, warps = sizes[groups] // padded, _warps(sizes[groups] // blocks)
+            return Plan(True, groups, tile, padded // blocks, 1, warps, blocks)
+        blocks *= 2
 
     groups = 1
     if channels_last:

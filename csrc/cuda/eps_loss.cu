@@ -1,5 +1,7 @@
 #include "fastdiff/eps_loss.cuh"
 
+#include <algorithm>
+
 #include "dispatch.cuh"
 #include "launchers.h"
 
@@ -26,11 +28,31 @@ bool whole_samples(const EpsLossArgs& args, const ChunkPlan& plan) {
   return args.reduction == Reduction::kNone && plan.per_sample == 1;
 }
 
+// Samples whose sums a block adds up before it writes, if only their total is wanted. A partial sum is
+// 8 bytes, written and read: twice as many samples until that is a 48th of the prediction, as long as
+// the blocks fill a device, or have 4 KB each.
+int samples_per_block(const EpsLossArgs& args, const ChunkPlan& plan) {
+  const int64_t bytes = args.layout.numel * size_of(args.prediction_type);
+  const int64_t enough = std::clamp<int64_t>(args.layout.batch * bytes / 4096, 1, kDeviceBlocks);
+  int samples = 1;
+  while (args.reduction != Reduction::kNone && plan.per_sample == 1 && samples < 16 &&
+         samples * bytes < 8 * 48 && args.layout.batch / (2 * samples) >= enough) {
+    samples *= 2;
+  }
+  return samples;
+}
+
+int64_t small_blocks(const EpsLossArgs& args, int samples) {
+  return (args.layout.batch + samples - 1) / samples;
+}
+
 struct Forward {
   template <typename Prediction, typename Noise>
   static cudaError_t launch(const EpsLossArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Prediction);
     const ChunkPlan plan = forward_plan(args);
+    const int samples = samples_per_block(args, plan);
+    if (samples > 1) return small_samples<Prediction, Noise>(args, plan, samples, stream);
     const auto kernel = vector_elements(args) > 1 ? eps_loss_fwd_kernel<Prediction, Noise, V>
                                                   : eps_loss_fwd_kernel<Prediction, Noise, 1>;
     if (args.layout.batch * plan.per_sample > 0) {
@@ -44,6 +66,24 @@ struct Forward {
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
                        static_cast<const float*>(args.weight), args.layout, plan, args.scale(),
                        args.reduction != Reduction::kNone, stream);
+  }
+
+  template <typename Prediction, typename Noise>
+  static cudaError_t small_samples(const EpsLossArgs& args, const ChunkPlan& plan, int samples,
+                                   cudaStream_t stream) {
+    constexpr int V = 16 / sizeof(Prediction);
+    const auto kernel = vector_elements(args) > 1 ? eps_loss_small_fwd_kernel<Prediction, Noise, V>
+                                                  : eps_loss_small_fwd_kernel<Prediction, Noise, 1>;
+    ChunkPlan partials{};  // of a single sum
+    partials.per_sample = small_blocks(args, samples);
+    SampleLayout one = args.layout;
+    one.batch = 1;
+    kernel<<<static_cast<unsigned>(partials.per_sample), kElementwiseThreads, plan.shared_bytes(),
+             stream>>>(args, plan, samples);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+    return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
+                       nullptr, one, partials, args.scale(), true, stream);
   }
 };
 
@@ -81,7 +121,9 @@ cudaError_t dispatch(const EpsLossArgs& args, cudaStream_t stream) {
 extern "C" int64_t fastdiff_eps_loss_partials(const fastdiff::EpsLossArgs* args) {
   const fastdiff::ChunkPlan plan = fastdiff::cuda::forward_plan(*args);
   if (fastdiff::cuda::whole_samples(*args, plan)) return 0;
-  return args->layout.batch * plan.per_sample;
+  const int samples = fastdiff::cuda::samples_per_block(*args, plan);
+  return samples > 1 ? fastdiff::cuda::small_blocks(*args, samples)
+                     : args->layout.batch * plan.per_sample;
 }
 
 extern "C" cudaError_t fastdiff_eps_loss(const fastdiff::EpsLossArgs* args, cudaStream_t stream) {

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ptx_emulator
+import pytest
 import torch
 from fastdiff.triton_kernels import _launch
 from torch import Tensor
@@ -25,7 +26,11 @@ _TYPES = {
 
 
 def compile_kernel(
-    kernel: Any, capability: int, num_warps: int, arguments: dict[str, Any], constants: set[str]
+    kernel: Any,
+    capability: int,
+    options: dict[str, int],
+    arguments: dict[str, Any],
+    constants: set[str],
 ) -> Any:
     """Compile as Triton's own launcher would for these arguments (its specialization rules)."""
     signature, attributes = [], []
@@ -51,7 +56,12 @@ def compile_kernel(
         if divisible:
             attributes.append(((index,), (("tt.divisibility", 16),)))
     return _compile(
-        kernel, capability, num_warps, tuple(signature), tuple(constexprs), tuple(attributes)
+        kernel,
+        capability,
+        tuple(options.items()),
+        tuple(signature),
+        tuple(constexprs),
+        tuple(attributes),
     )
 
 
@@ -59,7 +69,7 @@ def compile_kernel(
 def _compile(
     kernel: Any,
     capability: int,
-    num_warps: int,
+    options: tuple,
     signature: tuple,
     constexprs: tuple,
     attributes: tuple,
@@ -75,7 +85,7 @@ def _compile(
         attrs={key: [list(entry) for entry in value] for key, value in attributes},
     )
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options=dict(options))
 
 
 @contextlib.contextmanager
@@ -92,17 +102,21 @@ def emulated_launches(
         device: torch.device,
         *args: Any,
         num_warps: int = 4,
+        num_ctas: int = 1,
         **meta: Any,
     ) -> None:
+        chosen = {"num_warps": num_warps, "num_ctas": num_ctas}
         bound = inspect.signature(kernel.fn).bind(*args, **meta).arguments
-        compiled = compile_kernel(kernel, capability, num_warps, bound, set(meta))
+        compiled = compile_kernel(kernel, capability, chosen, bound, set(meta))
         runtime = [bound[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
         results.append(
             ptx_emulator.run_triton(compiled, runtime, programs, racecheck=racecheck, **options)
         )
 
-    previous, _launch.launch = _launch.launch, launch
-    try:
+    def max_blocks(device: torch.device) -> int:
+        return _launch.CLUSTER_BLOCKS if capability >= 90 else 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_launch, "launch", launch)
+        patch.setattr(_launch, "max_blocks", max_blocks)
         yield results
-    finally:
-        _launch.launch = previous

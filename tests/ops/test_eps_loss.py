@@ -245,7 +245,7 @@ def test_traffic(mode: str, dtype: str, layout: str, arch: str, implementation: 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("mode", ["given", "seed"])
 def test_traffic_of_samples_of_one_block(mode: str, arch: str, implementation: str) -> None:
-    """The 8x8 digits: no partial sums and no second launch, except for the mean of all."""
+    """The 8x8 digits: no second launch for losses, few partial sums for their mean."""
     generator = torch.Generator().manual_seed(3)
     args = arguments(Case(shape="rows", mode=mode, weighted=False))
     args["prediction"] = prediction = torch.randn((64, 1, 8, 8), generator=generator).bfloat16()
@@ -260,10 +260,36 @@ def test_traffic_of_samples_of_one_block(mode: str, arch: str, implementation: s
     value, magnitude = expected(args)
     assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
     args["reduction"] = REDUCTIONS.index("mean")
-    mean = evaluate("eps_loss", implementation, args)
-    assert len(mean.launches) == 2
+    mean = evaluate("eps_loss", implementation, args, arch=arch, count=True)
+    assert [math.prod(launch.grid) for launch in mean.launches] == [16, 1]
+    moved = sum(
+        array.unique_loaded_bytes + array.stored_bytes
+        for launch in mean.launches
+        for array in launch.counters.arrays
+    )
+    assert moved <= 1.05 * (images + 64 * 4 + 4)
     value, magnitude = expected(args)
     assert_close(mean.outputs[0], value, magnitude=magnitude, operations=operations(args))
+
+
+@pytest.mark.parametrize(
+    "implementation", implementation_params("triton-interpreted", "triton-ptx", "cuda-ptx")
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("mode", "weighted"), [("given", False), ("seed", True)])
+def test_sum_of_small_samples(mode: str, weighted: bool, layout: str, implementation: str) -> None:
+    """A block adds up four of eleven samples, the last one three."""
+    args = arguments(Case(shape="rows", mode=mode, reduction="sum", kind="huber"))
+    generator = torch.Generator().manual_seed(4)
+    prediction, noise = torch.randn((2, 11, 3, 4, 4), generator=generator).bfloat16()
+    args |= {"prediction": arrange(prediction, layout)}
+    args |= {"noise": arrange(noise, layout) if mode == "given" else None}
+    args |= {"weight": torch.rand(11, generator=generator) + 0.5 if weighted else None}
+    result = evaluate("eps_loss", implementation, args)
+    if implementation != "triton-interpreted":
+        assert [math.prod(launch.grid) for launch in result.launches] == [3, 1]
+    value, magnitude = expected(args)
+    assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
 
 
 @pytest.mark.parametrize("implementation", implementation_params("cpu", "cuda-ptx"))

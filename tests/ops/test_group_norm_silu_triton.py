@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from op_harness import assert_close, available, evaluate, implementation_params
@@ -65,12 +67,21 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "REDUCTION_PROGRAMS", 4)
 
 
-def check(case: Case, implementation: str) -> list:
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So little fits in a block's registers that a program is a cluster."""
+    monkeypatch.setattr(tiles, "HELD", 256)
+    monkeypatch.setattr(tiles, "HELD_WIDE", 256)
+
+
+def check(case: Case, implementation: str, **emulator: Any) -> list:
     """Outputs and gradients against float64; the launches."""
     args = arguments(case)
     names = ("x", *(name for name in OPERANDS if args[name] is not None))
     grad = grad_output(case, args["x"])
-    result = evaluate("group_norm_silu", implementation, args, gradients=names, grad_output=grad)
+    result = evaluate(
+        "group_norm_silu", implementation, args, gradients=names, grad_output=grad, **emulator
+    )
     exact = Exact(args)
     results = dict(zip(("y", "mean", "rstd"), result.outputs, strict=True)) | result.gradients
     expected = dict(zip(("mean", "rstd"), exact.statistics(), strict=True))
@@ -106,6 +117,33 @@ def test_split_values(case: Case) -> None:
     assert len(launches) >= 6  # moments, merge, apply; sums, finish, apply
 
 
+CLUSTER_CASES = [
+    Case(dtype="bf16"),
+    Case(layout="channels_last"),
+    Case(shape="odd", layout="misaligned", dtype="fp16"),
+    Case(layout="channels_last", values="constant", dtype="bf16"),
+    Case(shape="odd", values="mean 1e4", operands=("weight", "bias", "channel_bias")),
+    Case(shape="G = 1"),
+    Case(shape="5-D", layout="channels_last"),
+]
+
+
+@ptx
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("case", CLUSTER_CASES, ids=str)
+def test_cluster_values(case: Case) -> None:
+    launches = check(case, "triton-ptx")
+    assert any(launch.cluster for launch in launches)
+
+
+@ptx
+@pytest.mark.usefixtures("cluster")
+def test_no_clusters_on_sm_80() -> None:
+    launches = check(Case(shape="G = 1"), "triton-ptx", arch="sm_80")
+    assert len(launches) >= 6
+    assert not any(launch.cluster for launch in launches)
+
+
 def random_arguments(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> dict:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -129,13 +167,14 @@ NAMES = ("x", "weight", "bias", "channel_bias")
 
 @ptx
 @pytest.mark.parametrize(
-    ("layout", "kernels"), [("contiguous", "one pass"), ("channels_last", "split")]
+    ("layout", "kernels"),
+    [("contiguous", "one pass"), ("channels_last", "split"), ("channels_last", "cluster")],
 )
 def test_a_sample_does_not_depend_on_the_batch(
     layout: str, kernels: str, request: pytest.FixtureRequest
 ) -> None:
-    if kernels == "split":
-        request.getfixturevalue("split")
+    if kernels != "one pass":
+        request.getfixturevalue(kernels)
     args = random_arguments((3, 64, 8, 8), torch.bfloat16, layout == "channels_last")
     grad = torch.randn_like(args["x"])
     options = {"gradients": NAMES, "grad_output": grad}
@@ -176,15 +215,16 @@ def test_samples_of_small_maps_share_a_program(batch: int, layout: str) -> None:
 
 
 SITES = [
-    ((1, 128, 32, 32), "bf16", "channels_last"),
-    ((1, 256, 16, 16), "fp32", "contiguous"),
-    ((1, 128, 64, 64), "bf16", "channels_last"),  # split
-    ((16, 512, 4, 4), "bf16", "contiguous"),  # four samples to a program
-    ((16, 256, 4, 4), "fp32", "channels_last"),  # two
+    ((1, 128, 32, 32), "bf16", "channels_last", "sm_90"),
+    ((1, 256, 16, 16), "fp32", "contiguous", "sm_90"),
+    ((1, 128, 64, 64), "bf16", "channels_last", "sm_90"),  # clusters
+    ((1, 128, 64, 64), "bf16", "channels_last", "sm_80"),  # split
+    ((16, 512, 4, 4), "bf16", "contiguous", "sm_90"),  # four samples to a program
+    ((16, 256, 4, 4), "fp32", "channels_last", "sm_90"),  # two
 ]
 # ddpm_cifar10's, and of ddpm_256 and a latent VAE what the emulator does in minutes.
 SLOW_SITES = [
-    ((batch, *shape), dtype, layout)
+    ((batch, *shape), dtype, layout, arch)
     for batch, shapes in (
         (1, [(128, 32, 32), (256, 32, 32), (384, 32, 32), (128, 16, 16), (256, 16, 16)]),
         (1, [(384, 16, 16), (512, 16, 16), (256, 8, 8), (512, 8, 8), (256, 4, 4), (512, 4, 4)]),
@@ -194,16 +234,17 @@ SLOW_SITES = [
     for shape in shapes
     for dtype in ("fp32", "bf16")
     for layout in ("contiguous", "channels_last")
+    for arch in ("sm_80", "sm_90")
 ]
 
 
 @ptx
 @pytest.mark.parametrize(
-    ("shape", "dtype", "layout"),
+    ("shape", "dtype", "layout", "arch"),
     [*SITES, *(pytest.param(*site, marks=pytest.mark.slow) for site in SLOW_SITES)],
     ids=str,
 )
-def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
+def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> None:
     """Tensor-sized accesses, 16 bytes each, of whole sectors; blocks that fill a GPU."""
     element = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     args = random_arguments(shape, element, layout == "channels_last")
@@ -211,7 +252,7 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     size = x.numel() * x.element_size()
     small = sum(args[name].numel() * args[name].element_size() for name in NAMES[1:])
     statistics = 2 * 4 * shape[0] * 32
-    options = {"count": True, "racecheck": False}
+    options = {"arch": arch, "count": True, "racecheck": False}
     forward = evaluate("group_norm_silu", "triton-ptx", args, **options)
     grad = torch.randn_like(x)
     both = evaluate(
@@ -223,7 +264,9 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
         (forward.launches, 1, (2, 3), small + statistics),
         (backward, 2, (3, 5), 2 * small + statistics),
     ):
-        plan = tiles.plan(shape[1], 32, pixels, x.element_size(), layout == "channels_last", arrays)
+        channels_last, max_blocks = layout == "channels_last", 8 if arch == "sm_90" else 1
+        sizes = shape[1], 32, pixels, x.element_size()
+        plan = tiles.plan(*sizes, channels_last, arrays, max_blocks)
         touched = [array for launch in launches for array in launch.counters.arrays]
         large = [array for array in touched if array.size >= size]
         moved = sum(array.loaded_bytes + array.stored_bytes for array in large)
@@ -240,6 +283,8 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str) -> None:
         # Two groups of 12 channels in channels_last begin in the middle of a sector.
         waste = 1.4 if shape[1] == 384 and layout == "channels_last" else 1.1
         assert requests.sectors <= waste * requests.min_sectors
+        if plan.blocks > 1:
+            assert all(launch.cluster == (plan.blocks, 1, 1) for launch in launches[:1])
         blocks = plan.channel_tiles(shape[1], 32) * shape[0]
         if not plan.one_pass:
             blocks *= -(-pixels // (plan.pixels * plan.rounds))
@@ -290,3 +335,25 @@ def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -
 def test_plan(shape, itemsize, layout, arrays, expected) -> None:
     """One pass or two, groups in a span, channels and pixels of a tile, tiles in a reduction."""
     assert plan(shape, itemsize, layout, arrays) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "layout", "arrays", "expected"),
+    [
+        # A group of 4 x 256 x 256 in registers of eight blocks; with its gradient it is too large.
+        ((128, 32, 65536), 2, "contiguous", 1, (True, 1, 4, 8192, 8)),
+        ((128, 32, 65536), 2, "contiguous", 2, (False, 1, 1, 4096, 1)),
+        # Two blocks would do: four fill a device at batch 1.
+        ((512, 32, 4096), 2, "contiguous", 1, (True, 1, 16, 1024, 4)),
+        ((512, 32, 4096), 4, "contiguous", 2, (True, 1, 16, 512, 8)),
+        ((128, 32, 4096), 2, "channels_last", 1, (True, 4, 16, 512, 8)),
+        # What one block holds stays there; rows of less than a sector are not cut.
+        ((128, 32, 1024), 2, "contiguous", 1, (True, 1, 4, 1024, 1)),
+        ((65536, 1, 1), 2, "channels_last", 1, (False, 1, 256, 1, 1)),
+    ],
+)
+def test_plan_with_clusters(shape, itemsize, layout, arrays, expected) -> None:
+    """One pass or two, groups in a span, channels and pixels of a block's tile, blocks."""
+    channels, groups, pixels = shape
+    chosen = tiles.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays, 8)
+    assert (*chosen[:4], chosen.blocks) == expected

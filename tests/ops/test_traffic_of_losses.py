@@ -17,7 +17,7 @@ SHAPES = {
     "latent64": (1, 4, 64, 64),
     "ddpm_256": (1, 3, 256, 256),
 }
-DEFAULT = {("ddpm_cifar10", "bf16", "contiguous", "sm_90")}
+DEFAULT = {(shape, "bf16", "contiguous", "sm_90") for shape in ("ddpm_cifar10", "digits")}
 GRID = [
     pytest.param(
         shape,
@@ -73,7 +73,8 @@ def test_eps_loss(
         racecheck=False,
     )
     inputs = 1 + (mode == "given")
-    assert moved_bytes(result.launches[:-1], x.nbytes) <= 1.05 * inputs * x.nbytes
+    # The result is part of the bound: 0.4 % of sixteen of the digits.
+    assert moved_bytes(result.launches[:-1], x.nbytes) <= 1.05 * (inputs * x.nbytes + 4)
     assert moved_bytes(result.launches[-1:], x.nbytes) <= 1.05 * (inputs + 1) * x.nbytes
 
 

@@ -22,18 +22,13 @@ __device__ __forceinline__ void dispatch_kind(LossKind kind, const F& body) {
   }
 }
 
-// One pass: reads the prediction (and the noise if given), writes one partial sum per block; or, if
-// every block has a whole sample, its loss: then there is no second stage.
+// A thread's part of the sum over a chunk.
 template <typename Prediction, typename Noise, int V>
-__global__ void __launch_bounds__(kElementwiseThreads)
-    eps_loss_fwd_kernel(const EpsLossArgs args, const ChunkPlan plan, const bool whole_samples,
-                        const float scale) {
-  extern __shared__ float4 shared[];
-  const Chunk chunk = block_chunk(args.layout, plan);
+__device__ __forceinline__ float chunk_loss(const EpsLossArgs& args, const ChunkPlan& plan,
+                                            const Chunk& chunk, float4* shared) {
   const Prediction* prediction =
       static_cast<const Prediction*>(args.prediction) + chunk.sample * args.layout.numel;
   const ChunkNoise<Noise, EpsLossArgs> noise(args, plan, chunk, shared);
-
   float sum = 0.0f;
   for (int64_t i = chunk.begin + threadIdx.x * V; i < chunk.begin + chunk.count;
        i += kElementwiseThreads * V) {
@@ -45,7 +40,18 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       for (int v = 0; v < V; ++v) sum += loss_term<decltype(kind)::value>(p[v] - n[v]);
     });
   }
-  sum = block_sum(sum);
+  return sum;
+}
+
+// One pass: reads the prediction (and the noise if given), writes one partial sum per block; or, if
+// every block has a whole sample, its loss: then there is no second stage.
+template <typename Prediction, typename Noise, int V>
+__global__ void __launch_bounds__(kElementwiseThreads)
+    eps_loss_fwd_kernel(const EpsLossArgs args, const ChunkPlan plan, const bool whole_samples,
+                        const float scale) {
+  extern __shared__ float4 shared[];
+  const Chunk chunk = block_chunk(args.layout, plan);
+  float sum = block_sum(chunk_loss<Prediction, Noise, V>(args, plan, chunk, shared));
   if (threadIdx.x > 0) return;
   float* results = static_cast<float*>(args.partials);
   if (whole_samples) {  // block k has sample k
@@ -55,6 +61,24 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     results = static_cast<float*>(args.out);
   }
   results[blockIdx.x] = sum;
+}
+
+// The same for the sum over a batch of small samples: a block adds up so many `samples`, weighted.
+template <typename Prediction, typename Noise, int V>
+__global__ void __launch_bounds__(kElementwiseThreads)
+    eps_loss_small_fwd_kernel(const EpsLossArgs args, const ChunkPlan plan, const int samples) {
+  extern __shared__ float4 shared[];
+  const float* weight = static_cast<const float*>(args.weight);
+  const int64_t first = int64_t{blockIdx.x} * samples;
+  float sum = 0.0f;
+  for (int64_t k = first; k < min(first + samples, args.layout.batch); ++k) {
+    if (plan.stage_noise && k > first) __syncthreads();  // the last sample's noise was read
+    const Chunk chunk{k, 0, args.layout.numel};
+    const float loss = chunk_loss<Prediction, Noise, V>(args, plan, chunk, shared);
+    sum += loss * (weight ? weight[k] : 1.0f);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) static_cast<float*>(args.partials)[blockIdx.x] = sum;
 }
 
 // One pass: reads the prediction (and the noise if given), writes the gradients asked for.

@@ -10,6 +10,7 @@ namespace fastdiff {
 
 constexpr int64_t kReductionChunks = 512;
 constexpr int kFinishThreads = 1024;
+constexpr int64_t kDeviceBlocks = 116;  // seven eighths of the multiprocessors of an H100
 
 // As plan_chunks, with chunks that grow until a sample has fewer than twice kReductionChunks of
 // them: enough to fill a device at batch 1, few enough that the second stage is short.
