@@ -15,6 +15,7 @@ from .group_norm_silu_tiles import (
     load_channels,
     load_groups,
     load_tile,
+    masked,
     members,
     plan,
     row_stride,
@@ -143,42 +144,63 @@ def group_norm_silu_fwd_moments_kernel(
         square += tile_square + d * d * (n * n_tile / together)
         n += n_tile
 
-    i_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
-    i_part = (i_group * PARTS + tile % PARTS) * chunks + chunk
+    i_part = (i_b * chunks + chunk) * PARTS + tile % PARTS
+    i_part = i_part * (CHANNELS // GROUP_CHANNELS) + i_g
     tl.store(numbers + i_part, n, mask=m_g)
     tl.store(means + i_part, b_mean, mask=m_g)
     tl.store(squares + i_part, square, mask=m_g)
 
 
-@triton.jit(do_not_specialize=["parts", "eps"])
+@triton.jit(do_not_specialize=["groups", "parts", "eps"])
 def group_norm_silu_fwd_merge_kernel(
-    mean, rstd, numbers, means, squares, parts, eps, BLOCK: tl.constexpr
+    mean,
+    rstd,
+    numbers,
+    means,
+    squares,
+    groups,
+    parts,
+    eps,
+    NUM_GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """mean and rstd of one group from the moments of its parts: the mean first, then deviations."""
-    i_g = tl.program_id(0).to(tl.int64)
-    n = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    """mean and rstd of some groups from the moments of their parts: means first, then deviations.
+
+    `groups`: of all samples. The groups of a part lie side by side.
+    """
+    i_group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    m_group = i_group < groups
+    i_g = i_group % NUM_GROUPS
+    first = (i_group - i_g) * parts + i_g
+    n = tl.zeros((BLOCK, TILE), tl.float32)
+    total = tl.zeros((BLOCK, TILE), tl.float32)
     # Relative to one of the means, so that no digits of a large one are lost.
-    pivot = tl.load(means + i_g * parts)
+    pivot = tl.load(means + first, mask=m_group, other=0.0)
     for k in range(0, parts, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        b_n = tl.load(numbers + i_g * parts + i, mask=i < parts, other=0.0)
-        b_mean = tl.load(means + i_g * parts + i, mask=i < parts, other=0.0)
+        i_part = k + tl.arange(0, BLOCK)[:, None]
+        mask = (i_part < parts) & m_group[None, :]
+        i = i_part * NUM_GROUPS + first[None, :]
+        b_n = tl.load(numbers + i, mask=mask, other=0.0)
+        b_mean = tl.load(means + i, mask=mask, other=0.0)
         n += b_n
-        total += b_n * (b_mean - pivot)
-    number = tl.sum(n, axis=0)
+        total += masked(b_n * (b_mean - pivot[None, :]), mask)
+    number = tl.maximum(tl.sum(n, axis=0), 1.0)
     group_mean = pivot + tl.sum(total, axis=0) / number
-    square = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK, TILE), tl.float32)
     for k in range(0, parts, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        b_n = tl.load(numbers + i_g * parts + i, mask=i < parts, other=0.0)
-        d = tl.load(means + i_g * parts + i, mask=i < parts, other=0.0) - group_mean
-        square += tl.load(squares + i_g * parts + i, mask=i < parts, other=0.0) + b_n * d * d
-    tl.store(mean + i_g, group_mean)
-    tl.store(rstd + i_g, 1.0 / tl.sqrt(tl.sum(square, axis=0) / number + eps))
+        i_part = k + tl.arange(0, BLOCK)[:, None]
+        mask = (i_part < parts) & m_group[None, :]
+        i = i_part * NUM_GROUPS + first[None, :]
+        b_n = tl.load(numbers + i, mask=mask, other=0.0)
+        d = tl.load(means + i, mask=mask, other=0.0) - group_mean[None, :]
+        square += tl.load(squares + i, mask=mask, other=0.0) + masked(b_n * d * d, mask)
+    tl.store(mean + i_group, group_mean, mask=m_group)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(square, axis=0) / number + eps)
+    tl.store(rstd + i_group, b_rstd, mask=m_group)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "rounds"])
 def group_norm_silu_fwd_apply_kernel(
     y,
     mean,
@@ -194,6 +216,7 @@ def group_norm_silu_fwd_apply_kernel(
     shift_stride,
     pixels,
     chunks,
+    rounds,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -202,30 +225,32 @@ def group_norm_silu_fwd_apply_kernel(
     CH: tl.constexpr,
     PIX: tl.constexpr,
 ):
-    """y of one tile, with the moments known."""
+    """y of a channel tile and a chunk of pixels, `rounds` tiles long, with the moments known."""
     program = tl.program_id(0).to(tl.int64)
     tile = program // chunks
+    chunk = program - tile * chunks
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
-    base, offsets, m_tile = tile_offsets(
-        i_b,
-        first,
-        (program - tile * chunks) * PIX,
-        m_c,
-        pixels,
-        CHANNELS,
-        CHANNELS_LAST,
-        CH,
-        PIX,
-    )
     center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
     gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
     slope = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS) * gamma
 
-    b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
-    z = b_d * slope[:, None] + beta[:, None]
-    b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
-    tl.store(y + base + offsets, b_y, mask=m_tile)
+    for r in range(rounds):
+        base, offsets, m_tile = tile_offsets(
+            i_b,
+            first,
+            (chunk * rounds + r) * PIX,
+            m_c,
+            pixels,
+            CHANNELS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+        )
+        b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
+        z = b_d * slope[:, None] + beta[:, None]
+        b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + base + offsets, b_y, mask=m_tile)
 
 
 def group_norm_silu(
@@ -305,25 +330,27 @@ def group_norm_silu(
     )
     _launch.launch(
         group_norm_silu_fwd_merge_kernel,
-        mean.numel(),
+        triton.cdiv(mean.numel(), 8),
         x.device,
         mean,
         rstd,
         numbers,
         means,
         squares,
+        mean.numel(),
         parts,
         eps,
-        BLOCK=256,
-        num_warps=2,
+        NUM_GROUPS=num_groups,
+        TILE=8,  # a sector
+        BLOCK=64,
     )
-    chunks = triton.cdiv(pixels, cut.pixels)
     _launch.launch(
         group_norm_silu_fwd_apply_kernel,
         tiles * chunks,
         x.device,
         *operands,
         chunks,
+        cut.rounds,
         ACTIVATION=activation,
         **shape,
     )

@@ -181,7 +181,6 @@ def _sample_gradients(
         num_warps=1,
     )
     if grad_x is not None:
-        chunks = triton.cdiv(pixels, cut.pixels)
         _launch.launch(
             group_norm_silu_bwd_apply_kernel,
             tiles * chunks,
@@ -190,5 +189,6 @@ def _sample_gradients(
             *means,
             *inputs,
             chunks,
+            cut.rounds,
             **meta,
         )

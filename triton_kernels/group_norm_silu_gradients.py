@@ -251,7 +251,7 @@ def group_norm_silu_bwd_sums_kernel(
         s1 += sum_products(dz, h_hat, m_tile)
         if sums2 is not None:
             s2 += tl.sum(h_hat, axis=1)
-    i = (i_b * CHANNELS + i_c) * chunks + chunk
+    i = (i_b * chunks + chunk) * CHANNELS + i_c
     tl.store(sums0 + i, s0, mask=m_c)
     tl.store(sums1 + i, s1, mask=m_c)
     store_if_wanted(sums2, i, s2, m_c)
@@ -264,7 +264,7 @@ def add_chunks(p, i_b, i_c, m_c, chunks, CHANNELS: tl.constexpr, CH: tl.constexp
     total = tl.zeros((CH, CHUNKS), tl.float32)
     for k in range(0, chunks, CHUNKS):
         i = k + tl.arange(0, CHUNKS)[None, :]
-        at = (i_b * CHANNELS + i_c)[:, None] * chunks + i
+        at = (i_b * chunks + i) * CHANNELS + i_c[:, None]
         total += tl.load(p + at, mask=m_c[:, None] & (i < chunks), other=0.0)
     return tl.sum(total, axis=1)
 
@@ -341,7 +341,7 @@ def group_norm_silu_bwd_finish_kernel(
         store_if_wanted(bias_sums, i_b * CHANNELS + i_c, bias_share, m_c)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "rounds"])
 def group_norm_silu_bwd_apply_kernel(
     grad_x,
     means0,
@@ -360,6 +360,7 @@ def group_norm_silu_bwd_apply_kernel(
     shift_stride,
     pixels,
     chunks,
+    rounds,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -368,28 +369,30 @@ def group_norm_silu_bwd_apply_kernel(
     CH: tl.constexpr,
     PIX: tl.constexpr,
 ):
-    """dx of one tile, with m0 and m1 known."""
+    """dx of a channel tile and a chunk of pixels, `rounds` tiles long, with m0 and m1 known."""
     program = tl.program_id(0).to(tl.int64)
     tile = program // chunks
+    chunk = program - tile * chunks
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
-    base, offsets, m_tile = tile_offsets(
-        i_b,
-        first,
-        (program - tile * chunks) * PIX,
-        m_c,
-        pixels,
-        CHANNELS,
-        CHANNELS_LAST,
-        CH,
-        PIX,
-    )
     center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
     b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     m0 = load_groups(means0, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     m1 = load_groups(means1, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
-    h_hat, dz = load_gradient(
-        grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
-    )
-    store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+    for r in range(rounds):
+        base, offsets, m_tile = tile_offsets(
+            i_b,
+            first,
+            (chunk * rounds + r) * PIX,
+            m_c,
+            pixels,
+            CHANNELS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+        )
+        h_hat, dz = load_gradient(
+            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
+        )
+        store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
