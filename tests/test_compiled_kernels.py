@@ -256,6 +256,11 @@ def test_triton_group_norm_silu(name, loads, stores, arch):
     ],
 )
 def test_triton_group_norm_silu_of_clusters(name, loads, stores, arch):
+    import triton
+    from fastdiff.triton_kernels import _launch
+
+    if not _launch.compiles_clusters(triton.__version__):
+        pytest.skip("this Triton cannot add up over the blocks of a cluster")
     check_triton_group_norm_silu(name, loads, stores, arch)
 
 

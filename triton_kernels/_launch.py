@@ -8,13 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 
 CLUSTER_BLOCKS = 8  # that every GPU with clusters allows
 
 
+def compiles_clusters(version: str) -> bool:
+    """Whether this Triton can add up over the blocks of a cluster: 3.7 fails to compile it."""
+    return tuple(map(int, version.split(".")[:2])) >= (3, 8)
+
+
 def max_blocks(device: torch.device) -> int:
-    """Blocks that can work on one program: those of a cluster, from sm_90 on."""
-    if device.type != "cuda":
+    """Blocks that can work on one program: those of a cluster, from sm_90 and Triton 3.8 on."""
+    if device.type != "cuda" or not compiles_clusters(triton.__version__):
         return 1
     gpu = torch.cuda.get_device_properties(device)
     # A slice of a GPU can have too few multiprocessors for a cluster.

@@ -149,7 +149,7 @@ def members(
 
     At least as many as the blocks of a cluster: the compiler cannot give them less than one each.
     """
-    NUMBER: tl.constexpr = max(triton.next_power_of_2(GROUPS), SEGMENTS)
+    NUMBER: tl.constexpr = SEGMENTS if SEGMENTS > GROUPS else triton.next_power_of_2(GROUPS)
     i_g = first // GROUP_CHANNELS + tl.arange(0, NUMBER)
     m_member = (i_g[:, None] == (i_c // GROUP_CHANNELS)[None, :]) & m_c[None, :]
     return i_g, tl.arange(0, NUMBER) < GROUPS, m_member
