@@ -263,8 +263,8 @@ def plan(
 ) -> Plan:
     """The default choice for a sample, for a kernel that holds tiles of so many `arrays`.
 
-    In the registers of one block; else of the smallest cluster of at most `max_blocks` that can;
-    else in two passes.
+    In the registers of one block, or of the smallest cluster of at most `max_blocks` that can or
+    that wastes less of the sectors it reads; else in two passes.
     """
     group_channels = channels // num_groups
     divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
@@ -276,8 +276,9 @@ def plan(
 
     padded = triton.next_power_of_2(pixels)
     sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
-    blocks, limit = 1, min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
-    while blocks <= limit:
+    limit = min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
+    choices = []
+    for blocks in (1 << k for k in range(limit.bit_length())):
         crowded = channels_last + (itemsize > 2) + (blocks > 1 and arrays > 1) >= 2
         held = (HELD_WIDE if crowded else HELD) // arrays * blocks
         if blocks > 1:
@@ -287,12 +288,14 @@ def plan(
         groups = min(fitting, key=lambda k: (max(waste(k), WASTE), k), default=0)
         # A second read costs half as much again.
         if groups and waste(groups) < 1.5:
-            # A cluster that is needed anyway may as well fill a device at batch 1.
-            while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
-                blocks *= 2
-            tile, warps = sizes[groups] // padded, _warps(sizes[groups] // blocks)
-            return Plan(True, groups, tile, padded // blocks, 1, warps, blocks)
-        blocks *= 2
+            choices.append((max(waste(groups), WASTE), blocks, groups))
+    if choices:
+        _, blocks, groups = min(choices)
+        # A cluster that is needed anyway may as well fill a device at batch 1.
+        while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
+            blocks *= 2
+        tile, warps = sizes[groups] // padded, _warps(sizes[groups] // blocks)
+        return Plan(True, groups, tile, padded // blocks, 1, warps, blocks)
 
     groups = 1
     if channels_last:
