@@ -148,7 +148,7 @@ def _sample_gradients(
         return
 
     chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
-    sums = [workspace(x, x.shape[0] * channels * chunks) for _ in range(2)]
+    sums = [workspace(x, tiles * chunks * cut.channels) for _ in range(2)]
     sums.append(None if small[2] is None else workspace(x, sums[0].numel()))
     means = [workspace(x, mean.numel()) for _ in range(2)]
     _launch.launch(
@@ -177,6 +177,8 @@ def _sample_gradients(
         chunks,
         CHANNELS=channels,
         GROUP_CHANNELS=channels // num_groups,
+        SPAN=channels // num_groups * cut.groups,
+        TILE=cut.channels,
         CH=min(32, triton.next_power_of_2(channels // num_groups)),
         num_warps=1,
     )

@@ -251,20 +251,33 @@ def group_norm_silu_bwd_sums_kernel(
         s1 += sum_products(dz, h_hat, m_tile)
         if sums2 is not None:
             s2 += tl.sum(h_hat, axis=1)
-    i = (i_b * chunks + chunk) * CHANNELS + i_c
+    i = program * CH + tl.arange(0, CH)  # a program's side by side
     tl.store(sums0 + i, s0, mask=m_c)
     tl.store(sums1 + i, s1, mask=m_c)
     store_if_wanted(sums2, i, s2, m_c)
 
 
 @triton.jit
-def add_chunks(p, i_b, i_c, m_c, chunks, CHANNELS: tl.constexpr, CH: tl.constexpr):
-    """Sums over the chunks of every channel of a tile."""
+def add_chunks(
+    p,
+    i_b,
+    i_c,
+    m_c,
+    chunks,
+    CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE: tl.constexpr,
+    CH: tl.constexpr,
+):
+    """Sums over the chunks of every channel, of which a program had TILE, or a span."""
     CHUNKS: tl.constexpr = 16
+    PARTS: tl.constexpr = (SPAN + TILE - 1) // TILE
+    i_local = i_c % SPAN
+    i_tile = (i_b * (CHANNELS // SPAN) + i_c // SPAN) * PARTS + i_local // TILE
     total = tl.zeros((CH, CHUNKS), tl.float32)
     for k in range(0, chunks, CHUNKS):
         i = k + tl.arange(0, CHUNKS)[None, :]
-        at = (i_b * chunks + i) * CHANNELS + i_c[:, None]
+        at = (i_tile[:, None] * chunks + i) * TILE + (i_local % TILE)[:, None]
         total += tl.load(p + at, mask=m_c[:, None] & (i < chunks), other=0.0)
     return tl.sum(total, axis=1)
 
@@ -290,6 +303,8 @@ def group_norm_silu_bwd_finish_kernel(
     chunks,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE: tl.constexpr,
     CH: tl.constexpr,
 ):
     """m0 and m1 of one group of one sample, and the gradients of its small operands."""
@@ -300,8 +315,8 @@ def group_norm_silu_bwd_finish_kernel(
     for part in range(PARTS):
         i_b, _, i_c, m_c = channels_of(group * PARTS + part, CHANNELS, GROUP_CHANNELS, 1, CH)
         gamma, _ = affine(weight, None, scale, scale_stride, None, 0, i_b, i_c, m_c)
-        m0 += gamma * add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, CH)
-        m1 += gamma * add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        m0 += gamma * add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, SPAN, TILE, CH)
+        m1 += gamma * add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, SPAN, TILE, CH)
     scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
     group_m0 = tl.sum(m0, axis=0) * scaling
     group_m1 = tl.sum(m1, axis=0) * scaling
@@ -311,11 +326,11 @@ def group_norm_silu_bwd_finish_kernel(
     for part in range(PARTS):
         i_b, _, i_c, m_c = channels_of(group * PARTS + part, CHANNELS, GROUP_CHANNELS, 1, CH)
         gamma, _ = affine(weight, None, scale, scale_stride, None, 0, i_b, i_c, m_c)
-        s0 = add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, CH)
-        s1 = add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, CH)
+        s0 = add_chunks(sums0, i_b, i_c, m_c, chunks, CHANNELS, SPAN, TILE, CH)
+        s1 = add_chunks(sums1, i_b, i_c, m_c, chunks, CHANNELS, SPAN, TILE, CH)
         s2 = s0
         if sums2 is not None:
-            s2 = add_chunks(sums2, i_b, i_c, m_c, chunks, CHANNELS, CH)
+            s2 = add_chunks(sums2, i_b, i_c, m_c, chunks, CHANNELS, SPAN, TILE, CH)
         weight_share, bias_share = store_channel_gradients(
             grad_channel_bias,
             grad_scale,
