@@ -261,7 +261,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="small shapes, NCHW: two minutes on a cold cache"
     )
     parser.add_argument(
-        "--all", action="store_true", help="every image, layer, batch, architecture and fp32: an hour"
+        "--all",
+        action="store_true",
+        help="every image, layer, batch, architecture and fp32: 1 h",
     )
     parser.add_argument(
         "--launch-us",
