@@ -192,7 +192,7 @@ TRITON = {
     "eps_loss fp32 nchw given": ([16, 16], 0),
     "eps_loss bf16 channels_last given": ([16, 16], 0),
     "eps_loss bf16 nchw seed": ([16], 0),
-    "eps_loss bf16 nchw given digits mean": ([16, 16], 1),  # the weight
+    "eps_loss bf16 nchw given digits mean": ([16, 16], 4),  # weights, if unrolled
     "ddim_step bf16 channels_last guided": ([16, 16, 16], ROW),
     "ddim_step fp32 nchw guided bf16 output": ([16, 8, 8], ROW),
     "ddpm_step bf16 nchw learned seed": ([16, 16, 16], ROW),
