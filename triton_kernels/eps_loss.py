@@ -233,6 +233,11 @@ def eps_loss(
     rounds = reduce.rounds_per_program(layout.numel, block)
     chunks = triton.cdiv(layout.numel, rounds * block)
     whole_samples = out.dim() == 1 and chunks == 1
+    small = out.dim() == 0 and chunks == 1
+    sample_bytes = layout.numel * prediction.element_size()
+    samples = samples_per_program(layout.batch, sample_bytes) if small else 1
+    source = (prediction, noise, keys)
+    numbers = (0 if seed is None else seed, stream)
     meta = {
         "KIND": kind,
         "GENERATE": noise is None,
@@ -240,47 +245,37 @@ def eps_loss(
         "LOGICAL_ORDER": layout.inner == 1,
         "BLOCK": block,
     }
-    if out.dim() == 0 and chunks == 1:
-        sample_bytes = layout.numel * prediction.element_size()
-        samples = samples_per_program(layout.batch, sample_bytes)
-        if samples > 1:
-            programs = triton.cdiv(layout.batch, samples)
-            sums = reduce.workspace(out, programs)
-            _launch.launch(
-                eps_loss_small_fwd_kernel,
-                programs,
-                out.device,
-                sums,
-                prediction,
-                noise,
-                keys,
-                weight,
-                0 if seed is None else seed,
-                stream,
-                layout.batch,
-                layout.numel,
-                layout.inner,
-                SAMPLES=samples,
-                **meta,
-            )
-            reduce.finish_sums(out, sums, None, 1, programs, scale)
-            return
-    sums = out if whole_samples else reduce.workspace(out, layout.batch * chunks)
-    if layout.batch * chunks > 0:
+    if samples > 1:
+        programs = triton.cdiv(layout.batch, samples)
+        sums = reduce.workspace(out, programs)
+        sizes = (layout.batch, layout.numel, layout.inner)
         _launch.launch(
-            eps_loss_fwd_kernel,
-            layout.batch * chunks,
+            eps_loss_small_fwd_kernel,
+            programs,
             out.device,
             sums,
-            prediction,
-            noise,
-            keys,
+            *source,
+            weight,
+            *numbers,
+            *sizes,
+            SAMPLES=samples,
+            **meta,
+        )
+        reduce.finish_sums(out, sums, None, 1, programs, scale)
+        return
+    programs = layout.batch * chunks
+    sums = out if whole_samples else reduce.workspace(out, programs)
+    if programs > 0:
+        sizes = (chunks, layout.numel, layout.inner)
+        _launch.launch(
+            eps_loss_fwd_kernel,
+            programs,
+            out.device,
+            sums,
+            *source,
             weight if whole_samples else None,
-            0 if seed is None else seed,
-            stream,
-            chunks,
-            layout.numel,
-            layout.inner,
+            *numbers,
+            *sizes,
             scale,
             WHOLE_SAMPLES=whole_samples,
             ROUNDS=rounds,

@@ -239,6 +239,7 @@ HELD = 32768
 HELD_WIDE = 16384
 CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight times as many
 SECTOR_BYTES = 32
+WARP_BYTES = 512  # that one access of a warp can have
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
 SPLIT_WIDTH_BYTES = 128  # channels_last: a cache line of adjacent channels
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
@@ -285,7 +286,12 @@ def plan(
             held = min(held, CLUSTER_CHANNELS * padded)  # elements
         fitting = [k for k in divisors if sizes[k] <= held]
         # The fewest groups, so the most programs, among those that waste nothing; else the least.
-        groups = min(fitting, key=lambda k: (max(waste(k), WASTE), k), default=0)
+        # And enough for 16 bytes a thread.
+        groups = min(
+            fitting,
+            key=lambda k: (max(waste(k), WASTE), sizes[k] * itemsize < WARP_BYTES, k),
+            default=0,
+        )
         # A second read costs half as much again.
         if groups and waste(groups) < 1.5:
             choices.append((max(waste(groups), WASTE), blocks, groups))

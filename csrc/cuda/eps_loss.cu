@@ -64,8 +64,8 @@ struct Forward {
       if (whole || error != cudaSuccess) return error;
     }
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
-                       static_cast<const float*>(args.weight), args.layout, plan, args.scale(),
-                       args.reduction != Reduction::kNone, stream);
+                       static_cast<const float*>(args.weight), args.layout.batch, plan.per_sample,
+                       args.scale(), args.reduction != Reduction::kNone, stream);
   }
 
   template <typename Prediction, typename Noise>
@@ -74,16 +74,13 @@ struct Forward {
     constexpr int V = 16 / sizeof(Prediction);
     const auto kernel = vector_elements(args) > 1 ? eps_loss_small_fwd_kernel<Prediction, Noise, V>
                                                   : eps_loss_small_fwd_kernel<Prediction, Noise, 1>;
-    ChunkPlan partials{};  // of a single sum
-    partials.per_sample = small_blocks(args, samples);
-    SampleLayout one = args.layout;
-    one.batch = 1;
-    kernel<<<static_cast<unsigned>(partials.per_sample), kElementwiseThreads, plan.shared_bytes(),
-             stream>>>(args, plan, samples);
+    const int64_t blocks = small_blocks(args, samples);
+    kernel<<<static_cast<unsigned>(blocks), kElementwiseThreads, plan.shared_bytes(), stream>>>(
+        args, plan, samples);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
-                       nullptr, one, partials, args.scale(), true, stream);
+                       nullptr, 1, blocks, args.scale(), true, stream);
   }
 };
 

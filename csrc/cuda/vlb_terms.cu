@@ -41,10 +41,9 @@ struct Forward {
                                                                                              plan);
       if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
     }
-    SampleLayout results = args.layout;  // three sums per sample
-    results.batch *= 3;
-    return finish_sums(args.out, args.partials, nullptr, results, plan,
-                       1.0 / static_cast<double>(args.layout.numel), false, stream);
+    const int64_t sums = 3 * args.layout.batch;
+    const double scale = 1.0 / static_cast<double>(args.layout.numel);
+    return finish_sums(args.out, args.partials, nullptr, sums, plan.per_sample, scale, false, stream);
   }
 };
 

@@ -183,6 +183,7 @@ def test_a_sample_does_not_depend_on_the_batch(
     grad = torch.randn_like(args["x"])
     options = {"gradients": NAMES, "grad_output": grad}
     batch = evaluate("group_norm_silu", "triton-ptx", args, **options)
+    assert any(launch.cluster for launch in batch.launches) == (kernels == "cluster")
     # Another order of blocks and threads: the same bits.
     again = evaluate("group_norm_silu", "triton-ptx", args, **options, seed=1)
     for name in NAMES:
@@ -223,6 +224,7 @@ SITES = [
     ((1, 256, 16, 16), "fp32", "contiguous", "sm_90"),
     ((1, 128, 64, 64), "bf16", "channels_last", "sm_90"),  # clusters
     ((1, 128, 64, 64), "bf16", "channels_last", "sm_80"),  # split
+    ((1, 256, 4, 4), "bf16", "contiguous", "sm_90"),  # two groups, as one has 8 bytes a thread
     ((16, 512, 4, 4), "bf16", "contiguous", "sm_90"),  # four samples to a program
     ((16, 256, 4, 4), "fp32", "channels_last", "sm_90"),  # two
 ]
@@ -336,6 +338,9 @@ def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -
         # A group of all channels is cut.
         ((1024, 1, 256), 4, "contiguous", 1, (False, 1, 16, 256, 1)),
         ((7, 7, 1), 4, "channels_last", 1, (True, 7, 8, 1, 1)),
+        # A group of 8 x 4 x 4 bfloat16 has 8 bytes for each thread of a warp, two have 16.
+        ((256, 32, 16), 2, "contiguous", 1, (True, 2, 16, 16, 1)),
+        ((256, 32, 16), 4, "contiguous", 1, (True, 1, 8, 16, 1)),
     ],
 )
 def test_plan(shape, itemsize, layout, arrays, expected) -> None:

@@ -75,13 +75,13 @@ static __global__ void __launch_bounds__(kFinishThreads)
 }
 
 inline cudaError_t finish_sums(float* out, const float* partials, const float* weight,
-                               const SampleLayout& layout, const ChunkPlan& plan, double scale,
-                               bool total, cudaStream_t stream) {
+                               int64_t batch, int64_t per_sample, double scale, bool total,
+                               cudaStream_t stream) {
   const int threads = total ? kFinishThreads : kElementwiseThreads;
   const int64_t warps = threads / 32;
-  const int64_t blocks = total ? 1 : (layout.batch + warps - 1) / warps;
+  const int64_t blocks = total ? 1 : (batch + warps - 1) / warps;
   finish_sums_kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-      out, partials, weight, layout.batch, plan.per_sample, static_cast<float>(scale), total);
+      out, partials, weight, batch, per_sample, static_cast<float>(scale), total);
   return cudaGetLastError();
 }
 
