@@ -7,7 +7,6 @@
 #include <immintrin.h>
 
 #define FASTDIFF_INLINE inline __attribute__((always_inline))
-#define FASTDIFF_LAMBDA __attribute__((always_inline))
 
 namespace fastdiff::cpu {
 namespace {

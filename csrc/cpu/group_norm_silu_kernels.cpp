@@ -1,38 +1,12 @@
-#include <cstring>
+#include <type_traits>
 
-#include "bfloat16.h"
 #include "fastdiff/sigmoid.h"
-#include "float16.h"
 #include "group_norm_silu.h"
+#include "lanes.h"
 #include "simd.h"
 
 namespace fastdiff::cpu {
 namespace {
-
-// How x lies in memory: Type there, F in registers.
-template <typename T>
-struct Plain {
-  using Type = T;
-  using F = T;
-  static FASTDIFF_HD F load(T value) { return value; }
-  static FASTDIFF_HD T store(F value) { return value; }
-};
-
-struct BFloat16 {
-  using Type = uint16_t;
-  using F = float;
-  static FASTDIFF_HD F load(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
-  static FASTDIFF_HD uint16_t store(F value) {
-    return static_cast<uint16_t>(round_to_bfloat16(value) >> 16);
-  }
-};
-
-struct Float16 {
-  using Type = uint16_t;
-  using F = float;
-  static FASTDIFF_HD F load(uint16_t bits) { return float16_to_float(bits); }
-  static FASTDIFF_HD uint16_t store(F value) { return round_to_float16(value); }
-};
 
 struct SiLU {
   template <typename F>
@@ -53,42 +27,30 @@ using In = const typename S::Type* __restrict;
 template <typename S>
 using Out = typename S::Type* __restrict;
 
-// Long rows are read in four quarters at a time: with a single sum each addition would wait for the one
-// before it.
+// Calls body(n). Rows of kLanes, the 4x4 maps, get a loop of their own: what is constant is then loaded
+// once rather than for every row.
+template <typename Body>
+FASTDIFF_HD void with_length(int64_t n, const Body& body) {
+  n == kLanes ? body(std::integral_constant<int64_t, kLanes>()) : body(n);
+}
+
 template <typename S, typename F>
 FASTDIFF_HD void row_sums(const void* x_data, int64_t rows, int64_t n, const F* k, F* sum,
                           F* square) {
-  const int64_t quarter = n >= 256 ? n / 4 : 0;
   for (int64_t row = 0; row < rows; ++row) {
     In<S> x = static_cast<In<S>>(x_data) + row * n;
-    In<S> x1 = x + quarter;
-    In<S> x2 = x1 + quarter;
-    In<S> x3 = x2 + quarter;
     const F center = k[row];
-    F s = 0, s1 = 0, s2 = 0, s3 = 0, q = 0, q1 = 0, q2 = 0, q3 = 0;
-#pragma omp simd reduction(+ : s, s1, s2, s3, q, q1, q2, q3)
-    for (int64_t i = 0; i < quarter; ++i) {
-      const F d = S::load(x[i]) - center, d1 = S::load(x1[i]) - center;
-      const F d2 = S::load(x2[i]) - center, d3 = S::load(x3[i]) - center;
-      s += d;
-      s1 += d1;
-      s2 += d2;
-      s3 += d3;
-      q += d * d;
-      q1 += d1 * d1;
-      q2 += d2 * d2;
-      q3 += d3 * d3;
-    }
-    s += s1 + (s2 + s3);
-    q += q1 + (q2 + q3);
-#pragma omp simd reduction(+ : s, q)
-    for (int64_t i = 4 * quarter; i < n; ++i) {
-      const F d = S::load(x[i]) - center;
-      s += d;
-      q += d * d;
-    }
-    sum[row] = s;
-    square[row] = q;
+    F s[kLanes]{}, q[kLanes]{};
+    const auto add = [&](int lane, F value) FASTDIFF_LAMBDA {
+      const F d = value - center;
+      s[lane] += d;
+      q[lane] += d * d;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) S::each(add, x + i);
+    for (int lane = 0; i < n; ++i, ++lane) add(lane, S::load(x[i]));
+    sum[row] = add_lanes<kLanes>(s);
+    square[row] = add_lanes<kLanes>(q);
   }
 }
 
@@ -123,15 +85,20 @@ FASTDIFF_HD void pixel_sums(const void* x_data, int64_t pixels, int64_t channels
 }
 
 template <typename S, typename A, typename F>
-FASTDIFF_HD void row_apply(const void* x_data, void* y_data, int64_t rows, int64_t n,
+FASTDIFF_HD void row_apply(const void* x_data, void* y_data, int64_t rows, int64_t length,
                            const F* slope, const F* offset) {
-  for (int64_t row = 0; row < rows; ++row) {
-    In<S> x = static_cast<In<S>>(x_data) + row * n;
-    Out<S> y = static_cast<Out<S>>(y_data) + row * n;
-    const F a = slope[row], b = offset[row];
+  with_length(length, [&](auto n) FASTDIFF_LAMBDA {
+    for (int64_t row = 0; row < rows; ++row) {
+      In<S> x = static_cast<In<S>>(x_data) + row * n;
+      Out<S> y = static_cast<Out<S>>(y_data) + row * n;
+      const F a = slope[row], b = offset[row];
+      const auto value = [=](int, F v) FASTDIFF_LAMBDA { return A::value(a * v + b); };
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) S::map(y + i, value, x + i);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = S::store(A::value(a * S::load(x[i]) + b));
-  }
+      for (int64_t j = i; j < n; ++j) y[j] = S::store(value(0, S::load(x[j])));
+    }
+  });
 }
 
 template <typename S, typename A, typename F>
@@ -148,28 +115,35 @@ FASTDIFF_HD void pixel_apply(const void* x_data, void* y_data, int64_t pixels, i
 }
 
 template <typename S, typename A, bool Keep, typename F>
-FASTDIFF_HD void row_grad_sums(const void* x_data, const void* grad_data, int64_t rows, int64_t n,
-                               const F* k, const F* slope, const F* offset, F* kept_data, F* s0,
-                               F* s1, F* s2) {
-  for (int64_t row = 0; row < rows; ++row) {
-    In<S> x = static_cast<In<S>>(x_data) + row * n;
-    In<S> grad = static_cast<In<S>>(grad_data) + row * n;
-    F* __restrict kept = kept_data + row * n;
-    const F center = k[row], a = slope[row], b = offset[row];
-    F t0 = 0, t1 = 0, t2 = 0;
-#pragma omp simd reduction(+ : t0, t1, t2)
-    for (int64_t i = 0; i < n; ++i) {
-      const F d = S::load(x[i]) - center;
-      const F dz = S::load(grad[i]) * A::slope(a * d + b);
-      if constexpr (Keep) kept[i] = dz;
-      t0 += dz;
-      t1 += dz * d;
-      t2 += d;
+FASTDIFF_HD void row_grad_sums(const void* x_data, const void* grad_data, int64_t rows,
+                               int64_t length, const F* k, const F* slope, const F* offset,
+                               F* kept_data, F* s0, F* s1, F* s2) {
+  with_length(length, [&](auto n) FASTDIFF_LAMBDA {
+    for (int64_t row = 0; row < rows; ++row) {
+      In<S> x = static_cast<In<S>>(x_data) + row * n;
+      In<S> grad = static_cast<In<S>>(grad_data) + row * n;
+      F* __restrict kept = kept_data + row * n;
+      const F center = k[row], a = slope[row], b = offset[row];
+      F t0[kLanes]{}, t1[kLanes]{}, t2[kLanes]{};
+      int64_t i = 0;
+      const auto add = [&](int lane, F value, F grad_y) FASTDIFF_LAMBDA {
+        const F d = value - center, dz = grad_y * A::slope(a * d + b);
+        if constexpr (Keep) kept[i + lane] = dz;  // in the order of the lanes
+        t0[lane] += dz;
+        t1[lane] += dz * d;
+        t2[lane] += d;
+      };
+      for (; i + kLanes <= n; i += kLanes) S::each(add, x + i, grad + i);
+      const int rest = static_cast<int>(n - i);
+#pragma omp simd
+      for (int lane = 0; lane < rest; ++lane) {
+        add(lane, S::load(x[i + lane]), S::load(grad[i + lane]));
+      }
+      s0[row] = add_lanes<kLanes>(t0);
+      s1[row] = add_lanes<kLanes>(t1);
+      if (s2) s2[row] = add_lanes<kLanes>(t2);
     }
-    s0[row] = t0;
-    s1[row] = t1;
-    if (s2) s2[row] = t2;
-  }
+  });
 }
 
 template <typename S, typename A, bool Keep, typename F>
@@ -196,27 +170,30 @@ FASTDIFF_HD void pixel_grad_sums(const void* x_data, const void* grad_data, int6
 
 template <typename S, typename A, bool Kept, typename F>
 FASTDIFF_HD void row_grad_x(const void* x_data, const void* grad_data, const F* kept_data,
-                            void* out_data, int64_t rows, int64_t n, const F* k, const F* slope,
-                            const F* offset, const F* a, const F* b, const F* c) {
-  for (int64_t row = 0; row < rows; ++row) {
-    In<S> x = static_cast<In<S>>(x_data) + row * n;
-    In<S> grad = static_cast<In<S>>(grad_data) + row * n;
-    const F* __restrict kept = kept_data + row * n;
-    Out<S> out = static_cast<Out<S>>(out_data) + row * n;
-    const F center = k[row], s = slope[row], o = offset[row];
-    const F of_dz = a[row], of_d = b[row], constant = c[row];
+                            void* out_data, int64_t rows, int64_t length, const F* k,
+                            const F* slope, const F* offset, const F* a, const F* b, const F* c) {
+  with_length(length, [&](auto n) FASTDIFF_LAMBDA {
+    for (int64_t row = 0; row < rows; ++row) {
+      In<S> x = static_cast<In<S>>(x_data) + row * n;
+      In<S> grad = static_cast<In<S>>(grad_data) + row * n;
+      const F* __restrict kept = kept_data + row * n;
+      Out<S> out = static_cast<Out<S>>(out_data) + row * n;
+      const F center = k[row], s = slope[row], o = offset[row];
+      const F of_dz = a[row], of_d = b[row], constant = c[row];
+      int64_t i = 0;
+      const auto value = [&](int lane, F v, F grad_y) FASTDIFF_LAMBDA {
+        const F d = v - center;
+        const F dz = Kept ? kept[i + lane] : grad_y * A::slope(s * d + o);
+        return of_dz * dz + (of_d * d + constant);
+      };
+      for (; i + kLanes <= n; i += kLanes) S::map(out + i, value, x + i, grad + i);
+      const int rest = static_cast<int>(n - i);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const F d = S::load(x[i]) - center;
-      F dz;
-      if constexpr (Kept) {
-        dz = kept[i];
-      } else {
-        dz = S::load(grad[i]) * A::slope(s * d + o);
+      for (int lane = 0; lane < rest; ++lane) {
+        out[i + lane] = S::store(value(lane, S::load(x[i + lane]), S::load(grad[i + lane])));
       }
-      out[i] = S::store(of_dz * dz + (of_d * d + constant));
     }
-  }
+  });
 }
 
 template <typename S, typename A, bool Kept, typename F>

@@ -12,6 +12,9 @@
 #define FASTDIFF_HAS_CLONES 0
 #endif
 
+// For lambdas within loops that are compiled for several instruction sets.
+#define FASTDIFF_LAMBDA __attribute__((always_inline))
+
 namespace fastdiff::cpu {
 
 // Instruction sets that loops are compiled for, each with those before it: one library runs on every
