@@ -44,7 +44,7 @@ class Forward {
         for_each_block(layout_, begin, end, [&](int64_t unit, int64_t count) {
           const Operands<F> operands = group_operands(unit, count, memory);
           F* coefficients = memory + Operands<F>::kCount * depth * count;
-          find_centers(unit, count, in, rows, operands, centers, coefficients);
+          find_centers(unit, count, in, rows, operands, centers, squares, coefficients);
           sum_pieces(unit, in, 0, in_count * count, coefficients, sums, squares);
           for (int64_t g = 0; g < count; ++g) {
             finish(unit + g, centers[g], in_count, sums + g * in_count, squares + g * in_count);
@@ -60,8 +60,8 @@ class Forward {
       F center = 0;
       parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
         F *memory = thread_scratch<F>(8 * depth), *k = memory + Operands<F>::kCount * depth;
-        F found;
-        find_centers(unit, 1, in, rows, group_operands(unit, 1, memory), &found, k);
+        F found, square;
+        find_centers(unit, 1, in, rows, group_operands(unit, 1, memory), &found, &square, k);
         sum_pieces(unit, in, begin, end, k, sums.data() + begin, sums.data() + in_count + begin);
         if (begin == 0) center = found;
       });
@@ -85,17 +85,15 @@ class Forward {
   }
   char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
 
-  // The centers of `count` groups, and what to subtract from x in each of their rows.
+  // The centers of `count` groups, and what to subtract from x in each of their rows. `squares`: for
+  // what is not needed of their sums.
   void find_centers(int64_t unit, int64_t count, const Pieces& pieces, int64_t rows,
-                    const Operands<F>& operands, F* centers, F* k) const {
+                    const Operands<F>& operands, F* centers, F* squares, F* k) const {
     const int64_t depth = layout_.group_channels();
     const int64_t sampled = std::min(pieces.run, center_elements(layout_));
-    const F zero = 0;
-    F square;
-    for (int64_t g = 0; g < count; ++g) {
-      kernels_.row_sums(x_of((unit + g) * layout_.group_numel()), 1, sampled, &zero, centers + g,
-                        &square);
-    }
+    std::fill(k, k + count, F(0));
+    kernels_.row_sums(x_of(unit * layout_.group_numel()), count, sampled, layout_.group_numel(), k,
+                      centers, squares);
     for (int64_t g = 0; g < count; ++g) {
       const F* added = operands.channel_bias + g * depth;
       centers[g] = centers[g] / static_cast<F>(sampled) + added[0];
@@ -108,14 +106,14 @@ class Forward {
                   F* sums, F* squares) const {
     const int64_t first = unit * layout_.group_numel();
     if (pieces.per_run == 1) {
-      kernels_.row_sums(x_of(first + begin * pieces.run), end - begin, pieces.run, k + begin, sums,
-                        squares);
+      kernels_.row_sums(x_of(first + begin * pieces.run), end - begin, pieces.run, pieces.run,
+                        k + begin, sums, squares);
       return;
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
       kernels_.row_sums(x_of(first + row * pieces.run + pieces.begin(piece)), 1,
-                        pieces.size(piece), k + row, sums + (piece - begin),
+                        pieces.size(piece), 0, k + row, sums + (piece - begin),
                         squares + (piece - begin));
     }
   }
@@ -138,12 +136,11 @@ class Forward {
     static_cast<F*>(args_.rstd)[unit] = static_cast<F>(1.0 / std::sqrt(variance + args_.eps));
   }
 
-  void set_affine(const Operands<F>& operands, int64_t unit, int64_t first, F* slope,
+  void set_affine(const Operands<F>& operands, int64_t unit, int64_t groups, F* slope,
                   F* offset) const {
-    const F mean = static_cast<const F*>(args_.mean)[unit];
-    const F rstd = static_cast<const F*>(args_.rstd)[unit];
-    clones<affines_loop<F, false>>(operands, first, layout_.group_channels(), mean, rstd,
-                                   slope + first, offset + first);
+    clones<affines_loop<F, false>>(operands, groups, layout_.group_channels(),
+                                   static_cast<const F*>(args_.mean) + unit,
+                                   static_cast<const F*>(args_.rstd) + unit, slope, offset);
   }
 
   // The pieces [begin, end) of the rows of `count` groups. `memory`: 2 per channel.
@@ -151,7 +148,7 @@ class Forward {
                     const Operands<F>& operands, F* memory) const {
     const int64_t first = unit * layout_.group_numel(), depth = layout_.group_channels();
     F *slope = memory, *offset = memory + depth * count;
-    for (int64_t g = 0; g < count; ++g) set_affine(operands, unit + g, g * depth, slope, offset);
+    set_affine(operands, unit, count, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
       write_parts(y_of(start), end - begin, pieces.run, size_, stream_, kernels_.streams,
@@ -255,10 +252,7 @@ class Forward {
     const Operands<F> operands(args_, sample, 0, channels, memory);
     F* slope = memory + Operands<F>::kCount * channels;
     F* offset = slope + channels;
-    for (int64_t g = 0; g < layout_.groups; ++g) {
-      set_affine(operands, sample * layout_.groups + g, g * layout_.group_channels(), slope,
-                 offset);
-    }
+    set_affine(operands, sample * layout_.groups, layout_.groups, slope, offset);
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;

@@ -22,8 +22,9 @@ constexpr int64_t kPiece = 4096;
 // are taken of d, which is small where means are large.
 template <typename F>
 struct GroupNormKernels {
-  // Per row (first array index) or channel: sum of d, sum of d^2.
-  void (*row_sums)(const void* x, int64_t rows, int64_t n, const F* k, F* sum, F* square);
+  // Per row (first array index) or channel: sum of d, sum of d^2. Rows begin `stride` elements apart.
+  void (*row_sums)(const void* x, int64_t rows, int64_t n, int64_t stride, const F* k, F* sum,
+                   F* square);
   void (*pixel_sums)(const void* x, int64_t pixels, int64_t channels, const F* k, F* sum,
                      F* square);
   // y = act(slope x + offset)
@@ -169,20 +170,21 @@ struct Operands {
   }
 };
 
-// The coefficients of z for the n channels of one group: in x, or in d = h - mean if kCentered.
+// The coefficients of z for the channels of some groups: in x, or in d = h - mean if kCentered.
 template <typename F, bool kCentered>
-FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t first, int64_t n, F mean, F rstd,
-                              F* __restrict slope, F* __restrict offset) {
-  const F *weight = operands.weight + first, *bias = operands.bias + first;
-  const F *scale = operands.scale + first, *shift = operands.shift + first;
-  const F* channel_bias = operands.channel_bias + first;
+FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t groups, int64_t depth,
+                              const F* means, const F* rstds, F* slope, F* offset) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const F mean = means[g], rstd = rstds[g];
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) {
-    const F added = kCentered ? mean : channel_bias[c];
-    const ChannelAffine<F> affine =
-        channel_affine(mean, rstd, weight[c], bias[c], added, scale[c], shift[c]);
-    slope[c] = affine.slope;
-    offset[c] = affine.offset;
+    for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
+      const F added = kCentered ? mean : operands.channel_bias[c];
+      const ChannelAffine<F> affine =
+          channel_affine(mean, rstd, operands.weight[c], operands.bias[c], added,
+                         operands.scale[c], operands.shift[c]);
+      slope[c] = affine.slope;
+      offset[c] = affine.offset;
+    }
   }
 }
 

@@ -16,13 +16,13 @@ namespace {
 
 template <typename S, typename A>
 struct Kernels {
-  static void row_sums(const void* x_data, int64_t rows, int64_t n, const float* k, float* sum,
-                       float* square) {
+  static void row_sums(const void* x_data, int64_t rows, int64_t n, int64_t stride,
+                       const float* k, float* sum, float* square) {
     V s[4]{}, q[4]{};
     for_four_rows(
         rows,
         [&](int64_t row, int64_t j) FASTDIFF_LAMBDA {
-          const auto* x = in<S>(x_data) + row * n;
+          const auto* x = in<S>(x_data) + row * stride;
           const V center = all(k[row]);
           // Four chains of additions: one would wait for each addition's latency.
           V sums[4]{}, squares[4]{};

@@ -36,44 +36,46 @@ struct GradientRows {
   double *weight, *bias, *channel_bias, *scale, *shift;
 };
 
-// From the sums s0, s1, s2 over the pixels of the n channels of one group: the coefficients of the
+// From the sums s0, s1, s2 over the pixels of the channels of some groups: the coefficients of the
 // second pass, and all gradients but that of x.
 template <typename F>
-FASTDIFF_HD void finish_loop(const Operands<F>& operands, int64_t first, int64_t n, double rstd,
-                             double pixels, const double* __restrict s0, const double* __restrict s1,
-                             const double* __restrict s2, F* __restrict a, F* __restrict b,
-                             F* __restrict c, const GradientRows& rows) {
-  const F *weight = operands.weight + first, *bias = operands.bias + first;
-  const F* scale = operands.scale + first;
-  double m0 = 0, m1 = 0;
-#pragma omp simd reduction(+ : m0, m1)
-  for (int64_t i = 0; i < n; ++i) {
-    const double gamma = weight[i] * (F(1) + scale[i]);
-    m0 += gamma * s0[i];
-    m1 += gamma * rstd * s1[i];
-  }
-  m0 /= static_cast<double>(n) * pixels;
-  m1 /= static_cast<double>(n) * pixels;
+FASTDIFF_HD void finish_loop(const Operands<F>& operands, int64_t groups, int64_t depth,
+                             const F* rstds, double pixels, const double* s0, const double* s1,
+                             const double* s2, F* a, F* b, F* c, const GradientRows& rows) {
+  const F *weight = operands.weight, *bias = operands.bias, *scale = operands.scale;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * depth, last = first + depth;
+    const double rstd = rstds[g];
+    double m0 = 0, m1 = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const double gamma = weight[i] * (F(1) + scale[i]);
+      m0 += gamma * s0[i];
+      m1 += gamma * s1[i];
+    }
+    const double numel = static_cast<double>(depth) * pixels;
+    m0 /= numel;
+    m1 *= rstd / numel;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const double gamma = weight[i] * (F(1) + scale[i]);
-    a[i] = static_cast<F>(rstd * gamma);
-    b[i] = static_cast<F>(-rstd * rstd * m1);
-    c[i] = static_cast<F>(-rstd * m0);
-  }
-  const auto fill = [n](double* __restrict row, const auto& gradient) {
-    if (!row) return;
+    for (int64_t i = first; i < last; ++i) {
+      const double gamma = weight[i] * (F(1) + scale[i]);
+      a[i] = static_cast<F>(rstd * gamma);
+      b[i] = static_cast<F>(-rstd * rstd * m1);
+      c[i] = static_cast<F>(-rstd * m0);
+    }
+    const auto fill = [=](double* row, const auto& gradient) FASTDIFF_LAMBDA {
+      if (!row) return;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) row[i] = gradient(i);
-  };
-  fill(rows.weight, [=](int64_t i) { return (F(1) + scale[i]) * (rstd * s1[i]); });
-  fill(rows.bias, [=](int64_t i) { return (F(1) + scale[i]) * s0[i]; });
-  fill(rows.channel_bias, [=](int64_t i) {
-    const double gamma = weight[i] * (F(1) + scale[i]);
-    return rstd * (gamma * s0[i] - pixels * m0 - rstd * s2[i] * m1);
-  });
-  fill(rows.scale, [=](int64_t i) { return weight[i] * (rstd * s1[i]) + bias[i] * s0[i]; });
-  fill(rows.shift, [=](int64_t i) { return s0[i]; });
+      for (int64_t i = first; i < last; ++i) row[i] = gradient(i);
+    };
+    fill(rows.weight, [=](int64_t i) { return (F(1) + scale[i]) * (rstd * s1[i]); });
+    fill(rows.bias, [=](int64_t i) { return (F(1) + scale[i]) * s0[i]; });
+    fill(rows.channel_bias, [=](int64_t i) {
+      const double gamma = weight[i] * (F(1) + scale[i]);
+      return rstd * (gamma * s0[i] - pixels * m0 - rstd * s2[i] * m1);
+    });
+    fill(rows.scale, [=](int64_t i) { return weight[i] * (rstd * s1[i]) + bias[i] * s0[i]; });
+    fill(rows.shift, [=](int64_t i) { return s0[i]; });
+  }
 }
 
 // Two passes over x and grad: the sums s0, s1, s2 of group_norm_silu.h per channel, of d = h - mean
@@ -125,33 +127,31 @@ class Backward {
   const char* x_of(int64_t i) const { return static_cast<const char*>(args_.x) + i * size_; }
   const char* grad_of(int64_t i) const { return static_cast<const char*>(args_.grad) + i * size_; }
   char* out_of(int64_t i) const { return static_cast<char*>(args_.grad_x) + i * size_; }
-  F mean(int64_t unit) const { return static_cast<const F*>(args_.mean)[unit]; }
-  F rstd(int64_t unit) const { return static_cast<const F*>(args_.rstd)[unit]; }
+  const F* means(int64_t unit) const { return static_cast<const F*>(args_.mean) + unit; }
+  const F* rstds(int64_t unit) const { return static_cast<const F*>(args_.rstd) + unit; }
 
-  // What the first pass needs for the channels of one group, from index `first` of the coefficients.
-  void prepare(int64_t unit, int64_t first, const Coefficients& to) const {
+  // What the first pass needs for the channels of some groups.
+  void prepare(int64_t unit, int64_t groups, const Coefficients& to) const {
     const int64_t depth = layout_.group_channels();
-    clones<affines_loop<F, true>>(to.operands, first, depth, mean(unit), rstd(unit),
-                                  to.slope + first, to.offset + first);
-    for (int64_t c = first; c < first + depth; ++c) {
-      to.k[c] = mean(unit) - to.operands.channel_bias[c];
+    clones<affines_loop<F, true>>(to.operands, groups, depth, means(unit), rstds(unit), to.slope,
+                                  to.offset);
+    for (int64_t c = 0; c < groups * depth; ++c) {
+      to.k[c] = means(unit)[c / depth] - to.operands.channel_bias[c];
     }
   }
 
-  // sums: s0, then s1, then s2 of the group's channels, `stride` apart.
-  void finish(int64_t unit, int64_t first, const double* sums, int64_t stride,
-              const Coefficients& to) {
-    const int64_t depth = layout_.group_channels();
+  // sums: s0, then s1, then s2 of the groups' channels.
+  void finish(int64_t unit, int64_t groups, const double* sums, const Coefficients& to) {
+    const int64_t depth = layout_.group_channels(), channels = groups * depth;
     const auto row = [&](int which, const ChannelGradient& gradient) {
       return gradient.data ? rows_[which].get() + unit * depth : nullptr;
     };
     const GradientRows rows{row(0, args_.grad_weight), row(1, args_.grad_bias),
                             row(2, args_.grad_channel_bias), row(3, args_.grad_scale),
                             row(4, args_.grad_shift)};
-    const double* s0 = sums + first;
-    clones<finish_loop<F>>(to.operands, first, depth, rstd(unit),
-                           static_cast<double>(layout_.pixels), s0, s0 + stride, s0 + 2 * stride,
-                           to.a + first, to.b + first, to.c + first, rows);
+    clones<finish_loop<F>>(to.operands, groups, depth, rstds(unit),
+                           static_cast<double>(layout_.pixels), sums, sums + channels,
+                           sums + 2 * channels, to.a, to.b, to.c, rows);
   }
 
   void store_rows(const ChannelGradient& gradient, const double* rows) const {
@@ -185,12 +185,10 @@ class Backward {
         for_each_block(layout_, begin, end, [&](int64_t unit, int64_t groups) {
           const int64_t channels = depth * groups, all = count * groups;
           const Coefficients coefficients = group_coefficients(unit, groups, memory);
-          for (int64_t g = 0; g < groups; ++g) prepare(unit + g, g * depth, coefficients);
+          prepare(unit, groups, coefficients);
           sum_pieces(unit, pieces, 0, all, coefficients, kept, sums, all);
           add_pieces(pieces, sums, channels, totals.data());
-          for (int64_t g = 0; g < groups; ++g) {
-            finish(unit + g, g * depth, totals.data(), channels, coefficients);
-          }
+          finish(unit, groups, totals.data(), coefficients);
           if (args_.grad_x) write_pieces(unit, pieces, 0, all, coefficients, kept);
         });
       });
@@ -200,12 +198,12 @@ class Backward {
     std::vector<double> totals(3 * depth);
     for (int64_t unit = 0; unit < units; ++unit) {
       const Coefficients coefficients = group_coefficients(unit, 1, memory.data());
-      prepare(unit, 0, coefficients);
+      prepare(unit, 1, coefficients);
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
         sum_pieces(unit, pieces, begin, end, coefficients, nullptr, sums.data() + begin, count);
       });
       add_pieces(pieces, sums.data(), depth, totals.data());
-      finish(unit, 0, totals.data(), depth, coefficients);
+      finish(unit, 1, totals.data(), coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
         write_pieces(unit, pieces, begin, end, coefficients, nullptr);
@@ -289,7 +287,7 @@ class Backward {
         F* kept = keep ? sums + 3 * channels * count : nullptr;
         for (int64_t sample = begin; sample < end; ++sample) {
           const Coefficients coefficients(args_, sample, 0, channels, memory);
-          prepare_sample(sample, coefficients);
+          prepare(sample * layout_.groups, layout_.groups, coefficients);
           sum_pixels(sample, pieces, 0, count, coefficients, kept, sums);
           finish_sample(sample, count, sums, coefficients);
           if (args_.grad_x) write_pixels(sample, pieces, 0, count, coefficients, kept);
@@ -303,7 +301,7 @@ class Backward {
     F* kept = numel <= kKeptElements && args_.grad_x ? thread_scratch<F>(numel) : nullptr;
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
       const Coefficients coefficients(args_, sample, 0, channels, memory.data());
-      prepare_sample(sample, coefficients);
+      prepare(sample * layout_.groups, layout_.groups, coefficients);
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
         sum_pixels(sample, pieces, begin, end, coefficients, kept, sums.data());
       });
@@ -315,12 +313,6 @@ class Backward {
     }
   }
 
-  void prepare_sample(int64_t sample, const Coefficients& to) const {
-    for (int64_t g = 0; g < layout_.groups; ++g) {
-      prepare(sample * layout_.groups + g, g * layout_.group_channels(), to);
-    }
-  }
-
   void finish_sample(int64_t sample, int64_t count, const F* sums, const Coefficients& to) {
     const int64_t channels = layout_.channels;
     std::vector<double> totals(3 * channels);
@@ -328,10 +320,7 @@ class Backward {
       const F* row = sums + 3 * channels * piece;
       for (int64_t i = 0; i < 3 * channels; ++i) totals[i] += row[i];
     }
-    for (int64_t g = 0; g < layout_.groups; ++g) {
-      finish(sample * layout_.groups + g, g * layout_.group_channels(), totals.data(), channels,
-             to);
-    }
+    finish(sample * layout_.groups, layout_.groups, totals.data(), to);
   }
 
   void sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,

@@ -35,23 +35,25 @@ FASTDIFF_HD void with_length(int64_t n, const Body& body) {
 }
 
 template <typename S, typename F>
-FASTDIFF_HD void row_sums(const void* x_data, int64_t rows, int64_t n, const F* k, F* sum,
-                          F* square) {
-  for (int64_t row = 0; row < rows; ++row) {
-    In<S> x = static_cast<In<S>>(x_data) + row * n;
-    const F center = k[row];
-    F s[kLanes]{}, q[kLanes]{};
-    const auto add = [&](int lane, F value) FASTDIFF_LAMBDA {
-      const F d = value - center;
-      s[lane] += d;
-      q[lane] += d * d;
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) S::each(add, x + i);
-    for (int lane = 0; i < n; ++i, ++lane) add(lane, S::load(x[i]));
-    sum[row] = add_lanes<kLanes>(s);
-    square[row] = add_lanes<kLanes>(q);
-  }
+FASTDIFF_HD void row_sums(const void* x_data, int64_t rows, int64_t length, int64_t stride,
+                          const F* k, F* sum, F* square) {
+  with_length(length, [&](auto n) FASTDIFF_LAMBDA {
+    for (int64_t row = 0; row < rows; ++row) {
+      In<S> x = static_cast<In<S>>(x_data) + row * stride;
+      const F center = k[row];
+      F s[kLanes]{}, q[kLanes]{};
+      const auto add = [&](int lane, F value) FASTDIFF_LAMBDA {
+        const F d = value - center;
+        s[lane] += d;
+        q[lane] += d * d;
+      };
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) S::each(add, x + i);
+      for (int lane = 0; i < n; ++i, ++lane) add(lane, S::load(x[i]));
+      sum[row] = add_lanes<kLanes>(s);
+      square[row] = add_lanes<kLanes>(q);
+    }
+  });
 }
 
 // Four pixels at a time: the sums are loaded and stored once for them.
