@@ -19,6 +19,7 @@ from .group_norm_silu_tiles import (
     members,
     plan,
     row_stride,
+    split_program,
     spread,
     sum_groups,
     sum_products,
@@ -111,9 +112,7 @@ def group_norm_silu_fwd_moments_kernel(
 ):
     """Moments of each group over one channel tile and one chunk of pixels, `rounds` tiles long."""
     PARTS: tl.constexpr = (GROUPS * GROUP_CHANNELS + CH - 1) // CH
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // chunks
-    chunk = program - tile * chunks
+    tile, chunk = split_program(chunks, CHANNELS_LAST)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
     b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
@@ -226,9 +225,7 @@ def group_norm_silu_fwd_apply_kernel(
     PIX: tl.constexpr,
 ):
     """y of a channel tile and a chunk of pixels, `rounds` tiles long, with the moments known."""
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // chunks
-    chunk = program - tile * chunks
+    tile, chunk = split_program(chunks, CHANNELS_LAST)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)

@@ -24,6 +24,7 @@ from .group_norm_silu_tiles import (
     load_tile,
     masked,
     members,
+    split_program,
     spread,
     store_if_wanted,
     sum_groups,
@@ -220,9 +221,7 @@ def group_norm_silu_bwd_sums_kernel(
     PIX: tl.constexpr,
 ):
     """s0, s1 and s2 of one channel tile over one chunk of pixels, `rounds` tiles long."""
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // chunks
-    chunk = program - tile * chunks
+    tile, chunk = split_program(chunks, CHANNELS_LAST)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
@@ -251,7 +250,7 @@ def group_norm_silu_bwd_sums_kernel(
         s1 += sum_products(dz, h_hat, m_tile)
         if sums2 is not None:
             s2 += tl.sum(h_hat, axis=1)
-    i = program * CH + tl.arange(0, CH)  # a program's side by side
+    i = (tile * chunks + chunk) * CH + tl.arange(0, CH)  # a program's side by side
     tl.store(sums0 + i, s0, mask=m_c)
     tl.store(sums1 + i, s1, mask=m_c)
     store_if_wanted(sums2, i, s2, m_c)
@@ -385,9 +384,7 @@ def group_norm_silu_bwd_apply_kernel(
     PIX: tl.constexpr,
 ):
     """dx of a channel tile and a chunk of pixels, `rounds` tiles long, with m0 and m1 known."""
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // chunks
-    chunk = program - tile * chunks
+    tile, chunk = split_program(chunks, CHANNELS_LAST)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
     center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)

@@ -68,6 +68,23 @@ def channels_of(
 
 
 @triton.jit
+def split_program(chunks, CHANNELS_LAST: tl.constexpr):
+    """The channel tile and the chunk of pixels of this program.
+
+    Neighbours in memory are neighbours in the grid: they share lines of the L2 cache.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if CHANNELS_LAST:
+        tiles = tl.num_programs(0) // chunks
+        chunk = program // tiles
+        tile = program - chunk * tiles
+    else:
+        tile = program // chunks
+        chunk = program - tile * chunks
+    return tile, chunk
+
+
+@triton.jit
 def tile_offsets(
     i_b,
     first,
@@ -241,7 +258,8 @@ CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight 
 SECTOR_BYTES = 32
 WARP_BYTES = 512  # that one access of a warp can have
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
-SPLIT_WIDTH_BYTES = 128  # channels_last: a cache line of adjacent channels
+SPLIT_WIDTH_BYTES = 64  # channels_last: two sectors of adjacent channels; wide tiles are short, so
+# that more of them would leave partial sums
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
 WASTE = 1.1  # sectors touched / needed
 
