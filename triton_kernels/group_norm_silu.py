@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import _launch
 from .group_norm_silu_backward import group_norm_silu_backward
+from .group_norm_silu_held import load_pieces, piece_mask, store_piece, unpack
+from .group_norm_silu_plan import plan
 from .group_norm_silu_tiles import (
     activate,
     affine,
@@ -17,7 +19,7 @@ from .group_norm_silu_tiles import (
     load_tile,
     masked,
     members,
-    plan,
+    pairs_aligned,
     row_stride,
     split_program,
     spread,
@@ -32,17 +34,14 @@ __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
 @triton.jit
 def tile_moments(b_h, m_tile, m_member):
-    """Of each group the elements in the tile, their mean, the sum of squares of the deviations.
-
-    And the deviations.
-    """
+    """Of each group the elements in the tile, their mean, the sum of squares of the deviations."""
     n = sum_groups(tl.sum(m_tile.to(tl.float32), axis=1), m_member)
     mean = sum_groups(tl.sum(b_h, axis=1), m_member) / tl.maximum(n, 1.0)
     b_d = b_h - spread(mean, m_member)[:, None]
-    return n, mean, sum_groups(sum_products(b_d, b_d, m_tile), m_member), b_d
+    return n, mean, sum_groups(sum_products(b_d, b_d, m_tile), m_member)
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps", "zero"])
 def group_norm_silu_fwd_kernel(
     y,
     mean,
@@ -58,6 +57,7 @@ def group_norm_silu_fwd_kernel(
     shift_stride,
     pixels,
     eps,
+    zero,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -66,30 +66,76 @@ def group_norm_silu_fwd_kernel(
     CH: tl.constexpr,
     PIX: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """One span of whole groups of one sample, held in registers: x is read once."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH, SEGMENTS)
-    base, offsets, m_tile = tile_offsets(
-        i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS
-    )
     i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS, SEGMENTS)
     b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
     gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
+    held = load_pieces(
+        x,
+        tile,
+        i_b,
+        pixels,
+        CHANNELS,
+        GROUP_CHANNELS,
+        GROUPS,
+        CHANNELS_LAST,
+        CH,
+        PIX,
+        SEGMENTS,
+        PIECES,
+        PACKED,
+    )
 
-    b_h = load_tile(x + base, offsets, m_tile)
-    if channel_bias is not None:
-        b_h = tl.where(m_tile, b_h + b_bias[:, None], 0.0)
-    n, b_mean, square, b_d = tile_moments(b_h, m_tile, m_member)
-    b_rstd = 1.0 / tl.sqrt(square / tl.maximum(n, 1.0) + eps)
+    n = GROUP_CHANNELS * 1.0 * pixels
+    total = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+    for piece in tl.static_range(PIECES):
+        m_tile = piece_mask(
+            piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
+        )
+        b_h = unpack(held[piece], 0, DTYPE, CHANNELS_LAST, PACKED) + b_bias[:, None]
+        total += tl.where(m_tile, b_h, 0.0)
+    b_mean = sum_groups(tl.sum(total, axis=1), m_member) / n
+    center = spread(b_mean, m_member) - b_bias
+
+    square = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+    for piece in tl.static_range(PIECES):
+        m_tile = piece_mask(
+            piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
+        )
+        b_d = unpack(held[piece], zero, DTYPE, CHANNELS_LAST, PACKED) - center[:, None]
+        square += masked(b_d * b_d, m_tile)
+    b_rstd = 1.0 / tl.sqrt(sum_groups(tl.sum(square, axis=1), m_member) / n + eps)
     p_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
     tl.store(mean + p_group, b_mean, mask=m_g)
     tl.store(rstd + p_group, b_rstd, mask=m_g)
 
     slope = spread(b_rstd, m_member) * gamma
-    z = b_d * slope[:, None] + beta[:, None]
-    b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
-    tl.store(y + base + offsets, b_y, mask=m_tile)
+    for piece in tl.static_range(PIECES):
+        b_d = unpack(held[piece], 2 * zero, DTYPE, CHANNELS_LAST, PACKED) - center[:, None]
+        b_y = activate(b_d * slope[:, None] + beta[:, None], ACTIVATION)
+        store_piece(
+            y,
+            b_y,
+            piece,
+            tile,
+            i_b,
+            pixels,
+            CHANNELS,
+            GROUP_CHANNELS,
+            GROUPS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+            SEGMENTS,
+            PIECES,
+            PACKED,
+        )
 
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])
@@ -135,7 +181,7 @@ def group_norm_silu_fwd_moments_kernel(
         b_h = load_tile(x + base, offsets, m_tile)
         if channel_bias is not None:
             b_h = tl.where(m_tile, b_h + b_bias[:, None], 0.0)
-        n_tile, tile_mean, tile_square, _ = tile_moments(b_h, m_tile, m_member)
+        n_tile, tile_mean, tile_square = tile_moments(b_h, m_tile, m_member)
         # Chan, Golub & LeVeque 1979: the moments of a union.
         together = tl.maximum(n + n_tile, 1.0)
         d = tile_mean - b_mean
@@ -277,7 +323,16 @@ def group_norm_silu(
     # One pixel: both formats are the same, and the channels are adjacent.
     channels_last = channels_last or pixels == 1
     blocks = _launch.max_blocks(x.device)
-    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, 1, blocks)
+    cut = plan(
+        channels,
+        num_groups,
+        pixels,
+        x.element_size(),
+        channels_last,
+        arrays=1,
+        max_blocks=blocks,
+        aligned=pairs_aligned(x, y),
+    )
     tiles = batch * cut.channel_tiles(channels, num_groups)
     shape = cut.constants(channels, num_groups, channels_last)
     operands = (
@@ -302,6 +357,7 @@ def group_norm_silu(
             x.device,
             *operands,
             eps,
+            0,
             ACTIVATION=activation,
             **shape,
         )

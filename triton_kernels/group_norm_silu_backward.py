@@ -16,14 +16,8 @@ from .group_norm_silu_gradients import (
     group_norm_silu_bwd_kernel,
     group_norm_silu_bwd_sums_kernel,
 )
-from .group_norm_silu_tiles import (
-    Plan,
-    plan,
-    row_stride,
-    samples_per_program,
-    store_if_wanted,
-    workspace,
-)
+from .group_norm_silu_plan import Plan, plan, samples_per_program
+from .group_norm_silu_tiles import pairs_aligned, row_stride, store_if_wanted, workspace
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -83,7 +77,16 @@ def group_norm_silu_backward(
     # One pixel: both formats are the same, and the channels are adjacent.
     channels_last = channels_last or pixels == 1
     blocks = _launch.max_blocks(x.device)
-    cut = plan(channels, num_groups, pixels, x.element_size(), channels_last, 2, blocks)
+    cut = plan(
+        channels,
+        num_groups,
+        pixels,
+        x.element_size(),
+        channels_last,
+        arrays=2,
+        max_blocks=blocks,
+        aligned=pairs_aligned(x, grad, grad_x),
+    )
     samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
     # The shares of a program's samples in dweight and dbias: a single row is the gradients.
     rows = batch // samples
@@ -144,7 +147,8 @@ def _sample_gradients(
     inputs = (grad, x, mean, rstd, *operands, *strides, pixels)
     if cut.one_pass:
         meta["SAMPLES"] = samples
-        _launch.launch(group_norm_silu_bwd_kernel, tiles, x.device, grad_x, *small, *inputs, **meta)
+        operands = grad_x, *small, *inputs, 0
+        _launch.launch(group_norm_silu_bwd_kernel, tiles, x.device, *operands, **meta)
         return
 
     chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .group_norm_silu_held import load_pieces, piece_mask, store_piece, unpack
 from .group_norm_silu_tiles import (
     activation_slope,
     affine,
@@ -35,11 +36,9 @@ from .group_norm_silu_tiles import (
 
 
 @triton.jit
-def load_gradient(
-    grad,
-    x,
-    base,
-    offsets,
+def normalized(
+    b_x,
+    b_grad,
     m_tile,
     center,
     b_rstd,
@@ -47,19 +46,16 @@ def load_gradient(
     beta,
     ACTIVATION: tl.constexpr,
 ):
-    """h_hat and dz of a tile, 0 outside of it."""
-    b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
-    h_hat = masked(b_d * b_rstd[:, None], m_tile)
+    """h_hat and dz of a tile of x and grad, 0 outside of it."""
+    h_hat = masked((b_x - center[:, None]) * b_rstd[:, None], m_tile)
     z = h_hat * gamma[:, None] + beta[:, None]
-    dz = load_tile(grad + base, offsets, m_tile) * activation_slope(z, ACTIVATION)
-    return h_hat, masked(dz, m_tile)
+    return h_hat, masked(b_grad * activation_slope(z, ACTIVATION), m_tile)
 
 
 @triton.jit
-def store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma):
+def input_gradient(h_hat, dz, m0, m1, b_rstd, gamma):
     slope, m0, m1 = b_rstd * gamma, b_rstd * m0, b_rstd * m1
-    b_dx = slope[:, None] * dz - m0[:, None] - m1[:, None] * h_hat
-    tl.store(grad_x + base + offsets, b_dx.to(grad_x.dtype.element_ty), mask=m_tile)
+    return slope[:, None] * dz - m0[:, None] - m1[:, None] * h_hat
 
 
 @triton.jit
@@ -98,7 +94,7 @@ def store_channel_gradients(
     return b_scale * s1, b_scale * s0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def group_norm_silu_bwd_kernel(
     grad_x,
     weight_sums,
@@ -119,6 +115,7 @@ def group_norm_silu_bwd_kernel(
     scale_stride,
     shift_stride,
     pixels,
+    zero,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -127,6 +124,8 @@ def group_norm_silu_bwd_kernel(
     CH: tl.constexpr,
     PIX: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PACKED: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
     """One span of whole groups, held in registers: x and grad are read once.
@@ -134,6 +133,7 @@ def group_norm_silu_bwd_kernel(
     Of SAMPLES samples one after the other, so that their shares in the gradients of weight and bias
     are added up here.
     """
+    DTYPE: tl.constexpr = x.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     row, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH, SEGMENTS)
     _, _, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS, SEGMENTS)
@@ -142,20 +142,58 @@ def group_norm_silu_bwd_kernel(
     bias_share = tl.zeros((SEGMENTS * CH,), tl.float32)
     for sample in tl.static_range(SAMPLES):
         i_b = row * SAMPLES + sample
-        base, offsets, m_tile = tile_offsets(
-            i_b, first, 0, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS
+        held_x = load_pieces(
+            x,
+            tile,
+            i_b,
+            pixels,
+            CHANNELS,
+            GROUP_CHANNELS,
+            GROUPS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+            SEGMENTS,
+            PIECES,
+            PACKED,
+        )
+        held_grad = load_pieces(
+            grad,
+            tile,
+            i_b,
+            pixels,
+            CHANNELS,
+            GROUP_CHANNELS,
+            GROUPS,
+            CHANNELS_LAST,
+            CH,
+            PIX,
+            SEGMENTS,
+            PIECES,
+            PACKED,
         )
         center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
         center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
         b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
         gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
 
-        h_hat, dz = load_gradient(
-            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
-        )
-        s0 = tl.sum(dz, axis=1)
-        s1 = sum_products(dz, h_hat, m_tile)
-        s2 = tl.sum(h_hat, axis=1) if grad_channel_bias is not None else s0
+        b_s0 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+        b_s1 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+        b_s2 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+        for piece in tl.static_range(PIECES):
+            m_tile = piece_mask(
+                piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
+            )
+            b_x = unpack(held_x[piece], 0, DTYPE, CHANNELS_LAST, PACKED)
+            b_grad = unpack(held_grad[piece], 0, DTYPE, CHANNELS_LAST, PACKED)
+            h_hat, dz = normalized(b_x, b_grad, m_tile, center, b_rstd, gamma, beta, ACTIVATION)
+            b_s0 += dz
+            b_s1 += masked(dz * h_hat, m_tile)
+            if grad_channel_bias is not None:
+                b_s2 += h_hat
+        s0 = tl.sum(b_s0, axis=1)
+        s1 = tl.sum(b_s1, axis=1)
+        s2 = tl.sum(b_s2, axis=1) if grad_channel_bias is not None else s0
         scaling = 1.0 / (GROUP_CHANNELS * 1.0 * pixels)
         m0 = spread(sum_groups(gamma * s0, m_member) * scaling, m_member)
         m1 = spread(sum_groups(gamma * s1, m_member) * scaling, m_member)
@@ -189,7 +227,40 @@ def group_norm_silu_bwd_kernel(
             store_if_wanted(weight_sums, row * CHANNELS + i_c, weight_share, m_first)
             store_if_wanted(bias_sums, row * CHANNELS + i_c, bias_share, m_first)
         if grad_x is not None:
-            store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+            for piece in tl.static_range(PIECES):
+                m_tile = piece_mask(
+                    piece,
+                    i_b,
+                    first,
+                    m_c,
+                    pixels,
+                    CHANNELS,
+                    CHANNELS_LAST,
+                    CH,
+                    PIX,
+                    SEGMENTS,
+                    PIECES,
+                )
+                b_x = unpack(held_x[piece], zero, DTYPE, CHANNELS_LAST, PACKED)
+                b_grad = unpack(held_grad[piece], zero, DTYPE, CHANNELS_LAST, PACKED)
+                h_hat, dz = normalized(b_x, b_grad, m_tile, center, b_rstd, gamma, beta, ACTIVATION)
+                store_piece(
+                    grad_x,
+                    input_gradient(h_hat, dz, m0, m1, b_rstd, gamma),
+                    piece,
+                    tile,
+                    i_b,
+                    pixels,
+                    CHANNELS,
+                    GROUP_CHANNELS,
+                    GROUPS,
+                    CHANNELS_LAST,
+                    CH,
+                    PIX,
+                    SEGMENTS,
+                    PIECES,
+                    PACKED,
+                )
 
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])
@@ -243,9 +314,9 @@ def group_norm_silu_bwd_sums_kernel(
             CH,
             PIX,
         )
-        h_hat, dz = load_gradient(
-            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
-        )
+        b_x = load_tile(x + base, offsets, m_tile)
+        b_grad = load_tile(grad + base, offsets, m_tile)
+        h_hat, dz = normalized(b_x, b_grad, m_tile, center, b_rstd, gamma, beta, ACTIVATION)
         s0 += tl.sum(dz, axis=1)
         s1 += sum_products(dz, h_hat, m_tile)
         if sums2 is not None:
@@ -404,7 +475,8 @@ def group_norm_silu_bwd_apply_kernel(
             CH,
             PIX,
         )
-        h_hat, dz = load_gradient(
-            grad, x, base, offsets, m_tile, center, b_rstd, gamma, beta, ACTIVATION
-        )
-        store_input_gradient(grad_x, base, offsets, m_tile, h_hat, dz, m0, m1, b_rstd, gamma)
+        b_x = load_tile(x + base, offsets, m_tile)
+        b_grad = load_tile(grad + base, offsets, m_tile)
+        h_hat, dz = normalized(b_x, b_grad, m_tile, center, b_rstd, gamma, beta, ACTIVATION)
+        b_dx = input_gradient(h_hat, dz, m0, m1, b_rstd, gamma).to(grad_x.dtype.element_ty)
+        tl.store(grad_x + base + offsets, b_dx, mask=m_tile)

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from fastdiff.triton_kernels import _launch
-from fastdiff.triton_kernels import group_norm_silu_tiles as tiles
+from fastdiff.triton_kernels import group_norm_silu_plan as plans
 
 CASES = [
     *(
@@ -63,10 +63,10 @@ ptx = pytest.mark.skipif(
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing fits in registers, tiles are small, and a program of a reduction adds up several."""
-    monkeypatch.setattr(tiles, "HELD", 0)
-    monkeypatch.setattr(tiles, "HELD_WIDE", 0)
-    monkeypatch.setattr(tiles, "SPLIT_ELEMENTS", 512)
-    monkeypatch.setattr(tiles, "REDUCTION_PROGRAMS", 4)
+    monkeypatch.setattr(plans, "HELD", 0)
+    monkeypatch.setattr(plans, "HELD_CROWDED", 0)
+    monkeypatch.setattr(plans, "SPLIT_ELEMENTS", 512)
+    monkeypatch.setattr(plans, "REDUCTION_PROGRAMS", 4)
 
 
 @pytest.fixture
@@ -74,8 +74,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little fits in a block's registers that a program is a cluster."""
     if not _launch.compiles_clusters(triton.__version__):
         pytest.skip("this Triton cannot add up over the blocks of a cluster")
-    monkeypatch.setattr(tiles, "HELD", 256)
-    monkeypatch.setattr(tiles, "HELD_WIDE", 256)
+    monkeypatch.setattr(plans, "HELD", 128)
+    monkeypatch.setattr(plans, "HELD_CROWDED", 256)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is one warp, so that even small tiles are cut into pieces and held in pairs."""
+    monkeypatch.setattr(plans, "_warps", lambda elements: 1)
+    monkeypatch.setattr(plans, "HELD", 1024)
+    monkeypatch.setattr(plans, "HELD_CROWDED", 1024)
 
 
 def check(case: Case, implementation: str, **emulator: Any) -> list:
@@ -140,10 +148,47 @@ def test_cluster_values(case: Case) -> None:
     assert any(launch.cluster for launch in launches)
 
 
+PIECES_CASES = [
+    Case(dtype="bf16"),
+    Case(layout="channels_last", dtype="bf16"),
+    Case(dtype="fp16", values="mean 1e4", operands=("weight", "bias", "channel_bias")),
+    Case(layout="channels_last"),
+    Case(shape="5-D", dtype="bf16"),
+    Case(shape="large group", layout="channels_last", dtype="fp16"),
+    Case(shape="large group", dtype="bf16", values="std 1000", activation="identity"),
+]
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize(
+    "implementation", implementation_params("triton-interpreted", "triton-ptx")
+)
+@pytest.mark.parametrize("case", PIECES_CASES, ids=str)
+def test_values_in_pieces(case: Case, implementation: str) -> None:
+    check(case, implementation)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_pairs_where_values_do_not_fit() -> None:
+    """Groups of 32 x 64: twice what a block can hold as float32, for one array."""
+    for channels_last in (False, True):
+        shape = 32, 1, 64
+        forward = plans.plan(*shape, 2, channels_last, arrays=1)
+        assert (forward.one_pass, forward.packed, forward.pieces) == (True, True, 4)
+        assert not plans.plan(*shape, 4, channels_last, arrays=1).one_pass
+        assert not plans.plan(*shape, 2, channels_last, arrays=1, aligned=False).one_pass
+    # Pairs are neighbours in memory.
+    assert not plans.plan(32, 1, 63, 2, False, arrays=1).one_pass
+    assert plans.plan(32, 1, 63, 2, True, arrays=1).packed
+    # The coefficients of 8 channels per thread leave no room for what backward would hold.
+    assert plans.plan(16, 1, 64, 2, False, arrays=2).packed
+    assert not plans.plan(16, 1, 64, 2, True, arrays=2).one_pass
+
+
 @ptx
 @pytest.mark.usefixtures("cluster")
 def test_no_clusters_on_sm_80() -> None:
-    launches = check(CLUSTER_CASES[0], "triton-ptx", arch="sm_80")
+    launches = check(Case(), "triton-ptx", arch="sm_80")
     assert len(launches) >= 5  # forward; sums, finish, apply, weights
     assert not any(launch.cluster for launch in launches)
 
@@ -274,7 +319,7 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> 
         clusters = arch == "sm_90" and _launch.compiles_clusters(triton.__version__)
         max_blocks = _launch.CLUSTER_BLOCKS if clusters else 1
         sizes = shape[1], 32, pixels, x.element_size()
-        plan = tiles.plan(*sizes, channels_last, arrays, max_blocks)
+        plan = plans.plan(*sizes, channels_last, arrays, max_blocks)
         touched = [array for launch in launches for array in launch.counters.arrays]
         large = [array for array in touched if array.size >= size]
         moved = sum(array.loaded_bytes + array.stored_bytes for array in large)
@@ -289,7 +334,7 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> 
         requests = sum((a.load_requests + a.store_requests for a in large), Requests())
         assert set(requests.widths) == {16}
         # Two groups of 12 channels in channels_last begin in the middle of a sector.
-        waste = 1.4 if shape[1] == 384 and channels_last and plan.blocks == 1 else 1.1
+        waste = 1.4 if shape[1] == 384 and channels_last and plan.groups == 2 else 1.1
         assert requests.sectors <= waste * requests.min_sectors
         if plan.blocks > 1:
             assert all(launch.cluster == (plan.blocks, 1, 1) for launch in launches[:1])
@@ -311,13 +356,13 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> 
     ],
 )
 def test_samples_per_program(batch: int, pixels: int, itemsize: int, samples: int) -> None:
-    cut = tiles.plan(512, 32, pixels, itemsize, pixels == 1, arrays=2)
-    assert tiles.samples_per_program(cut, batch, 512, 32, pixels, itemsize) == samples
+    cut = plans.plan(512, 32, pixels, itemsize, pixels == 1, arrays=2)
+    assert plans.samples_per_program(cut, batch, 512, 32, pixels, itemsize) == samples
 
 
 def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -> tuple:
     channels, groups, pixels = shape
-    chosen = tiles.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays)
+    chosen = plans.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays)
     return chosen[:5]
 
 
@@ -328,13 +373,17 @@ def plan(shape: tuple[int, int, int], itemsize: int, layout: str, arrays: int) -
         # 4 groups of 4 channels fill a sector of 16 bfloat16, 2 one of 8 float32.
         ((128, 32, 1024), 2, "channels_last", 1, (True, 4, 16, 1024, 1)),
         ((128, 32, 1024), 4, "channels_last", 1, (True, 2, 8, 1024, 1)),
-        # Groups of 12 are padded to 16; two of them, 1.5 sectors, are better than three accesses.
-        ((384, 32, 1024), 2, "channels_last", 1, (True, 2, 32, 1024, 1)),
-        ((384, 32, 1024), 2, "channels_last", 2, (False, 8, 128, 32, 1)),
-        # 65536 elements a group: at most 512 programs a sample add up several tiles each.
-        ((512, 32, 4096), 2, "contiguous", 1, (False, 1, 1, 4096, 1)),
+        # Four groups of 12 are three sectors, and fit in pairs; two, 1.5 sectors, are better than
+        # three accesses.
+        ((384, 32, 1024), 2, "channels_last", 1, (True, 4, 64, 1024, 1)),
+        ((384, 32, 1024), 4, "channels_last", 1, (True, 2, 32, 1024, 1)),
+        ((384, 32, 1024), 2, "channels_last", 2, (False, 4, 64, 64, 1)),
+        # 65536 elements a group fit in pairs.
+        ((512, 32, 4096), 2, "contiguous", 1, (True, 1, 16, 4096, 1)),
+        ((512, 32, 4096), 4, "contiguous", 1, (False, 1, 1, 4096, 1)),
+        # At most 512 programs a sample add up several tiles each.
         ((128, 32, 262144), 2, "contiguous", 1, (False, 1, 1, 4096, 16)),
-        ((128, 32, 65536), 2, "channels_last", 1, (False, 16, 64, 64, 4)),
+        ((128, 32, 65536), 2, "channels_last", 1, (False, 8, 32, 128, 4)),
         # A group of all channels is cut.
         ((1024, 1, 256), 4, "contiguous", 1, (False, 1, 16, 256, 1)),
         ((7, 7, 1), 4, "channels_last", 1, (True, 7, 8, 1, 1)),
@@ -361,12 +410,14 @@ def test_which_triton_compiles_clusters() -> None:
 @pytest.mark.parametrize(
     ("shape", "itemsize", "layout", "arrays", "expected"),
     [
-        # A group of 4 x 256 x 256 in registers of eight blocks; with its gradient it is too large.
+        # A group of 4 x 256 x 256 in registers of eight blocks; with its gradient only in pairs.
         ((128, 32, 65536), 2, "contiguous", 1, (True, 1, 4, 8192, 8)),
-        ((128, 32, 65536), 2, "contiguous", 2, (False, 1, 1, 4096, 1)),
+        ((128, 32, 65536), 2, "contiguous", 2, (True, 1, 4, 8192, 8)),
+        ((128, 32, 65536), 4, "contiguous", 2, (False, 1, 1, 4096, 1)),
         # Two blocks would do: four fill a device at batch 1.
         ((512, 32, 4096), 2, "contiguous", 1, (True, 1, 16, 1024, 4)),
-        ((512, 32, 4096), 4, "contiguous", 2, (True, 1, 16, 512, 8)),
+        ((512, 32, 4096), 4, "contiguous", 2, (True, 1, 16, 1024, 4)),
+        ((512, 32, 4096), 4, "channels_last", 2, (True, 1, 16, 512, 8)),
         ((128, 32, 4096), 2, "channels_last", 1, (True, 4, 16, 512, 8)),
         # Four groups of 12 fill three sectors: one block would hold two, and waste a quarter.
         ((384, 32, 1024), 2, "channels_last", 1, (True, 4, 64, 128, 8)),
@@ -378,5 +429,5 @@ def test_which_triton_compiles_clusters() -> None:
 def test_plan_with_clusters(shape, itemsize, layout, arrays, expected) -> None:
     """One pass or two, groups in a span, channels and pixels of a block's tile, blocks."""
     channels, groups, pixels = shape
-    chosen = tiles.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays, 8)
+    chosen = plans.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays, 8)
     assert (*chosen[:4], chosen.blocks) == expected

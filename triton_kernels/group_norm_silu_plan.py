@@ -1,0 +1,188 @@
+"""How the Triton kernels of group_norm_silu cut a sample into tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import triton
+
+from .reduce import DEVICE_PROGRAMS
+
+
+class Plan(NamedTuple):
+    """How one sample is cut into tiles. Nothing here depends on the batch size: nor do results."""
+
+    one_pass: bool  # a program holds whole groups in registers
+    groups: int  # whole groups in a span of channels
+    channels: int  # tile: powers of two
+    pixels: int  # of a block
+    rounds: int  # pixel tiles that a program of a reduction adds up
+    num_warps: int  # of a block
+    blocks: int = 1  # of a program: a cluster
+    pieces: int = 1  # that a held tile is cut into
+    packed: bool = False  # elements of 16 bits are held in pairs
+
+    def parts(self, channels: int, num_groups: int) -> int:
+        """Channel tiles that a span is cut into; more than one only if it is a single group."""
+        return triton.cdiv(channels // num_groups * self.groups, self.channels)
+
+    def channel_tiles(self, channels: int, num_groups: int) -> int:
+        """Channel tiles of one sample."""
+        return num_groups // self.groups * self.parts(channels, num_groups)
+
+    def constants(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
+        """The kernels' compile-time arguments."""
+        constants = {
+            "CHANNELS": channels,
+            "GROUP_CHANNELS": channels // num_groups,
+            "GROUPS": self.groups,
+            "CHANNELS_LAST": channels_last,
+            "CH": self.channels,
+            "PIX": self.pixels,
+            "num_warps": self.num_warps,
+            "num_ctas": self.blocks,
+        }
+        if not self.one_pass:
+            return constants
+        return constants | {
+            "SEGMENTS": self.blocks,
+            "PIECES": self.pieces,
+            "PACKED": self.packed,
+        }
+
+
+# Of the 65536 registers of a multiprocessor, those for what a block holds, next to addresses, small
+# operands and the piece at work. With more it spills on sm_80, sm_90 or sm_100. So does half of it
+# where a thread has 16 bytes of channels, whose coefficients take registers, and a cluster's sums.
+HELD = 32768
+HELD_CROWDED = 16384
+CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight times as many
+SECTOR_BYTES = 32
+WARP_BYTES = 512  # that one access of a warp can have
+SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
+SPLIT_WIDTH_BYTES = 64  # channels_last: two sectors of adjacent channels; wide tiles are short, so
+# that more of them would leave partial sums
+REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
+WASTE = 1.1  # sectors touched / needed
+
+
+def _sector_waste(width: int) -> float:
+    """Bytes of the sectors touched by rows of `width` bytes that begin at multiples of `width`."""
+    starts = range(0, SECTOR_BYTES, math.gcd(width, SECTOR_BYTES))
+    sectors = sum(triton.cdiv(start + width, SECTOR_BYTES) for start in starts) / len(starts)
+    return sectors * SECTOR_BYTES / width
+
+
+def plan(
+    channels: int,
+    num_groups: int,
+    pixels: int,
+    itemsize: int,
+    channels_last: bool,
+    arrays: int,
+    max_blocks: int = 1,
+    aligned: bool = True,
+) -> Plan:
+    """The default choice for a sample, for a kernel that holds tiles of so many `arrays`.
+
+    In the registers of one block, or of the smallest cluster of at most `max_blocks` that can or
+    that wastes less of the sectors it reads; else in two passes. `aligned`: the arrays begin at
+    multiples of 4 bytes, as pairs must.
+    """
+    group_channels = channels // num_groups
+    divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
+
+    def waste(groups: int) -> float:
+        if not channels_last or groups == num_groups:  # what a tile reads is contiguous
+            return 1.0
+        return _sector_waste(groups * group_channels * itemsize)
+
+    padded = triton.next_power_of_2(pixels)
+    sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
+    limit = min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
+    backward_channels = channels_last and arrays > 1
+    pairs = aligned and itemsize == 2 and (group_channels if channels_last else pixels) % 2 == 0
+    choices = []
+    for packed in (False, True)[: 1 + (pairs and not backward_channels)]:
+        for blocks in (1 << k for k in range(limit.bit_length())):
+            registers = HELD_CROWDED if backward_channels and blocks > 1 else HELD
+            held = registers // arrays * blocks * (1 + packed)
+            if blocks > 1:
+                held = min(held, CLUSTER_CHANNELS * padded)  # elements
+            # A large tile is cut into pieces of at least 8 pixels.
+            most = max(1, padded // blocks // 8)
+            fitting = [
+                k
+                for k in divisors
+                if sizes[k] <= held and _pieces(sizes[k] // blocks, arrays) <= most
+            ]
+            # The fewest groups, so the most programs, among those that waste nothing; else the
+            # least. And enough for 16 bytes a thread.
+            groups = min(
+                fitting,
+                key=lambda k: (max(waste(k), WASTE), sizes[k] * itemsize < WARP_BYTES, k),
+                default=0,
+            )
+            # A second read costs half as much again.
+            if groups and waste(groups) < 1.5:
+                choices.append((max(waste(groups), WASTE), packed, blocks, groups))
+    if choices:
+        _, packed, blocks, groups = min(choices)
+        # A cluster that is needed anyway may as well fill a device at batch 1.
+        while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
+            blocks *= 2
+        tile, size = sizes[groups] // padded, sizes[groups] // blocks
+        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, arrays)
+        return Plan(True, groups, *cut, packed)
+
+    groups = 1
+    if channels_last:
+        wide = [k for k in divisors if k * group_channels * itemsize >= SPLIT_WIDTH_BYTES]
+        narrow = [k for k in wide if k * group_channels <= SPLIT_ELEMENTS // 16] or divisors[:1]
+        groups = min(narrow, key=lambda k: (max(waste(k), WASTE), k))
+        tile = min(triton.next_power_of_2(groups * group_channels), SPLIT_ELEMENTS // 16)
+        tile_pixels = min(padded, SPLIT_ELEMENTS // tile)
+    else:
+        tile_pixels = min(padded, SPLIT_ELEMENTS)
+        tile = min(triton.next_power_of_2(group_channels), SPLIT_ELEMENTS // tile_pixels)
+    tiles = triton.cdiv(pixels, tile_pixels) * triton.cdiv(channels, tile)
+    rounds = max(1, triton.next_power_of_2(tiles // REDUCTION_PROGRAMS + 1) // 2)
+    return Plan(False, groups, tile, tile_pixels, rounds, 4)
+
+
+def samples_per_program(
+    cut: Plan, batch: int, channels: int, num_groups: int, pixels: int, itemsize: int
+) -> int:
+    """Samples that a program of the backward pass handles one after the other.
+
+    Its shares in the gradients of weight and bias are 16 bytes per channel, written and read: twice
+    as many samples until that is a 24th of x, grad and grad_x, as long as they divide the batch and
+    leave enough programs, to fill a device or of 4 KB; four at most, as their loop is unrolled.
+    """
+    samples, size = 1, pixels * itemsize
+    enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))
+    tiles = batch * cut.channel_tiles(channels, num_groups)
+    while (
+        cut.one_pass
+        and samples < 4
+        and samples * 3 * size < 24 * 16
+        and batch % (2 * samples) == 0
+        and tiles // (2 * samples) >= enough
+    ):
+        samples *= 2
+    return samples
+
+
+def _warps(elements: int) -> int:
+    """16 elements a thread up to 16 warps."""
+    return min(16, max(1, elements // 512))
+
+
+def _pieces(elements: int, arrays: int) -> int:
+    """Pieces of a block's tile: the one at work is float32, next to all that is held.
+
+    Up to 32 values a thread fit as they are. Else 16 at a time are worked on.
+    """
+    per_thread = elements // (32 * _warps(elements))
+    return 1 if per_thread * arrays <= 32 else per_thread * arrays // 16
