@@ -235,6 +235,13 @@ def _vlb_terms(
         kernels.vlb_terms(results, *inputs)
 
 
+def _largest_group(dtype: torch.dtype, channels_last: bool, backward: bool) -> tuple[int, int, int]:
+    """A layer whose groups take all registers that one block of group_norm_silu has for them."""
+    if not backward:
+        return (512, 64, 64) if dtype.itemsize == 2 else (256, 64, 64)
+    return (512, 32, 32) if channels_last or dtype.itemsize == 4 else (256, 64, 64)
+
+
 def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
     clusters = int(arch.removeprefix("sm_")) >= 90
@@ -262,9 +269,15 @@ def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
                         call, (1, 128, size, size)
                     )
+                largest = _largest_group(dtype, channels_last, backward)
+                calls[f"{op} {name} {layout} largest"] = functools.partial(call, (1, *largest))
                 if clusters:
                     calls[f"{op} {name} {layout} cluster"] = functools.partial(
                         call, (1, 512, 64, 64), max_blocks=8
+                    )
+                if clusters and name == "bf16" and not channels_last:
+                    calls[f"{op} {name} {layout} largest cluster"] = functools.partial(
+                        call, (1, 128 if backward else 256, 256, 256), max_blocks=8
                     )
             for op, backward in (("vlb_terms", False), ("vlb_terms_backward", True)):
                 call = functools.partial(

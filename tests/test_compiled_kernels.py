@@ -233,6 +233,15 @@ def test_triton_kernels(name, arch):
         ("group_norm_silu_backward fp32 nchw one pass", 8, 4),
         ("group_norm_silu bf16 channels_last split", 4, 0),
         ("group_norm_silu_backward bf16 nchw split", 8, 0),
+        # A thread holds 128 bfloat16 in pairs, with their gradients 64; 64 float32, or 32.
+        ("group_norm_silu bf16 nchw largest", 16, 16),
+        ("group_norm_silu bf16 channels_last largest", 16, 16),
+        ("group_norm_silu fp32 nchw largest", 16, 16),
+        ("group_norm_silu fp32 channels_last largest", 16, 16),
+        ("group_norm_silu_backward bf16 nchw largest", 16, 8),
+        ("group_norm_silu_backward bf16 channels_last largest", 8, 4),
+        ("group_norm_silu_backward fp32 nchw largest", 16, 8),
+        ("group_norm_silu_backward fp32 channels_last largest", 16, 8),
     ],
 )
 def test_triton_group_norm_silu(name, loads, stores, arch):
@@ -253,6 +262,8 @@ def test_triton_group_norm_silu(name, loads, stores, arch):
         # 8192 of x, and of grad.
         ("group_norm_silu_backward bf16 channels_last cluster", 4, 2),
         ("group_norm_silu_backward fp32 channels_last cluster", 8, 4),
+        ("group_norm_silu bf16 nchw largest cluster", 16, 16),
+        ("group_norm_silu_backward bf16 nchw largest cluster", 16, 8),
     ],
 )
 def test_triton_group_norm_silu_of_clusters(name, loads, stores, arch):
