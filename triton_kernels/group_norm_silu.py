@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _launch
 from .group_norm_silu_backward import group_norm_silu_backward
-from .group_norm_silu_held import load_pieces, piece_mask, store_piece, unpack
+from .group_norm_silu_held import load_pieces, piece_mask, plus, store_piece, unpack
 from .group_norm_silu_plan import plan
 from .group_norm_silu_tiles import (
     activate,
@@ -93,23 +93,22 @@ def group_norm_silu_fwd_kernel(
     )
 
     n = GROUP_CHANNELS * 1.0 * pixels
-    total = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+    total, square = None, None
     for piece in tl.static_range(PIECES):
         m_tile = piece_mask(
             piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
         )
         b_h = unpack(held[piece], 0, DTYPE, CHANNELS_LAST, PACKED) + b_bias[:, None]
-        total += tl.where(m_tile, b_h, 0.0)
+        total = plus(total, tl.where(m_tile, b_h, 0.0))
     b_mean = sum_groups(tl.sum(total, axis=1), m_member) / n
     center = spread(b_mean, m_member) - b_bias
 
-    square = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
     for piece in tl.static_range(PIECES):
         m_tile = piece_mask(
             piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
         )
         b_d = unpack(held[piece], zero, DTYPE, CHANNELS_LAST, PACKED) - center[:, None]
-        square += masked(b_d * b_d, m_tile)
+        square = plus(square, masked(b_d * b_d, m_tile))
     b_rstd = 1.0 / tl.sqrt(sum_groups(tl.sum(square, axis=1), m_member) / n + eps)
     p_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
     tl.store(mean + p_group, b_mean, mask=m_g)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .group_norm_silu_held import load_pieces, piece_mask, store_piece, unpack
+from .group_norm_silu_held import load_pieces, piece_mask, plus, store_piece, unpack
 from .group_norm_silu_tiles import (
     activation_slope,
     affine,
@@ -177,9 +177,7 @@ def group_norm_silu_bwd_kernel(
         b_rstd = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
         gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
 
-        b_s0 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
-        b_s1 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
-        b_s2 = tl.zeros((SEGMENTS * CH, PIX // PIECES), tl.float32)
+        b_s0, b_s1, b_s2 = None, None, None
         for piece in tl.static_range(PIECES):
             m_tile = piece_mask(
                 piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
@@ -187,10 +185,9 @@ def group_norm_silu_bwd_kernel(
             b_x = unpack(held_x[piece], 0, DTYPE, CHANNELS_LAST, PACKED)
             b_grad = unpack(held_grad[piece], 0, DTYPE, CHANNELS_LAST, PACKED)
             h_hat, dz = normalized(b_x, b_grad, m_tile, center, b_rstd, gamma, beta, ACTIVATION)
-            b_s0 += dz
-            b_s1 += masked(dz * h_hat, m_tile)
-            if grad_channel_bias is not None:
-                b_s2 += h_hat
+            b_s0 = plus(b_s0, dz)
+            b_s1 = plus(b_s1, masked(dz * h_hat, m_tile))
+            b_s2 = plus(b_s2, h_hat)
         s0 = tl.sum(b_s0, axis=1)
         s1 = tl.sum(b_s1, axis=1)
         s2 = tl.sum(b_s2, axis=1) if grad_channel_bias is not None else s0

@@ -145,6 +145,12 @@ def unpack(
 
 
 @triton.jit
+def plus(total, values):
+    """`total` with the values of one more piece; None has none."""
+    return values if total is None else total + values
+
+
+@triton.jit
 def store_piece(
     p,
     values,
