@@ -115,7 +115,7 @@ def plan(
             fitting = [
                 k
                 for k in divisors
-                if sizes[k] <= held and _pieces(sizes[k] // blocks, arrays) <= most
+                if sizes[k] <= held and _pieces(sizes[k] // blocks, arrays, itemsize) <= most
             ]
             # The fewest groups, so the most programs, among those that waste nothing; else the
             # least. And enough for 16 bytes a thread.
@@ -133,7 +133,7 @@ def plan(
         while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
             blocks *= 2
         tile, size = sizes[groups] // padded, sizes[groups] // blocks
-        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, arrays)
+        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, arrays, itemsize)
         return Plan(True, groups, *cut, packed)
 
     groups = 1
@@ -179,10 +179,12 @@ def _warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def _pieces(elements: int, arrays: int) -> int:
+def _pieces(elements: int, arrays: int, itemsize: int) -> int:
     """Pieces of a block's tile: the one at work is float32, next to all that is held.
 
-    Up to 32 values a thread fit as they are. Else 16 at a time are worked on.
+    Up to 32 elements a thread of one array fit as they are, or of two of 16 bits; 16 of two of
+    float32. Else 16 at a time are worked on.
     """
     per_thread = elements // (32 * _warps(elements))
-    return 1 if per_thread * arrays <= 32 else per_thread * arrays // 16
+    at_once = min(32, 128 // (arrays * itemsize))
+    return 1 if per_thread <= at_once else per_thread * arrays // 16

@@ -80,8 +80,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block is one warp, so that even small tiles are cut into pieces and held in pairs."""
-    monkeypatch.setattr(plans, "_warps", lambda elements: 1)
+    """A block can hold 1024 values, or 2048 in pairs, in four pieces."""
+    monkeypatch.setattr(plans, "_pieces", lambda elements, arrays, itemsize: 4)
     monkeypatch.setattr(plans, "HELD", 1024)
     monkeypatch.setattr(plans, "HELD_CROWDED", 1024)
 
@@ -149,13 +149,14 @@ def test_cluster_values(case: Case) -> None:
 
 
 PIECES_CASES = [
-    Case(dtype="bf16"),
-    Case(layout="channels_last", dtype="bf16"),
-    Case(dtype="fp16", values="mean 1e4", operands=("weight", "bias", "channel_bias")),
+    Case(dtype="bf16", shape="1024 elements"),  # forward as values, backward in pairs
+    Case(dtype="fp16", shape="1024 elements", values="mean 1e4", operands=("weight", "bias")),
+    Case(dtype="bf16", shape="2048 elements"),  # forward in pairs, backward in two passes
+    Case(dtype="bf16", shape="2048 elements", layout="channels_last"),
+    Case(dtype="fp16", shape="2048 elements", layout="channels_last", values="std 1000"),
+    Case(dtype="bf16", shape="1024 elements", layout="misaligned"),  # no pairs
+    Case(),  # both as values
     Case(layout="channels_last"),
-    Case(shape="5-D", dtype="bf16"),
-    Case(shape="large group", layout="channels_last", dtype="fp16"),
-    Case(shape="large group", dtype="bf16", values="std 1000", activation="identity"),
 ]
 
 
@@ -169,20 +170,21 @@ def test_values_in_pieces(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
-def test_pairs_where_values_do_not_fit() -> None:
-    """Groups of 32 x 64: twice what a block can hold as float32, for one array."""
-    for channels_last in (False, True):
-        shape = 32, 1, 64
-        forward = plans.plan(*shape, 2, channels_last, arrays=1)
-        assert (forward.one_pass, forward.packed, forward.pieces) == (True, True, 4)
-        assert not plans.plan(*shape, 4, channels_last, arrays=1).one_pass
-        assert not plans.plan(*shape, 2, channels_last, arrays=1, aligned=False).one_pass
-    # Pairs are neighbours in memory.
-    assert not plans.plan(32, 1, 63, 2, False, arrays=1).one_pass
-    assert plans.plan(32, 1, 63, 2, True, arrays=1).packed
-    # The coefficients of 8 channels per thread leave no room for what backward would hold.
-    assert plans.plan(16, 1, 64, 2, False, arrays=2).packed
-    assert not plans.plan(16, 1, 64, 2, True, arrays=2).one_pass
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pairs_where_values_do_not_fit(channels_last: bool) -> None:
+    def plan(channels: int, pixels: int, itemsize: int, **options: Any) -> plans.Plan:
+        return plans.plan(channels, 1, pixels, itemsize, channels_last, **options)
+
+    for itemsize, packed in ((2, True), (4, False)):
+        forward = plan(32, 64, itemsize, arrays=1)
+        assert (forward.one_pass, forward.packed) == (packed, packed)
+    assert not plan(16, 64, 2, arrays=1).packed
+    assert not plan(32, 64, 2, arrays=1, aligned=False).one_pass
+    # Pairs are neighbours in memory, and belong to one group.
+    assert plan(32, 63, 2, arrays=1).packed == channels_last
+    assert plan(31, 64, 2, arrays=1).packed == (not channels_last)
+    # The coefficients of 8 channels a thread leave no room for what backward would hold.
+    assert plan(16, 64, 2, arrays=2).packed == (not channels_last)
 
 
 @ptx
