@@ -182,6 +182,7 @@ def _group_norm_silu(
     channels_last: bool = False,
     backward: bool = False,
     max_blocks: int = 1,
+    pairs: bool = True,
 ) -> None:
     from fastdiff.triton_kernels import _launch
     from fastdiff.triton_kernels import group_norm_silu as kernels
@@ -189,7 +190,10 @@ def _group_norm_silu(
     x, operand = _empty(dtype, channels_last, shape), _empty(torch.float32, shape=shape[1:2])
     statistics = _empty(torch.float32, shape=(shape[0], 32))
     small = (operand, operand, None, None, None)
-    with unittest.mock.patch.object(_launch, "max_blocks", return_value=max_blocks):
+    with (
+        unittest.mock.patch.object(_launch, "max_blocks", return_value=max_blocks),
+        unittest.mock.patch.object(_launch, "holds_pairs", return_value=pairs),
+    ):
         if backward:
             kernels.group_norm_silu_backward(
                 x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
@@ -235,16 +239,16 @@ def _vlb_terms(
         kernels.vlb_terms(results, *inputs)
 
 
-def _largest_group(dtype: torch.dtype, channels_last: bool, backward: bool) -> tuple[int, int, int]:
+def _largest_group(pairs: bool, channels_last: bool, backward: bool) -> tuple[int, int, int]:
     """A layer whose groups take all registers that one block of group_norm_silu has for them."""
     if not backward:
-        return (512, 64, 64) if dtype.itemsize == 2 else (256, 64, 64)
-    return (512, 32, 32) if channels_last or dtype.itemsize == 4 else (256, 64, 64)
+        return (512, 64, 64) if pairs else (256, 64, 64)
+    return (256, 64, 64) if pairs and not channels_last else (512, 32, 32)
 
 
 def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
-    clusters = int(arch.removeprefix("sm_")) >= 90
+    clusters, pairs = int(arch.removeprefix("sm_")) >= 90, int(arch.removeprefix("sm_")) < 100
     calls: dict[str, Callable[[], None]] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for layout, channels_last in (("nchw", False), ("channels_last", True)):
@@ -263,19 +267,24 @@ def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
             calls[f"ddim_step {name} {layout} guided seed"] = functools.partial(step, seed=0)
             for op, backward in (("group_norm_silu", False), ("group_norm_silu_backward", True)):
                 call = functools.partial(
-                    _group_norm_silu, dtype, channels_last=channels_last, backward=backward
+                    _group_norm_silu,
+                    dtype,
+                    channels_last=channels_last,
+                    backward=backward,
+                    pairs=pairs,
                 )
                 for case, size in (("one pass", 32), ("split", 256)):
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
                         call, (1, 128, size, size)
                     )
-                largest = _largest_group(dtype, channels_last, backward)
+                in_pairs = pairs and name == "bf16"
+                largest = _largest_group(in_pairs, channels_last, backward)
                 calls[f"{op} {name} {layout} largest"] = functools.partial(call, (1, *largest))
                 if clusters:
                     calls[f"{op} {name} {layout} cluster"] = functools.partial(
                         call, (1, 512, 64, 64), max_blocks=8
                     )
-                if clusters and name == "bf16" and not channels_last:
+                if clusters and in_pairs and not channels_last:
                     calls[f"{op} {name} {layout} largest cluster"] = functools.partial(
                         call, (1, 128 if backward else 256, 256, 256), max_blocks=8
                     )

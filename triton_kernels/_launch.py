@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 CLUSTER_BLOCKS = 8  # that every GPU with clusters allows
 
@@ -26,6 +27,18 @@ def max_blocks(device: torch.device) -> int:
     # A slice of a GPU can have too few multiprocessors for a cluster.
     has_clusters = gpu.major >= 9 and gpu.multi_processor_count >= 2 * CLUSTER_BLOCKS
     return CLUSTER_BLOCKS if has_clusters else 1
+
+
+def holds_pairs(*arrays: Tensor | None) -> bool:
+    """Whether elements of 16 bits can be held in pairs: if read as 32 bits, in 32-bit registers.
+
+    From compute capability 10 on the compiler takes more registers for pairs than for single ones.
+    """
+    given = [array for array in arrays if array is not None]
+    device = given[0].device
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 10:
+        return False
+    return all(array.data_ptr() % 4 == 0 for array in given)
 
 
 def launch(

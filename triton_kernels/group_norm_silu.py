@@ -19,7 +19,6 @@ from .group_norm_silu_tiles import (
     load_tile,
     masked,
     members,
-    pairs_aligned,
     row_stride,
     split_program,
     spread,
@@ -330,7 +329,7 @@ def group_norm_silu(
         channels_last,
         arrays=1,
         max_blocks=blocks,
-        aligned=pairs_aligned(x, y),
+        pairs=_launch.holds_pairs(x, y),
     )
     tiles = batch * cut.channel_tiles(channels, num_groups)
     shape = cut.constants(channels, num_groups, channels_last)

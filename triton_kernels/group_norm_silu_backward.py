@@ -17,7 +17,7 @@ from .group_norm_silu_gradients import (
     group_norm_silu_bwd_sums_kernel,
 )
 from .group_norm_silu_plan import Plan, plan, samples_per_program
-from .group_norm_silu_tiles import pairs_aligned, row_stride, store_if_wanted, workspace
+from .group_norm_silu_tiles import row_stride, store_if_wanted, workspace
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,7 +85,7 @@ def group_norm_silu_backward(
         channels_last,
         arrays=2,
         max_blocks=blocks,
-        aligned=pairs_aligned(x, grad, grad_x),
+        pairs=_launch.holds_pairs(x, grad, grad_x),
     )
     samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
     # The shares of a program's samples in dweight and dbias: a single row is the gradients.

@@ -82,13 +82,13 @@ def plan(
     channels_last: bool,
     arrays: int,
     max_blocks: int = 1,
-    aligned: bool = True,
+    pairs: bool = True,
 ) -> Plan:
     """The default choice for a sample, for a kernel that holds tiles of so many `arrays`.
 
     In the registers of one block, or of the smallest cluster of at most `max_blocks` that can or
-    that wastes less of the sectors it reads; else in two passes. `aligned`: the arrays begin at
-    multiples of 4 bytes, as pairs must.
+    that wastes less of the sectors it reads; else in two passes. `pairs`: whether elements of
+    16 bits may be held in pairs.
     """
     group_channels = channels // num_groups
     divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
@@ -101,8 +101,9 @@ def plan(
     padded = triton.next_power_of_2(pixels)
     sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
     limit = min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
+    held_as = arrays, itemsize, channels_last
     backward_channels = channels_last and arrays > 1
-    pairs = aligned and itemsize == 2 and (group_channels if channels_last else pixels) % 2 == 0
+    pairs &= itemsize == 2 and (group_channels if channels_last else pixels) % 2 == 0
     choices = []
     for packed in (False, True)[: 1 + (pairs and not backward_channels)]:
         for blocks in (1 << k for k in range(limit.bit_length())):
@@ -115,7 +116,7 @@ def plan(
             fitting = [
                 k
                 for k in divisors
-                if sizes[k] <= held and _pieces(sizes[k] // blocks, arrays, itemsize) <= most
+                if sizes[k] <= held and _pieces(sizes[k] // blocks, *held_as) <= most
             ]
             # The fewest groups, so the most programs, among those that waste nothing; else the
             # least. And enough for 16 bytes a thread.
@@ -133,7 +134,7 @@ def plan(
         while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
             blocks *= 2
         tile, size = sizes[groups] // padded, sizes[groups] // blocks
-        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, arrays, itemsize)
+        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, *held_as)
         return Plan(True, groups, *cut, packed)
 
     groups = 1
@@ -179,12 +180,12 @@ def _warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def _pieces(elements: int, arrays: int, itemsize: int) -> int:
+def _pieces(elements: int, arrays: int, itemsize: int, channels_last: bool) -> int:
     """Pieces of a block's tile: the one at work is float32, next to all that is held.
 
-    Up to 32 elements a thread of one array fit as they are, or of two of 16 bits; 16 of two of
-    float32. Else 16 at a time are worked on.
+    What takes the fewest registers of a thread: up to 32 elements as they are, of two arrays 16 or
+    32 bfloat16 in channels_last; else 16 at a time.
     """
     per_thread = elements // (32 * _warps(elements))
-    at_once = min(32, 128 // (arrays * itemsize))
+    at_once = 32 if arrays == 1 or (channels_last and itemsize == 2) else 16
     return 1 if per_thread <= at_once else per_thread * arrays // 16

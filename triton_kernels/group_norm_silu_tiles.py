@@ -220,8 +220,3 @@ def row_stride(operand: Tensor | None) -> int:
 
 def workspace(like: Tensor, size: int) -> Tensor:
     return torch.empty((max(size, 1),), dtype=torch.float32, device=like.device)
-
-
-def pairs_aligned(*arrays: Tensor | None) -> bool:
-    """Whether pairs of elements of 16 bits can be read as 32 bits."""
-    return all(array is None or array.data_ptr() % 4 == 0 for array in arrays)

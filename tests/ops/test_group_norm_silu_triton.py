@@ -81,7 +81,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block can hold 1024 values, or 2048 in pairs, in four pieces."""
-    monkeypatch.setattr(plans, "_pieces", lambda elements, arrays, itemsize: 4)
+    monkeypatch.setattr(plans, "_pieces", lambda *tile: 4)
     monkeypatch.setattr(plans, "HELD", 1024)
     monkeypatch.setattr(plans, "HELD_CROWDED", 1024)
 
@@ -179,7 +179,7 @@ def test_pairs_where_values_do_not_fit(channels_last: bool) -> None:
         forward = plan(32, 64, itemsize, arrays=1)
         assert (forward.one_pass, forward.packed) == (packed, packed)
     assert not plan(16, 64, 2, arrays=1).packed
-    assert not plan(32, 64, 2, arrays=1, aligned=False).one_pass
+    assert not plan(32, 64, 2, arrays=1, pairs=False).one_pass
     # Pairs are neighbours in memory, and belong to one group.
     assert plan(32, 63, 2, arrays=1).packed == channels_last
     assert plan(31, 64, 2, arrays=1).packed == (not channels_last)
