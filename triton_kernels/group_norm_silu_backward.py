@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from .group_norm_silu_gradients import (
+from .group_norm_silu_backward_split import (
     group_norm_silu_bwd_apply_kernel,
     group_norm_silu_bwd_finish_kernel,
-    group_norm_silu_bwd_kernel,
     group_norm_silu_bwd_sums_kernel,
 )
+from .group_norm_silu_gradients import group_norm_silu_bwd_kernel
 from .group_norm_silu_plan import Plan, plan, samples_per_program
 from .group_norm_silu_tiles import row_stride, store_if_wanted, workspace
 

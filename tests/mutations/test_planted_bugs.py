@@ -152,8 +152,8 @@ MUTANTS = [
     Mutant(
         "silu'(x_hat) in place of silu'(gamma x_hat + beta) (Triton)",
         "triton_kernels/group_norm_silu_gradients.py",
-        "activation_slope(z, ACTIVATION)\n    return",
-        "activation_slope(h_hat, ACTIVATION)\n    return",
+        "b_grad * activation_slope(z, ACTIVATION)",
+        "b_grad * activation_slope(h_hat, ACTIVATION)",
         triton("group_norm_silu_triton", "test_values"),
         "error exceeds the bound",
         quick=True,
