@@ -61,8 +61,9 @@ CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight 
 SECTOR_BYTES = 32
 WARP_BYTES = 512  # that one access of a warp can have
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
-SPLIT_WIDTH_BYTES = 64  # channels_last: two sectors of adjacent channels; wide tiles are short, so
-# that more of them would leave partial sums
+# channels_last: two sectors of adjacent channels. Wider tiles would be shorter, and so more of them
+# would leave partial sums.
+SPLIT_WIDTH_BYTES = 64
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
 WASTE = 1.1  # sectors touched / needed
 
@@ -104,8 +105,9 @@ def plan(
     held_as = arrays, itemsize, channels_last
     backward_channels = channels_last and arrays > 1
     pairs &= itemsize == 2 and (group_channels if channels_last else pixels) % 2 == 0
+    pairs &= not backward_channels
     choices = []
-    for packed in (False, True)[: 1 + (pairs and not backward_channels)]:
+    for packed in (False, True)[: 1 + pairs]:
         for blocks in (1 << k for k in range(limit.bit_length())):
             registers = HELD_CROWDED if backward_channels and blocks > 1 else HELD
             held = registers // arrays * blocks * (1 + packed)
