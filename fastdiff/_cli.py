@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from fastdiff.training.errors import RunError, UserError, one_line
+from fastdiff.training.errors import RunError, UserError, one_line, printable, printable_lines
 
 Config = TypeVar("Config")
 
@@ -46,7 +46,8 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         code = error.exit_code
     except PermissionError as error:
-        print(f"{program}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        name = printable(error.filename)
+        print(f"{program}: error: {name}: {error.strerror}", file=sys.stderr)
         code = UserError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -90,7 +91,7 @@ def _unboxed(box: str) -> str:
 
 def say(message: str) -> None:
     """Tell the user something; stderr, because stdout is for results."""
-    print(message, file=sys.stderr)
+    print(printable_lines(message), file=sys.stderr)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -50,5 +50,25 @@ def naming(argument: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line, shortened if it repeats what a file made endless."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def printable(name: object) -> str:
+    r"""Return a name that somebody else gave, such as that of a file, as text for a terminal.
+
+    What would move the cursor, colour the screen, start a line or turn the direction of writing
+    is shown as an escape (``\x1b``); so are the bytes of a name that is not UTF-8.
+    """
+    return "".join(map(_visible, str(name)))
+
+
+def printable_lines(message: str) -> str:
+    """The same for a message of several lines, which keeps them."""
+    return "\n".join(map(printable, message.split("\n")))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()

@@ -22,7 +22,7 @@ from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
 from fastdiff.training.distributed import World
 from fastdiff.training.ema import EMA
-from fastdiff.training.errors import NotFiniteError, RunError, UserError
+from fastdiff.training.errors import NotFiniteError, RunError, UserError, printable_lines
 from fastdiff.training.logging import Metrics, memory_mib
 from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
@@ -362,7 +362,7 @@ class Trainer:
         from tqdm import tqdm
 
         if self.world.is_first:
-            tqdm.write(message, file=sys.stderr)  # above the progress bar
+            tqdm.write(printable_lines(message), file=sys.stderr)  # above the progress bar
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
