@@ -12,16 +12,26 @@ and returns the outputs and, on request, the gradients.
 """
 
 from .cpp_calls import cpp_calls
-from .evaluate import IMPLEMENTATIONS, Result, available, evaluate, implementation_params
+from .evaluate import (
+    IMPLEMENTATIONS,
+    ON_GPU,
+    Result,
+    available,
+    evaluate,
+    implementation_params,
+    on_gpu,
+)
 from .tolerance import assert_close, unit_roundoff
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "ON_GPU",
     "Result",
     "assert_close",
     "available",
     "cpp_calls",
     "evaluate",
     "implementation_params",
+    "on_gpu",
     "unit_roundoff",
 ]

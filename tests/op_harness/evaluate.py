@@ -27,7 +27,7 @@ IMPLEMENTATIONS = (
     "cuda",
     "triton",
 )
-_ON_GPU = ("cuda", "triton")
+ON_GPU = ("cuda", "triton")
 
 
 @dataclass
@@ -48,7 +48,7 @@ def available(implementation: str) -> str | None:
     """Why an implementation cannot run here, or None."""
     if implementation == "cpu":
         return fastdiff.backends()["cpu"].reason or None
-    if implementation in _ON_GPU:
+    if implementation in ON_GPU:
         return fastdiff.backends()[implementation].reason or None
     if implementation.startswith("triton") and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -63,7 +63,9 @@ def implementation_params(*names: str) -> list[Any]:
     """pytest parameters: all implementations (or those named), skipped where they cannot run."""
     params = []
     for name in names or IMPLEMENTATIONS:
-        marks = [pytest.mark.gpu] if name in _ON_GPU else []
+        marks = [pytest.mark.gpu] if name in ON_GPU else []
+        if name == "triton":  # nearly every case compiles kernels of its own
+            marks.append(pytest.mark.slow)
         if (reason := available(name)) is not None:
             marks.append(pytest.mark.skip(reason=f"{name}: {reason}"))
         params.append(pytest.param(name, marks=marks))
@@ -103,9 +105,9 @@ def evaluate(
             result = _evaluate_here(op, "cuda-ptx", arguments, gradients, grad_output, launches)
         result.launches = launches
         return result
-    if implementation in _ON_GPU:
-        moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        grad_output = None if grad_output is None else grad_output.cuda()
+    if implementation in ON_GPU:
+        moved = {k: on_gpu(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        grad_output = None if grad_output is None else on_gpu(grad_output)
         overload = "triton" if implementation == "triton" else "default"
         result = _evaluate_here(op, overload, moved, gradients, grad_output)
         result.outputs = tuple(x.cpu() for x in result.outputs)
@@ -113,6 +115,13 @@ def evaluate(
         return result
     overload = "reference" if implementation == "reference" else "default"
     return _evaluate_here(op, overload, arguments, gradients, grad_output)
+
+
+def on_gpu(x: Tensor) -> Tensor:
+    """x on the current CUDA device, as it lies in memory: `x.cuda()` would pack slices, expanded
+    dimensions and odd addresses into a new dense tensor."""
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _overload(op: str, name: str) -> Any:

@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_harness import assert_close, available, evaluate, implementation_params
+from op_harness import ON_GPU, assert_close, available, evaluate, implementation_params
 from op_harness.inputs import SHAPES, arrange
 from op_harness.sampler_step import (
     FLOATS,
@@ -366,7 +366,7 @@ def test_an_infinite_output_is_clipped(implementation: str) -> None:
     assert x_s.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx", *ON_GPU))
 def test_a_step_outside_the_table_is_nan_on_gpus(implementation: str) -> None:
     args = arguments(OP, Case(shape="odd", return_pred_x0=True))
     args["step"] = torch.tensor([1, 6, -1])

@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_harness import assert_close, evaluate, implementation_params
+from op_harness import ON_GPU, assert_close, evaluate, implementation_params
 from op_harness.inputs import SHAPES, arrange
 from ptx_emulator.counters import Requests
 from torch import Tensor
@@ -273,7 +273,8 @@ def test_traffic_of_samples_of_one_block(mode: str, arch: str, implementation: s
 
 
 @pytest.mark.parametrize(
-    "implementation", implementation_params("triton-interpreted", "triton-ptx", "cuda-ptx")
+    "implementation",
+    implementation_params("triton-interpreted", "triton-ptx", "cuda-ptx", *ON_GPU),
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("mode", "weighted"), [("given", False), ("seed", True)])
@@ -286,13 +287,13 @@ def test_sum_of_small_samples(mode: str, weighted: bool, layout: str, implementa
     args |= {"noise": arrange(noise, layout) if mode == "given" else None}
     args |= {"weight": torch.rand(11, generator=generator) + 0.5 if weighted else None}
     result = evaluate("eps_loss", implementation, args)
-    if implementation != "triton-interpreted":
+    if implementation.endswith("-ptx"):
         assert [math.prod(launch.grid) for launch in result.launches] == [3, 1]
     value, magnitude = expected(args)
     assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
 
 
-@pytest.mark.parametrize("implementation", implementation_params("cpu", "cuda-ptx"))
+@pytest.mark.parametrize("implementation", implementation_params("cpu", "cuda-ptx", *ON_GPU))
 @pytest.mark.parametrize("mode", ["given", "seed"])
 def test_a_sample_does_not_depend_on_its_batch(mode: str, implementation: str) -> None:
     args = arguments(Case(shape="vectors", mode="given" if mode == "given" else "keys"))
@@ -302,7 +303,7 @@ def test_a_sample_does_not_depend_on_its_batch(mode: str, implementation: str) -
     assert torch.equal(one, both[1:])
 
 
-@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx", *ON_GPU))
 def test_samples_of_many_chunks(implementation: str) -> None:
     """Above 1024 blocks of 512 elements a sample, each program sums more than one of them."""
     args = arguments(Case(shape="rows", weighted=False))
@@ -310,7 +311,8 @@ def test_samples_of_many_chunks(implementation: str) -> None:
     prediction, noise = (torch.randn((1, 1030 * 512 + 4), generator=generator) for _ in range(2))
     args |= {"prediction": prediction, "noise": noise}
     result = evaluate("eps_loss", implementation, args, racecheck=False)
-    assert 132 <= math.prod(result.launches[0].grid) <= 1024
+    if implementation.endswith("-ptx"):
+        assert 132 <= math.prod(result.launches[0].grid) <= 1024
     value, magnitude = expected(args)
     assert_close(result.outputs[0], value, magnitude=magnitude, operations=operations(args))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -28,16 +30,24 @@ from fastdiff.reference.layout import memory_format_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# Implementations join here once they exist.
-IMPLEMENTATIONS = ("reference", "cpu", "cuda-ptx")
+# Triton's on a CPU are in test_group_norm_silu_triton.py.
+IMPLEMENTATIONS = ("reference", "cpu", "cuda-ptx", "cuda", "triton")
 FLOAT64 = ("reference", "cpu")
 
 
-@pytest.mark.parametrize("implementation", implementation_params(*IMPLEMENTATIONS))
-@pytest.mark.parametrize("case", CASES, ids=str)
+def case_params(cases: list[Case]) -> list[Any]:
+    """(case, implementation) for all; float64 kernels exist on the CPU only."""
+    return [
+        pytest.param(case, name, marks=param.marks, id=f"{case}-{name}")
+        for case in cases
+        for param in implementation_params(*IMPLEMENTATIONS)
+        for name in param.values
+        if case.dtype != "fp64" or name in FLOAT64
+    ]
+
+
+@pytest.mark.parametrize(("case", "implementation"), case_params(CASES))
 def test_forward(case: Case, implementation: str) -> None:
-    if case.dtype == "fp64" and implementation not in FLOAT64:
-        pytest.skip("float64 kernels exist on the CPU only")
     args = arguments(case)
     y, mean, rstd = evaluate("group_norm_silu", implementation, args).outputs
     x = args["x"]
@@ -57,11 +67,8 @@ def test_forward(case: Case, implementation: str) -> None:
         assert_close(actual, value, magnitude=size, operations=operations(args))
 
 
-@pytest.mark.parametrize("implementation", implementation_params(*IMPLEMENTATIONS))
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(GRADIENT_CASES))
 def test_gradients(case: Case, implementation: str) -> None:
-    if case.dtype == "fp64" and implementation not in FLOAT64:
-        pytest.skip("float64 kernels exist on the CPU only")
     args = arguments(case)
     names = ("x", *(name for name in OPERANDS if args[name] is not None))
     grad = grad_output(case, args["x"])

@@ -2,75 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import pathlib
-from dataclasses import dataclass
-
-import ptx_emulator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_harness.cuda_ptx.group_norm_silu import GroupNormLayout
-from ptx_emulator.nvcc import find_nvcc
+from op_harness.group_norm_plan import plan as plan_on
 
-pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 # (shared bytes per block, multiprocessors, blocks per cluster)
 A100, H100 = (163 << 10, 108, 1), (227 << 10, 132, 16)
 PORTABLE = (227 << 10, 132, 8)  # where no cluster of 16 finds room
 RTX_4090 = (99 << 10, 128, 1)
 
 
-@dataclass
-class Plan:
-    """GroupNormPlan and its tiling."""
-
-    one_pass: bool
-    cluster: int
-    threads: int
-    shared_bytes: int
-    blocks_per_sample: int
-    items_per_block: int
-    chunk_blocks: int
-    chunk_segments: int
-    chunks: int
-    channels_last: bool
-    channels: int
-    block_channels: int
-    blocks: int
-    segments: int
-    segment_pixels: int
-    lanes: int
-    samples: int
-
-    @property
-    def tiling(self) -> tuple[int, ...]:
-        return self.channels, self.block_channels, self.segments, self.segment_pixels, self.lanes
-
-
-@functools.cache
-def library():
-    source = pathlib.Path(__file__).parent / "group_norm_silu_plan.cu"
-    return ptx_emulator.build_launchers(
-        [source], [ROOT / "csrc/include"], flags=["-std=c++20", "--expt-relaxed-constexpr"]
-    )
-
-
-def plan(shape, groups, element_size, *, device=H100, last=False, backward=False, vector=True):
-    batch, channels, pixels = shape
-    layout = GroupNormLayout(batch, channels, groups, pixels, last)
-    numbers = (ctypes.c_long * 17)()
-    library()["plan_of"](
-        ctypes.c_void_p(ctypes.addressof(layout)),
-        16 // element_size if vector else 1,
-        element_size,
-        int(backward),
-        *device,
-        ctypes.c_void_p(ctypes.addressof(numbers)),
-    )
-    return Plan(*numbers)
+def plan(shape, groups, element_size, *, device=H100, **options):
+    return plan_on(shape, groups, element_size, device=device, **options)
 
 
 FIRST_LEVEL = (1, 128, 256 * 256)  # of ddpm_256: a group is 512 KB in bfloat16

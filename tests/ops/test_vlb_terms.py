@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_harness import assert_close, evaluate, implementation_params
+from op_harness import ON_GPU, assert_close, evaluate, implementation_params
 from op_harness.inputs import SHAPES
 from op_harness.vlb_terms_cases import (
     FLOATS,
@@ -188,7 +188,9 @@ def test_traffic(
         assert requests.sectors <= 1.05 * requests.min_sectors
 
 
-@pytest.mark.parametrize("implementation", implementation_params("cpu", "triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize(
+    "implementation", implementation_params("cpu", "triton-ptx", "cuda-ptx", *ON_GPU)
+)
 def test_a_sample_does_not_depend_on_its_batch(implementation: str) -> None:
     args = arguments(Case(mode="keys"))
     (both,) = evaluate("vlb_terms", implementation, args).outputs
@@ -199,7 +201,7 @@ def test_a_sample_does_not_depend_on_its_batch(implementation: str) -> None:
     assert torch.equal(one, both[:, 1:])
 
 
-@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx", *ON_GPU))
 def test_samples_of_many_chunks(implementation: str) -> None:
     """Above 1024 blocks of 512 elements a sample, each program sums more than one of them."""
     args = arguments(Case(shape="one element", variance="fixed_large", t=(0,)))
@@ -209,7 +211,8 @@ def test_samples_of_many_chunks(implementation: str) -> None:
     x_t = x0 + 0.01 * noise
     args |= {"x0": x0.clamp(-1, 1), "x_t": x_t, "model_output": output, "noise": noise}
     result = evaluate("vlb_terms", implementation, args, racecheck=False)
-    assert 132 <= math.prod(result.launches[0].grid) <= 1024
+    if implementation.endswith("-ptx"):
+        assert 132 <= math.prod(result.launches[0].grid) <= 1024
     magnitudes = Magnitudes(args, torch.zeros(3, 1))
     assert_close(
         result.outputs[0][0],
@@ -361,7 +364,7 @@ def test_a_perfect_network_pays_for_the_variance_alone() -> None:
         assert eps_mse.max() < 1e-10
 
 
-@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
+@pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx", *ON_GPU))
 def test_timesteps_outside_the_table_are_nan(implementation: str) -> None:
     args = arguments(Case()) | {"t": torch.tensor([1000, 5])}
     grad = torch.ones(3, 2)

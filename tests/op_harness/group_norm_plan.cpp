@@ -1,8 +1,8 @@
-// The host function that chooses between the kernels of group_norm_silu, for test_group_norm_silu_plan.
+// The host function that chooses between the kernels of group_norm_silu, for group_norm_plan.py.
 
 #include "fastdiff/group_norm_silu_plan.cuh"
 
-// Numbers out, in the order of Plan in the test.
+// Numbers out, in the order of Plan there.
 extern "C" void plan_of(const fastdiff::GroupNormLayout* given, int vector, long element_size,
                         int backward, long shared_bytes, int multiprocessors, int max_cluster,
                         long* out) {
