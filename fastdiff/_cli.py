@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -32,6 +33,8 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
     needs : tuple of str
         Modules of the ``train`` extra that must be importable before ``main`` is called.
     """
+    # What Pillow finds odd in a file that it reads all the same; what it cannot read is counted.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         _require(needs)
         try:

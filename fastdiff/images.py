@@ -27,7 +27,8 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     Parameters
     ----------
     images : Tensor
-        uint8, C = 1 (grey), 3 (RGB) or anything else (the first channel is shown).
+        uint8, C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha): what is transparent
+        is white, as in images that are read. Of more channels the first is shown.
     columns : int, optional
         Images per row; default: as square as it gets.
     """
@@ -38,11 +39,11 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
             'pictures need Pillow; install it with: pip install "fastdiff[train]"'
         ) from error
 
-    num, channels, height, width = images.shape
+    num, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
     zoom = max(1, math.ceil(_MIN_TILE / max(height, width)))
-    tiles = images[:, : 3 if channels == 3 else 1].permute(0, 2, 3, 1).numpy()
+    tiles = _opaque(images).permute(0, 2, 3, 1).numpy()
     tiles = tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width, border = height * zoom, width * zoom, 2
     canvas = np.full(
@@ -55,3 +56,15 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
         top, left = border + row * (height + border), border + column * (width + border)
         canvas[top : top + height, left : left + width] = tile
     return Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
+
+
+def _opaque(images: Tensor) -> Tensor:
+    """Images of 1 or 3 channels: on white, if they have an alpha channel."""
+    channels = images.shape[1]
+    if channels in (1, 3):
+        return images
+    if channels not in (2, 4):
+        return images[:, :1]
+    alpha = images[:, -1:].float() / 255
+    mixed = images[:, :-1].float() * alpha + 255 * (1 - alpha)
+    return mixed.round().to(torch.uint8)

@@ -14,7 +14,8 @@ from typing import Any
 
 from fastdiff import _cli
 from fastdiff.training import watchers
-from fastdiff.training.config import TrainConfig, read_config_file
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.config_file import read_config_file
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError
 from fastdiff.training.interrupt import Interrupt
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     from fastdiff.training.data import load_dataset
     from fastdiff.training.download import download
     from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
+    from fastdiff.training.state import check_data
     from fastdiff.training.trainer import Trainer
 
     # Everything that can be wrong is found before the first file is written.
@@ -48,12 +50,13 @@ def main(argv: list[str]) -> int:
             config.data_dir,
             config.image_size,
             config.image_channels,
-            least=2,
             warn=say,
         )
+        newest = newest_checkpoint(folder, say) if config.resume else None
+        if newest is not None:
+            check_data(newest, dataset, config.data)
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
-            newest = newest_checkpoint(folder, say)
             if newest is None:
                 say(f"{folder.path} has no checkpoint yet: starting at step 0")
             else:

@@ -174,7 +174,7 @@ class TrainConfig:
             return Path("runs") / (name.strip(".-") or "hf")
         # "." and ".." have no name of their own; links keep theirs, which resolve() would lose.
         data = Path(os.path.abspath(self.data))
-        return Path("runs") / (data.stem if data.suffix == ".npz" else data.name)
+        return Path("runs") / (data.stem if data.suffix.lower() == ".npz" else data.name)
 
     def validate(self) -> None:
         """Raise `UserError` for the first setting no run can have."""
@@ -304,6 +304,7 @@ _FREE_ON_RESUME = frozenset(
         "channels_last",
         "checkpoint_every",
         "compile",
+        "data",  # its content decides, which a checkpoint describes
         "data_dir",
         "device",
         "download",
@@ -324,37 +325,6 @@ _FREE_ON_RESUME = frozenset(
         "wandb",
     }
 )
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read the settings in a YAML, JSON or .toml file (``yaml.safe_load``: no code is run)."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        # JSON is a subset of YAML as far as settings go, so one parser reads both.
-        toml = Path(path).suffix == ".toml"
-        values = _toml(path, text) if toml else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--config {path}: not valid YAML or JSON: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected settings as `name: value` lines")
-    return values
-
-
-def _toml(path: str | Path, text: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        raise UserError(f"--config {path}: TOML needs Python 3.11; write it as YAML") from None
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}") from error
 
 
 def _flag(name: str) -> str:

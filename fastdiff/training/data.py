@@ -12,17 +12,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from fastdiff.training import hub
+from fastdiff.training import folders, hub, identity
 from fastdiff.training.archives import CIFAR10_CLASSES, read_cifar10, read_idx_pair, read_npz
 from fastdiff.training.config import BUILT_IN_DATA
-from fastdiff.training.encoded import EncodedDataset, EncodedImages
-from fastdiff.training.errors import UserError
-from fastdiff.training.image_files import IMAGE_SUFFIXES
+from fastdiff.training.encoded import EncodedDataset
+from fastdiff.training.errors import UserError, printable
+from fastdiff.training.image_files import image_suffixes
 
 FASHION_MNIST_CLASSES = (
     "T-shirt",
@@ -65,6 +65,8 @@ class ArrayDataset:
         int64 (N,) in 0..len(classes)-1.
     classes : tuple of str
         Names of the classes.
+    identity : dict, optional
+        What makes these images the same wherever they are; default: the pixels' and labels' digest.
     """
 
     def __init__(
@@ -72,15 +74,24 @@ class ArrayDataset:
         images: np.ndarray,
         labels: np.ndarray | None = None,
         classes: tuple[str, ...] = (),
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
         self.classes = classes
         self.shape: tuple[int, int, int] = images.shape[1:]
         self.num_classes = len(classes)
+        self._identity = identity
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes these images the same wherever they are."""
+        if self._identity is None:
+            self._identity = identity.of_arrays(self.images, self.labels)
+        return self._identity
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return images as uint8 (B, H, W, C)."""
@@ -97,7 +108,6 @@ def load_dataset(
     channels: int | None = None,
     *,
     split: Split = "train",
-    least: int = 1,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Dataset:
     """Load what ``--data`` names.
@@ -115,10 +125,8 @@ def load_dataset(
         Convert every image to grey (ITU-R 601 luma, as Pillow does) or RGB.
     split : {"train", "test"}
         The test images of fashion-mnist, cifar10 and hf, which training never sees.
-    least : int
-        Smallest number of images that is of use.
     warn : callable
-        Is told which images cannot be used.
+        Is told which images and classes cannot be used, and what was hardly meant.
 
     Raises
     ------
@@ -126,37 +134,51 @@ def load_dataset(
         For an unknown name and for files that are missing, unreadable or of mixed sizes.
     """
     dataset = _load(data, data_dir, image_size, channels, split, warn)
+    if not len(dataset):
+        raise UserError(f"--data {printable(data)}: there is no image in it")
     if channels is not None and dataset.shape[2] != channels:
         images = _converted(data, dataset.images, channels)
-        dataset = ArrayDataset(images, dataset.labels, dataset.classes)
-    if len(dataset) < least:
-        raise UserError(f"--data {data}: {len(dataset)} image; give at least {least}")
+        dataset = ArrayDataset(images, dataset.labels, dataset.classes, dataset.identity)
     return dataset
 
 
 def _load(data, data_dir, image_size, channels, split, warn) -> Dataset:
-    path = Path(data)
+    path, shown = Path(data), printable(data)
+    # Not Path.exists, which raises for what can be no name at all: too long, or with a zero byte.
     from_hub = data.startswith(hub.PREFIX) or hub.is_saved(path)
-    if data not in BUILT_IN_DATA and not from_hub and not path.exists():
+    if data not in BUILT_IN_DATA and not from_hub and not os.path.exists(path):
+        place = "" if path.is_absolute() else f" (looked for in {printable(os.getcwd())})"
         raise UserError(
-            f"--data {data}: no such dataset, folder or file; give one of "
+            f"--data {shown}: no such dataset, folder or file{place}; give one of "
             f"{', '.join(BUILT_IN_DATA)}, hf:NAME, a folder of images, or an .npz file"
         )
-    if image_size is not None and not from_hub and (data in BUILT_IN_DATA or not path.is_dir()):
-        raise UserError(f"--image-size applies to a folder of images, not to --data {data}")
+    is_folder = data not in BUILT_IN_DATA and os.path.isdir(path)
+    if image_size is not None and not from_hub and not is_folder:
+        raise UserError(f"--image-size applies to a folder of images, not to --data {shown}")
     if from_hub:
-        return _decoded(data, *hub.load(data, split), image_size, channels, warn)
+        return _decoded(shown, *hub.load(data, split), image_size, channels, warn)
     if data in _FILES:
         return ArrayDataset(*_built_in(data, data_dir, split))
     if split != "train":
-        raise UserError(f"--data {data} has no test images of its own")
+        raise UserError(f"--data {shown} has no test images of its own")
     if data == "digits":
         return _digits()
-    if path.is_dir():
+    if is_folder:
         return _folder(path, image_size, channels, warn)
-    if path.suffix == ".npz":
-        return ArrayDataset(*read_npz(path))
-    raise UserError(f"--data {data}: neither a folder of images nor an .npz file")
+    if path.suffix.lower() == ".npz":
+        return ArrayDataset(*read_npz(path, warn))
+    raise UserError(f"--data {shown}: neither a folder of images nor an .npz file{_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return "; numpy.savez makes one of an array"
+    if suffix in image_suffixes():
+        return "; put the image into a folder and give that"
+    if suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        return "; unpack it and give the folder"
+    return ""
 
 
 def has_files(data: str, data_dir: str | None = None) -> bool:
@@ -249,7 +271,7 @@ def _built_in(data: str, data_dir: str | None, split: Split):
         found = read(folder, split)
         if found is not None:
             return *found, classes
-    where = data_dir if data_dir is not None else " or ".join(USUAL_PLACES)
+    where = printable(data_dir) if data_dir is not None else " or ".join(USUAL_PLACES)
     raise UserError(
         f"--data {data}: its {split} files are not in {where}; give their folder with --data-dir, "
         "or add --download (which needs torchvision)"
@@ -262,49 +284,44 @@ def _places(data: str, data_dir: str | None) -> list[Path]:
 
 
 def _folder(folder: Path, image_size, channels, warn) -> Dataset:
-    paths = _image_paths(folder)
-    labels, classes = None, ()
-    if all(path.parent != folder for path in paths):
-        names = [path.relative_to(folder).parts[0] for path in paths]
-        classes = tuple(sorted(set(names)))
-        labels = np.array([classes.index(name) for name in names], np.int64)
-    images = EncodedImages(paths, paths)
-    return _decoded(str(folder), images, labels, classes, image_size, channels, warn)
+    images, labels, classes = folders.find(folder, warn)
+    shown = printable(folder)
+
+    def named(labels, classes):
+        if labels is None:
+            return labels, classes
+        return folders.without_empty_classes(shown, labels, classes, warn)
+
+    return _decoded(shown, images, labels, classes, image_size, channels, warn, named)
 
 
-def _decoded(data, images, labels, classes, image_size, channels, warn) -> Dataset:
-    """Encoded images as a dataset: in memory if they fit, else decoded when they are needed."""
+def _decoded(
+    data, images, labels, classes, image_size, channels, warn, named=lambda *pair: pair
+) -> Dataset:
+    """Encoded images as a dataset: in memory if they fit, else decoded when they are needed.
+
+    ``named`` settles labels and classes each time that images were found to be unusable.
+    """
     dataset = EncodedDataset.checked(data, images, labels, classes, image_size, channels, warn)
+    dataset.set_classes(*named(dataset.labels, dataset.classes))
     if dataset.num_bytes > IN_MEMORY_BYTES:
+        dataset.look_at_depth()
         return dataset
-    return ArrayDataset(*dataset.decode_all(), dataset.classes)
+    # The files, whose names and sizes are the same wherever and with whatever they are decoded.
+    files = dataset.identity
+    pixels, labels = dataset.decode_all()
+    return ArrayDataset(pixels, *named(labels, dataset.classes), files)
 
 
 def _converted(data: str, images: np.ndarray, channels: int) -> np.ndarray:
     """Arrays (N, H, W, C) in grey or RGB; encoded images are decoded to it."""
     if images.shape[3] not in (1, 3):
-        raise UserError(f"--channels: images of --data {data} have {images.shape[3]}, not 1 or 3")
+        raise UserError(
+            f"--channels: images of --data {printable(data)} have {images.shape[3]}, not 1 or 3"
+        )
     if channels == 3:
         return np.repeat(images, 3, axis=3)
     grey = np.empty((*images.shape[:3], 1), np.uint8)
     for image, out in zip(images, grey, strict=True):  # one by one: 32 bits for all may be too much
         out[..., 0] = (image @ _LUMA + 0x8000) >> 16
     return grey
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"--data {folder}: cannot read {error.filename}: {error.strerror}")
-
-    paths = sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not paths:
-        raise UserError(
-            f"--data {folder}: no images found in the folder; files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))} are read"
-        )
-    return paths

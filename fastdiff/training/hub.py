@@ -5,6 +5,7 @@ Images are taken as the bytes in the table and decoded by our own reader, with i
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.training.encoded import EncodedImages
-from fastdiff.training.errors import UserError, one_line
+from fastdiff.training.errors import UserError, one_line, printable
 
 PREFIX = "hf:"
 
@@ -23,7 +24,7 @@ _OLDEST = 4
 def is_saved(path: Path) -> bool:
     """Whether a folder was written by ``save_to_disk``."""
     names = ("state.json", "dataset_dict.json")
-    return path.is_dir() and any((path / name).is_file() for name in names)
+    return os.path.isdir(path) and any(os.path.isfile(path / name) for name in names)
 
 
 def load(data: str, split: str) -> tuple[EncodedImages, np.ndarray | None, tuple[str, ...]]:
@@ -42,14 +43,16 @@ def load(data: str, split: str) -> tuple[EncodedImages, np.ndarray | None, tuple
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--data {data} needs the package datasets; install it with: pip install datasets"
+            f"--data {printable(data)} needs the package datasets; install it with: pip install "
+            "datasets"
         ) from error
     if int(re.match(r"\d+", datasets.__version__)[0]) < _OLDEST:
         raise UserError(
-            f"--data {data} needs datasets {_OLDEST} or newer, there is {datasets.__version__}; "
-            "older ones may run code that comes with a dataset"
+            f"--data {printable(data)} needs datasets {_OLDEST} or newer, there is "
+            f"{datasets.__version__}; older ones may run code that comes with a dataset"
         )
     name, _, given = data.removeprefix(PREFIX).partition(":")
+    data = printable(data)  # from here on for messages
     if not name:
         raise UserError(f"--data {data}: give hf:NAME, such as hf:cifar10, or hf:NAME:SPLIT")
     split = given if given and split == "train" else split
@@ -57,14 +60,16 @@ def load(data: str, split: str) -> tuple[EncodedImages, np.ndarray | None, tuple
         saved = is_saved(Path(name))
         table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
         if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise UserError(
+                    f"--data {data}: no split {printable(split)}; has {printable(', '.join(table))}"
+                )
             table = table[split]
         elif saved and split != "train":
-            raise UserError(f"--data {data} has no split {split}")
+            raise UserError(f"--data {data} has no split {printable(split)}")
         return _columns(datasets, table, data)
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"--data {data}: no split {split}; has {', '.join(table)}") from error
     except Exception as error:
         # The Hub's client, pyarrow and file systems: not a documented set.
         raise UserError(f"--data {data}: cannot load it: {one_line(error)}") from error
@@ -81,8 +86,10 @@ class _Column:
         return len(self.table)
 
     def __getitem__(self, index: int) -> bytes | Path:
-        image = self.table[int(index)][self.name]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"])
+        image = self.table[int(index)][self.name] or {}  # rows may lack an image
+        if image.get("bytes") is None and image.get("path"):
+            return Path(image["path"])
+        return image.get("bytes") or b""
 
 
 def _columns(datasets: Any, table: Any, data: str):
@@ -90,7 +97,7 @@ def _columns(datasets: Any, table: Any, data: str):
     pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     if not pictures:
         raise UserError(
-            f"--data {data}: no column of images among {', '.join(features)} (a column of type "
+            f"--data {data}: no column of images among {printable(', '.join(features))} (of type "
             "datasets.Image)"
         )
     labels, classes = None, ()
@@ -98,9 +105,11 @@ def _columns(datasets: Any, table: Any, data: str):
         if isinstance(kind, datasets.ClassLabel):
             labels, classes = np.array(table[name], np.int64), tuple(kind.names)
             if not (labels >= 0).all():
-                raise UserError(f"--data {data}: some images have no class in column {name}")
+                raise UserError(
+                    f"--data {data}: some images have no class in column {printable(name)}"
+                )
             break
     images = table.select_columns(pictures[0])
     images = images.cast_column(pictures[0], datasets.Image(decode=False))
     names = [f"image {i}" for i in range(len(table))]
-    return EncodedImages(_Column(images, pictures[0]), names), labels, classes
+    return EncodedImages(_Column(images, pictures[0]), names, names), labels, classes

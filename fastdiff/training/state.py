@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdiff.nn.config import UNetConfig
-from fastdiff.training import shards
+from fastdiff.training import identity, shards
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.errors import UserError, naming
+from fastdiff.training.errors import UserError, naming, printable
 
 if TYPE_CHECKING:
+    from fastdiff.training.data import Dataset
     from fastdiff.training.trainer import Trainer
 
 
@@ -26,7 +27,7 @@ def snapshot(trainer: Trainer) -> Checkpoint:
         random["cuda"] = trainer.world.gather(torch.cuda.get_rng_state(trainer.device))
     return Checkpoint(
         step=trainer.step,
-        meta=_facts(trainer),
+        meta=_facts_of_model(trainer) | _facts_of_data(trainer.dataset),
         model=shards.gather(trainer.unet.state_dict()),
         emas=[shards.gather(ema.model.state_dict()) for ema in trainer.emas],
         state={
@@ -42,6 +43,22 @@ def snapshot(trainer: Trainer) -> Checkpoint:
     )
 
 
+def check_data(checkpoint: Checkpoint, dataset: Dataset, data: str) -> None:
+    """Raise `UserError` unless ``dataset`` is what the run was trained on, wherever it lies.
+
+    ``data`` is the value of --data.
+    """
+    here = json.loads(json.dumps(_facts_of_data(dataset)))
+    there = {name: checkpoint.meta.get(name) for name in here}
+    changed = identity.differences(there, here)
+    if changed:
+        raise UserError(
+            f"--resume: --data {printable(data)} does not hold what the run was trained on until "
+            f"step {checkpoint.step}: {'; '.join(changed)}; give the same images with --data, "
+            "wherever they are now, or train anew with another --out"
+        )
+
+
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state back.
 
@@ -52,8 +69,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     UserError
         The checkpoint is of other settings, another model or other data.
     """
+    check_data(checkpoint, trainer.dataset, trainer.config.data)
     # As JSON would give them back, tuples as lists.
-    here = json.loads(json.dumps(_facts(trainer)))
+    here = json.loads(json.dumps(_facts_of_model(trainer)))
     there = {name: checkpoint.meta.get(name) for name in here}
     with naming(f"--resume: checkpoint of step {checkpoint.step}"):
         there |= _as_written_today(there)
@@ -109,15 +127,19 @@ def save_model(trainer: Trainer) -> None:
     fresh.rename(folder.model)
 
 
-def _facts(trainer: Trainer) -> dict[str, Any]:
+def _facts_of_model(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint says about the run, and must find when it is restored."""
-    height, width, channels = trainer.dataset.shape
+    return {"settings": trainer.config.identity(), "unet": trainer.unet.config.to_dict()}
+
+
+def _facts_of_data(dataset: Dataset) -> dict[str, Any]:
+    """The same about its data: what they are, not where."""
+    height, width, channels = dataset.shape
     return {
-        "settings": trainer.config.identity(),
-        "unet": trainer.unet.config.to_dict(),
         "image_shape": [channels, height, width],
-        "num_images": len(trainer.dataset),
-        "classes": list(trainer.dataset.classes),
+        "num_images": len(dataset),
+        "classes": list(dataset.classes),
+        "data": dataset.identity,
     }
 
 

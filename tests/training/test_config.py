@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fastdiff.training import TrainConfig, UserError
-from fastdiff.training.config import read_config_file
+from fastdiff.training.config_file import read_config_file
 
 
 def test_defaults_are_those_of_digits_and_every_recipe_is_valid():

@@ -25,7 +25,7 @@ from fastdiff.training import (
     load_dataset,
     load_run,
 )
-from fastdiff.training.config import read_config_file
+from fastdiff.training.config_file import read_config_file
 
 
 class Crafted:
