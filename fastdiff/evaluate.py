@@ -12,7 +12,9 @@ metric (and pictures) that holds its settings and that the next evaluation repla
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ from fastdiff.training.trained import load_run
 
 PROGRAM = "python -m fastdiff.evaluate"
 NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
+
+# Images that a metric looks at if nobody says how many.
+_NUM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +62,9 @@ class EvaluateConfig:
     test_images: bool = False
     """The test images that come with the data (fashion-mnist, cifar10, hf:NAME), which the run has
     not seen."""
-    num: int = 64
-    """Number of images, drawn at random from the data (all metrics but --frechet)."""
+    num: int | None = None
+    """Number of images, drawn at random from the data (all metrics but --frechet); None: 64, or all
+    if there are fewer."""
     seed: int = 0
     """Seed of that choice and of all noise."""
     ema: float | None = None
@@ -165,7 +171,7 @@ def _prepare(
     data = run.config.data if config.data is None else config.data
     size = run.config.image_size
     if config.data is not None:
-        size = run.image_shape[-1] if Path(data).is_dir() or data.startswith("hf:") else None
+        size = run.image_shape[-1] if os.path.isdir(data) or data.startswith("hf:") else None
     split = "test" if config.test_images else "train"
     data_dir = config.data_dir or run.config.data_dir
     dataset = load_dataset(data, data_dir, size, run.config.image_channels, split=split, warn=say)
@@ -176,6 +182,8 @@ def _prepare(
             f"--data {data}: images of {height}x{width}x{channels}, but {config.run} was trained "
             f"on {h}x{w}x{c}"
         )
+    if config.num is None or _frechet_alone(config):
+        config = dataclasses.replace(config, num=min(config.num or _NUM, len(dataset)))
     if config.num > len(dataset):
         raise UserError(f"--num {config.num}: there are {len(dataset)} images")
     if config.num < world.size:
@@ -198,6 +206,11 @@ def _prepare(
     except OSError as error:
         raise RunError(f"{folder}: cannot write: {error.strerror}") from error
     return Task(config, run, x0, model_kwargs, folder, dataset, data, world)
+
+
+def _frechet_alone(config: EvaluateConfig) -> bool:
+    """Whether nothing is asked for that --num concerns."""
+    return [name for name in METRICS if getattr(config, name)] == ["frechet"]
 
 
 def _seen(config: EvaluateConfig) -> bool:

@@ -288,6 +288,8 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
 def unsuited(task: Task, name: str) -> str | None:
     """Why a metric cannot be had of these images, None if it can."""
     most = len(task.dataset) // 2
+    if name == "frechet" and most < 2:
+        return f"--frechet needs at least 4 images, and {task.data} has {len(task.dataset)}"
     if name == "frechet" and task.config.samples > most:
         return (
             f"--samples {task.config.samples}: --frechet needs twice as many real images, and "

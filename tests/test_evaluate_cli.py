@@ -213,6 +213,9 @@ def test_every_metric_has_a_flag():
         (["plain", "--bdp"], ["--bdp", "did you mean --bpd"]),
         (["plain", "--num", "0"], ["--num 0"]),
         (["plain", "--num", "5000"], ["--num 5000: there are 1797 images"]),
+        (["plain", "--frechet", "--data", "eleven.npz"], ["--samples 500", "at most 5"]),
+        (["plain", "--frechet", "--data", "one.npz"], ["--frechet needs at least 4", "has 1"]),
+        (["plain", "--bpd", "--data", "x" * 300], ["no such dataset"]),
         (["plain", "--batch-size", "1"], ["--batch-size 1", "at least 2"]),
         (["plain", "--probes", "0"], ["--probes 0"]),
         (["plain", "--tolerance", "0"], ["--tolerance 0.0"]),
@@ -225,6 +228,8 @@ def test_every_metric_has_a_flag():
     ],
 )
 def test_bad_input_is_one_line_that_names_it(run_evaluate, runs, tmp_path, argv, fragments):
+    np.savez(tmp_path / "eleven.npz", np.zeros((11, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 1), np.uint8))
     np.savez(tmp_path / "large.npz", np.zeros((80, 9, 9, 1), np.uint8))
     np.savez(tmp_path / "small.npz", np.zeros((80, 8, 8, 1), np.uint8))
     np.savez(tmp_path / "many.npz", np.zeros((80, 8, 8, 1), np.uint8), np.arange(80))

@@ -141,12 +141,13 @@ def read_npz(
             f"{what}: not a readable .npz file: "
             f"{'no array of numbers' if advice else one_line(reason)}"
         ) from error
+    given = images
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] > 4 or not images.size:
         raise UserError(
             f"{what}: expected images as uint8 (N, H, W, C) with 1 to 4 channels, got "
-            f"{_described(images)}{_remedy(images)}"
+            f"{_described(given)}{_remedy(given)}"
         )
     if labels is None:
         return images, None, ()
@@ -186,11 +187,10 @@ def _remedy(images: np.ndarray) -> str:
         if low >= -1 and high <= 1:
             return "; for values in -1..1: ((images + 1) * 127.5).round().astype('uint8')"
         return f" of {low:.6g}..{high:.6g}; scale them to 0..255 and convert them to uint8"
-    if images.dtype.kind in "iub":
+    if images.dtype.kind in "iub" and images.dtype != np.uint8:
         low, high = int(images.min()), int(images.max())
-        if images.dtype != np.uint8:
-            return f" of {low}..{high}; scale them to 0..255 and convert them to uint8"
-    if images.ndim == 4 and images.shape[1] <= 4:
+        return f" of {low}..{high}; scale them to 0..255 and convert them to uint8"
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] <= 4:
         return "; for the order N, C, H, W: images.transpose(0, 2, 3, 1)"
     return ""
 

@@ -93,6 +93,11 @@ def find(
     return images, np.array([number[top] for top in tops], np.int64), tuple(names)
 
 
+def is_not_data(name: str) -> bool:
+    """Whether a file or folder below the one that is read is passed over: hidden, or a system's."""
+    return name.startswith(".") or name.lower() in _NOT_DATA
+
+
 def without_empty_classes(
     data: str, labels: np.ndarray, classes: tuple[str, ...], warn: Callable[[str], None]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -130,7 +135,7 @@ def _walk(folder: Path) -> _Contents:
             path = current / entry.name
             if not _is_folder(entry):
                 _take_file(path, folder, found)
-            elif entry.name.startswith(".") or entry.name.lower() in _NOT_DATA:
+            elif is_not_data(entry.name):
                 found.hidden.append(_shown(path, folder))
             elif _is_run(path):
                 found.runs.append(_shown(path, folder))
@@ -149,7 +154,7 @@ def _walk(folder: Path) -> _Contents:
 
 def _take_file(path: Path, folder: Path, found: _Contents) -> None:
     suffix = path.suffix.lower()
-    ignored = path.name.startswith(".") or path.name.lower() in _NOT_DATA
+    ignored = is_not_data(path.name)
     if suffix in image_suffixes():
         # Hidden ones are what macOS keeps about a picture, or somebody's cache.
         if ignored:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -127,6 +128,64 @@ def test_config_files_are_read_and_bad_ones_named(tmp_path):
             read_config_file(path)
     with pytest.raises(UserError, match="No such file"):
         read_config_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mark.toml", b"\xef\xbb\xbflr = 0.5\r\n"),
+        ("upper.TOML", b"lr = 0.5"),
+        ("mark.yaml", b"\xef\xbb\xbflr: 0.5\r\n"),
+        ("mark.json", b'\xef\xbb\xbf{"lr": 0.5}'),
+    ],
+)
+def test_what_windows_editors_write_is_read(tmp_path, name, content):
+    if name.lower().endswith("toml"):
+        pytest.importorskip("tomllib")
+    (tmp_path / name).write_bytes(content)
+    assert read_config_file(tmp_path / name) == {"lr": 0.5}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: 1".encode("utf-16"), "is UTF-16 or no text at all; save it as UTF-8"),
+        ("lr: 1".encode("utf-16-be"), "is UTF-16 or no text at all; save it as UTF-8"),
+        ("lr: 1".encode("utf-32"), "is UTF-16 or no text at all; save it as UTF-8"),
+        ("# a\n# caf\u00e9".encode("latin-1"), "line 2 is not UTF-8; save it as UTF-8"),
+        (b"#" * (2 << 20), "larger than 1048576 bytes"),
+        # What a parser builds from a value, not the parser, refuses these.
+        (b"lr: " + b"9" * 5000, "not valid"),
+        (b"lr = " + b"9" * 5000, "not valid|expected settings"),
+        (b"lr: 2026-99-99", "not valid"),
+        (b"lr = 2026-99-99", "not valid|expected settings"),
+        (b"? [a, {b: c}]\n: 1", "not valid"),
+        (b"a: \x1b[31m\n", "not valid"),
+    ],
+)
+def test_files_that_hold_no_settings_say_what_to_do(tmp_path, suffix, content, message):
+    if suffix == "toml":
+        pytest.importorskip("tomllib")
+    path = tmp_path / f"run.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_config_file(path)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 3000
+
+
+def test_config_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, message in (
+        (tmp_path / "pipe.yaml", "a pipe or device"),
+        ("/dev/zero", "a pipe or device"),
+        (tmp_path, "is a folder"),
+        ("x" * 300, "name too long"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_config_file(path)
 
 
 def test_a_toml_file_is_read_and_checked_like_any_other(tmp_path):

@@ -1,4 +1,5 @@
 import gzip
+import zipfile
 
 import numpy as np
 import pytest
@@ -156,6 +157,87 @@ def test_bad_npz_files_are_named(tmp_path, arrays, message):
     np.savez(path, **arrays)
     with pytest.raises(UserError, match=message):
         load_dataset(str(path))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((3, 4, 4, 3), 0.5), r"float64 \(3, 4, 4, 3\); .*\(images \* 255\)\.round"),
+        (np.full((3, 4, 4, 3), -0.5, np.float32), r"\(\(images \+ 1\) \* 127\.5\)\.round"),
+        (np.full((3, 4, 4, 3), 99.0), r"of 99\.\.99; scale them to 0\.\.255"),
+        (np.full((3, 4, 4, 3), np.nan), "some of them NaN or infinite"),
+        (np.full((3, 4, 4, 3), np.inf, np.float16), "some of them NaN or infinite"),
+        (np.full((3, 4, 4, 3), 300, np.int64), r"int64 .* of 300\.\.300; scale them"),
+        (np.zeros((3, 4, 4, 3), bool), r"bool .* of 0\.\.0; scale them"),
+        (np.zeros((3, 3, 16, 16), np.uint8), r"N, C, H, W: images\.transpose\(0, 2, 3, 1\)"),
+        (np.zeros((0, 4, 4), np.uint8), "holds no pixel"),
+        (np.zeros((4, 0, 4), np.uint8), "holds no pixel"),
+        (np.uint8(3), r"uint8 \(\)"),
+        (np.zeros(9, np.uint8), r"uint8 \(9,\)"),
+        (np.zeros((2, 2, 2, 2, 2), np.uint8), "got uint8"),
+        (np.zeros((3, 4, 4), "M8[s]"), "got datetime64"),
+        (np.zeros((3, 4, 4), "U3"), "got <U3"),
+        (np.zeros((3, 4, 4), complex), "got complex128"),
+        (np.zeros((3, 4, 4), [("\x1b[31m", "u1")]), r"got structured \(3, 4, 4\)"),
+    ],
+)
+def test_arrays_that_are_no_images_say_what_would_make_them_some(tmp_path, images, message):
+    np.savez(tmp_path / "images.npz", images=images)
+    with pytest.raises(UserError, match=message) as error:
+        load_dataset(str(tmp_path / "images.npz"))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "labels", [np.zeros(3), np.full(3, np.nan), np.zeros((3, 2), int), np.array(["a"] * 3)]
+)
+def test_labels_that_are_none(tmp_path, labels):
+    np.savez(tmp_path / "images.npz", np.zeros((3, 4, 4), np.uint8), labels)
+    with pytest.raises(UserError, match=r"labels as integers \(N,\), got .* \(3,"):
+        load_dataset(str(tmp_path / "images.npz"))
+
+
+def test_labels_with_gaps_make_classes_without_images(tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((3, 4, 4), np.uint8), np.array([0, 7, 7]))
+    said = []
+    assert load_dataset(str(tmp_path / "images.npz"), warn=said.append).num_classes == 8
+    assert "labels 0..7 make 8 classes, but only 2 of them have images" in said[0]
+
+
+def test_numpy_s_advice_to_unpickle_is_not_passed_on(tmp_path):
+    path = tmp_path / "images.npz"
+    fields = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2, 2)}"
+    for header in (fields + b" " * 60_000, b"{'descr': '|O', " + fields[15:], b"(1, 2)", b"\x1b"):
+        with zipfile.ZipFile(path, "w") as archive:
+            start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+            archive.writestr("images.npy", start + header + b"1234")
+        with pytest.raises(UserError, match=r"images\.npz: ") as error:
+            load_dataset(str(path))
+        message = str(error.value)
+        assert "allow_pickle" not in message
+        assert "max_header_size" not in message
+        assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.npy", "numpy.savez"),
+        ("a.jpg", "into a folder"),
+        ("a.zip", "unpack it"),
+        ("a.x", ""),
+    ],
+)
+def test_files_of_other_kinds_say_what_to_do(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"neither a folder of images nor an .npz file.*{remedy}"):
+        load_dataset(str(tmp_path / name))
+
+
+def test_an_empty_idx_file_has_no_image(tmp_path):
+    write_idx(tmp_path, np.zeros((0, 28, 28), np.uint8), np.zeros(0, np.uint8))
+    with pytest.raises(UserError, match="--data fashion-mnist: there is no image in it"):
+        load_dataset("fashion-mnist", str(tmp_path))
 
 
 def take(num_batches, *args, **kwargs):

@@ -164,3 +164,21 @@ def test_bytes_that_are_no_image_are_skipped(saved):
     assert dataset.labels.tolist() == [0, 1, 1, 0]
     assert "skipped 1 of 5 images" in said[0]
     assert "image 2 (not an image" in said[0]
+
+
+def test_rows_without_an_image_are_skipped_and_an_empty_table_is_named(saved):
+    datasets, folder, pixels = saved
+    table = datasets.load_from_disk(str(folder / "one")).cast_column(
+        "photo", datasets.Image(decode=False)
+    )
+    rows = table.to_list()
+    rows[1]["photo"] = None
+    rows[3]["photo"] = {"bytes": None, "path": "/nowhere.png"}
+    datasets.Dataset.from_list(rows, features=table.features).save_to_disk(str(folder / "gaps"))
+    said = []
+    dataset = load_dataset(str(folder / "gaps"), warn=said.append)
+    assert np.array_equal(dataset.images, pixels[[0, 2, 4]])
+    assert "skipped 2 of 5 images" in said[0]
+    table.select([]).save_to_disk(str(folder / "empty"))
+    with pytest.raises(UserError, match="empty: there is no image in it"):
+        load_dataset(str(folder / "empty"))

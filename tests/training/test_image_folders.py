@@ -1,5 +1,7 @@
 """Folders of images: modes, sizes, classes, and files that cannot be read."""
 
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -148,6 +150,80 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     assert dataset.shape == (1, 8, 1)
     for image in dataset.images:
         assert np.array_equal(image[0, :, 0], expected)
+
+
+def _deep_png(path, values):
+    Image.fromarray(values.astype(np.uint16)).save(path)
+
+
+def _deep_tiff(path, values):
+    Image.fromarray(values.astype(np.uint16)).save(path.with_suffix(".tiff"))
+
+
+def _deep_colours(path, values):
+    """A PNG of 16 bits in red, green and blue, which Pillow reads but does not write."""
+
+    def chunk(name, content):
+        body = name + content
+        return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    height, width = values.shape
+    rows = np.repeat(values[..., None], 3, axis=2).astype(">u2").reshape(height, -1)
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    parts = (chunk(b"IHDR", size + bytes((16, 2, 0, 0, 0))), chunk(b"IDAT", packed))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("write", [_deep_png, _deep_tiff, _deep_colours])
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(("brightest", "factor"), [(4095, 16), (255, 256), (1023, 64), (40_000, 0)])
+def test_sixteen_bits_that_hold_fewer_are_said(
+    tmp_path, monkeypatch, write, in_memory, brightest, factor
+):
+    for k in range(5):
+        values = np.linspace(0, brightest * (k + 1) // 5, 64, dtype=int).reshape(8, 8)
+        write(tmp_path / f"{k}.png", values)
+    save_image(tmp_path / "eight.png", np.full((8, 8), 200, np.uint8))
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    said = []
+    dataset = load_dataset(str(tmp_path), warn=said.append)
+    if not in_memory:
+        dataset.read(np.arange(6))  # what was said once is not said again
+    if not factor:
+        assert said == []
+        return
+    (line,) = said
+    assert f"the brightest value in 5 images of 16 bits is {brightest} of 65535" in line
+    assert f"multiply them by {factor} or" in line
+
+
+def test_signed_pixels_are_said_to_be_signed(tmp_path):
+    save_image(tmp_path / "good.png", np.full((8, 8), 200, np.uint8))
+    bright = np.full((8, 8), 30_000, np.int32)
+    for name, values, sample_format, bits in (
+        ("negative", bright - 30_005, 2, 16),
+        ("positive", bright, 2, 16),
+        ("byte", bright - 30_005, 2, 8),
+    ):
+        packed = values.astype(np.dtype(f"<i{bits // 8}")).tobytes()
+        tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8)]
+        tags += [(279, len(packed)), (339, sample_format)]
+        at = (8 + len(packed)).to_bytes(4, "little")
+        entries = b"".join(
+            tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little")
+            for tag, value in tags
+        )
+        end = len(tags).to_bytes(2, "little") + entries + bytes(4)
+        (tmp_path / f"{name}.tif").write_bytes(b"II*\0" + at + packed + end)
+    said = []
+    dataset = load_dataset(str(tmp_path), warn=said.append)
+    text = " ".join(said)
+    assert len(dataset) == 2
+    assert (dataset.images[1] == round(30_000 / 257)).all()
+    assert "negative.tif (pixels of -5..-5: negative ones have no known range; convert" in text
+    assert "byte.tif (signed pixels have no known range" in text
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -31,6 +32,21 @@ def test_image_grid_puts_every_image_in_its_place():
 
     colours = torch.tensor([[200, 100, 50]], dtype=torch.uint8).reshape(1, 3, 1, 1)
     assert image_grid(colours.expand(1, 3, 40, 40)).getpixel((5, 5)) == (200, 100, 50)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparent_images_are_shown_on_white(mode):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (1, 40, 40, len(mode)), dtype=np.uint8)
+    expected = Image.fromarray(pixels[0], mode).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", (40, 40), "white"), expected)
+    grid = image_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert grid.mode == mode[:-1]
+    shown = np.asarray(grid.crop((2, 2, 42, 42)).convert("RGB"), int)
+    # Pillow mixes in integers.
+    assert np.abs(shown - np.asarray(expected)[..., :3]).max() <= 1
+    many = torch.arange(5, dtype=torch.uint8).reshape(1, 5, 1, 1).expand(1, 5, 40, 40) + 9
+    assert image_grid(many).getpixel((5, 5)) == 9  # of what has no colours, the first channel
 
 
 def test_metrics_of_a_resumed_run_read_as_if_it_had_never_stopped(tmp_path):
