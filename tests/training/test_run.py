@@ -70,7 +70,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, dataset):
 def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path, dataset):
     trainer(tmp_path, dataset, steps=1).train()
     more = ArrayDataset(np.tile(dataset.images, (2, 1, 1, 1)), np.tile(dataset.labels, 2), "abc")
-    with pytest.raises(UserError, match=r"another run: num_images is 30, not 60; .*--out"):
+    with pytest.raises(UserError, match=r"does not hold .*: 30 images, now 60; .*--out"):
         resumed(tmp_path, more)
     with pytest.raises(UserError, match=r"settings\.class_cond is True, not False") as raised:
         resumed(tmp_path, dataset, class_cond=False)
