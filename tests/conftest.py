@@ -2,7 +2,7 @@
 
 import os
 
-pytest_plugins = ["gpu_report"]
+pytest_plugins = ["gpu_report", "software_cuda.pytest_plugin"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core per worker: threads of several workers on the same cores only wait for each other.

@@ -1,0 +1,273 @@
+// Memory and copies. Device memory is host memory, filled with ones (NaN) when it is allocated.
+//
+// torch's caching allocator stands between a tensor and cudaMalloc. It reports what it hands out
+// (fallback.cpp listens), so that a kernel may access the very bytes of the tensors it was given,
+// and a tensor's fresh memory is NaN even where it was another tensor's before.
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace sc {
+
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kFresh = 0xff, kFreed = 0xfd;
+
+std::map<uintptr_t, Allocation>& allocations() {  // of cudaMalloc and its relatives
+  static auto* value = new std::map<uintptr_t, Allocation>;
+  return *value;
+}
+std::map<uintptr_t, Allocation>& tensors() {  // parts of them
+  static auto* value = new std::map<uintptr_t, Allocation>;
+  return *value;
+}
+std::map<uintptr_t, size_t>& freed_tensors() {  // until their memory is handed out again
+  static auto* value = new std::map<uintptr_t, size_t>;
+  return *value;
+}
+size_t used[kMaxDevices];
+
+template <typename Map>
+auto* holder(Map& map, uintptr_t address, size_t (*size)(const typename Map::mapped_type&)) {
+  auto after = map.upper_bound(address);
+  using Found = decltype(&*after);
+  if (after == map.begin()) return (Found) nullptr;
+  auto& found = *std::prev(after);
+  return address < found.first + std::max<size_t>(size(found.second), 1) ? &found : (Found) nullptr;
+}
+size_t size_of(const Allocation& allocation) { return allocation.size; }
+size_t size_of_freed(const size_t& size) { return size; }
+
+size_t total_memory() {
+  static const size_t bytes = [] {
+    const char* text = getenv("SOFTWARE_CUDA_MEMORY");
+    return text && *text ? strtoull(text, nullptr, 10) : (size_t)80 << 30;
+  }();
+  return bytes;
+}
+
+cudaError_t allocate(void** pointer, size_t size, MemoryKind kind) {
+  Lock lock;
+  if (forbidden_in_capture()) return cudaErrorStreamCaptureUnsupported;
+  const int device = current_device();
+  if (device_error(device)) return device_error(device);
+  if (kind == MemoryKind::device && used[device] + size > total_memory())
+    return cudaErrorMemoryAllocation;
+  const size_t rounded = (size + 512) / 512 * 512;
+  *pointer = aligned_alloc(512, rounded);
+  if (!*pointer) return cudaErrorMemoryAllocation;
+  memset(*pointer, kFresh, rounded);
+  allocations()[(uintptr_t)*pointer] = {size, device, kind};
+  if (kind == MemoryKind::device) used[device] += size;
+  counters.mallocs++;
+  if (kind == MemoryKind::device && torch_hooks.watch_allocator) {
+    torch_hooks.watch_allocator();
+    torch_hooks.watch_allocator = nullptr;
+  }
+  return cudaSuccess;
+}
+
+// A real cudaFree waits for the device. Here the memory only lives on until the queues are empty,
+// so that freeing does not hide a missing wait.
+std::vector<void*>& waiting_to_be_freed() {
+  static auto* value = new std::vector<void*>;
+  return *value;
+}
+cudaError_t release(void* pointer) {
+  Lock lock;
+  if (!pointer) return cudaSuccess;
+  auto found = allocations().find((uintptr_t)pointer);
+  if (found == allocations().end() || found->second.registered) return cudaErrorInvalidValue;
+  if (found->second.kind == MemoryKind::device) used[found->second.device] -= found->second.size;
+  counters.frees++;
+  waiting_to_be_freed().push_back(pointer);
+  if (any_pending()) return cudaSuccess;
+  for (void* old : waiting_to_be_freed()) {
+    auto dead = allocations().find((uintptr_t)old);
+    if (dead == allocations().end()) continue;
+    auto& gone = freed_tensors();
+    gone.erase(gone.lower_bound(dead->first), gone.lower_bound(dead->first + dead->second.size));
+    memset(old, kFreed, dead->second.size);  // what still uses it should notice
+    allocations().erase(dead);
+    free(old);
+  }
+  waiting_to_be_freed().clear();
+  return cudaSuccess;
+}
+
+bool pageable(const void* address) { return !find_allocation(address); }
+
+cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) {
+  Lock lock;
+  if (!size) return cudaSuccess;
+  const bool to_pageable = pageable(to), from_pageable = pageable(from);
+  if (stream->capture && (to_pageable || from_pageable)) {
+    stream->capture->invalid = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  if (device_error(stream->device)) return device_error(stream->device);
+  if (to_pageable) {  // returns when it is done
+    note_wait("copy to the host");
+    if (const cudaError_t error = drain(stream)) return error;
+    memmove(to, from, size);
+    return cudaSuccess;
+  }
+  const Range target{(uint64_t)to, (uint64_t)to + size};
+  if (from_pageable) {  // is staged: the source may change when the call has returned
+    auto staged = std::make_shared<std::string>((const char*)from, size);
+    const auto copy = [=] { return memcpy(to, staged->data(), size), cudaSuccess; };
+    return enqueue(stream, "copy", copy, {target});
+  }
+  const auto copy = [=] { return memmove(to, from, size), cudaSuccess; };
+  return enqueue(stream, "copy", copy, {target, {(uint64_t)from, (uint64_t)from + size}});
+}
+
+}  // namespace
+
+const std::pair<const uintptr_t, Allocation>* find_allocation(const void* address) {
+  if (auto* found = holder(tensors(), (uintptr_t)address, size_of)) return found;
+  return holder(allocations(), (uintptr_t)address, size_of);
+}
+
+// ---- what torch's allocator hands out ----
+void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream) {
+  Lock lock;
+  auto& gone = freed_tensors();
+  auto first = gone.upper_bound(address);
+  if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second > address) --first;
+  gone.erase(first, gone.lower_bound(address + size));
+  tensors()[address] = {size, device, MemoryKind::device, false, stream};
+  // Behind the work that still uses the memory for the tensor before.
+  const auto fill = [=] { return memset((void*)address, kFresh, size), cudaSuccess; };
+  if (!is_behind(stream) && !stream->capture)
+    fill();
+  else
+    enqueue_later(stream, "fresh memory", fill);
+}
+void tensor_freed(uintptr_t address) {
+  Lock lock;
+  auto found = tensors().find(address);
+  if (found == tensors().end()) return;
+  const Range range{address, address + found->second.size};
+  if (const std::string user = unfinished_use(found->second, range); !user.empty())
+    report("freed in use", "memory was freed while " + user +
+                               ", on another stream, has not run (Tensor.record_stream)");
+  freed_tensors()[address] = found->second.size;
+  tensors().erase(found);
+}
+void tensor_used_on(uintptr_t address, Stream* stream) {
+  Lock lock;
+  if (auto* found = holder(tensors(), address, size_of))
+    found->second.also_used_by.push_back(stream);
+}
+
+std::vector<Range> ranges_of(const char* bytes, size_t size, int device, const std::string& user) {
+  std::vector<Range> found;
+  for (size_t i = 0; i + 8 <= size; i += 8) {
+    uintptr_t address;
+    memcpy(&address, bytes + i, 8);
+    if (address < 4096) continue;
+    if (auto* allocation = find_allocation((const void*)address)) {
+      const Allocation& memory = allocation->second;
+      if (memory.kind == MemoryKind::device && memory.device != device)
+        report("other device", user + " on device " + std::to_string(device) +
+                                   " was given memory of device " + std::to_string(memory.device));
+      else
+        found.push_back({allocation->first, allocation->first + memory.size});
+    }
+    if (holder(freed_tensors(), address, size_of_freed))
+      report("freed memory", user + " was given memory that has been freed");
+  }
+  return found;
+}
+
+}  // namespace sc
+
+using namespace sc;
+
+extern "C" {
+
+cudaError_t cudaMalloc(void** pointer, size_t size) {
+  return record(allocate(pointer, size, MemoryKind::device));
+}
+cudaError_t cudaFree(void* pointer) { return record(release(pointer)); }
+cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned) {
+  return record(allocate(pointer, size, MemoryKind::pinned));
+}
+cudaError_t cudaMallocHost(void** pointer, size_t size) { return cudaHostAlloc(pointer, size, 0); }
+cudaError_t cudaFreeHost(void* pointer) { return record(release(pointer)); }
+cudaError_t cudaHostRegister(void* pointer, size_t size, unsigned) {
+  Lock lock;
+  allocations()[(uintptr_t)pointer] = {size, current_device(), MemoryKind::pinned, true};
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* pointer) {
+  Lock lock;
+  return allocations().erase((uintptr_t)pointer) ? cudaSuccess
+                                                 : record(cudaErrorHostMemoryNotRegistered);
+}
+cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+  *total = total_memory();
+  *free_bytes = *total - used[current_device()];
+  return cudaSuccess;
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  Lock lock;
+  *attributes = {};
+  auto* found = find_allocation(pointer);
+  if (!found) {
+    attributes->type = cudaMemoryTypeUnregistered;
+    attributes->device = -2;
+    attributes->hostPointer = (void*)pointer;
+    return cudaSuccess;
+  }
+  const bool pinned = found->second.kind == MemoryKind::pinned;
+  attributes->type = pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+  attributes->device = found->second.device;
+  attributes->devicePointer = (void*)pointer;
+  attributes->hostPointer = pinned ? (void*)pointer : nullptr;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
+                            cudaStream_t handle) {
+  Stream* stream = find_stream(handle);
+  if (!stream) return record(cudaErrorInvalidResourceHandle);
+  return record(copy_async(to, from, size, stream));
+}
+cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t size,
+                                cudaStream_t stream) {
+  return cudaMemcpyAsync(to, from, size, cudaMemcpyDefault, stream);
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
+  Lock lock;
+  if (forbidden_in_capture()) return record(cudaErrorStreamCaptureUnsupported);
+  note_wait("cudaMemcpy");
+  if (const cudaError_t error = drain_legacy(current_device())) return record(error);
+  memmove(to, from, size);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t handle) {
+  Stream* stream = find_stream(handle);
+  if (!stream) return record(cudaErrorInvalidResourceHandle);
+  for (size_t row = 0; row < height; row++)
+    if (const cudaError_t error = copy_async((char*)to + row * to_pitch,
+                                             (const char*)from + row * from_pitch, width, stream))
+      return record(error);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t handle) {
+  Stream* stream = find_stream(handle);
+  if (!stream) return record(cudaErrorInvalidResourceHandle);
+  const auto fill = [=] { return memset(to, value, size), cudaSuccess; };
+  return record(enqueue(stream, "memset", fill, {{(uint64_t)to, (uint64_t)to + size}}));
+}
+cudaError_t cudaMemset(void* to, int value, size_t size) {
+  return cudaMemsetAsync(to, value, size, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,49 @@
+"""`pytest --software-cuda`: the suite runs on the device, and what it reports fails a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from . import Settings, activate, device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--software-cuda",
+        nargs="?",
+        const="sm_90",
+        metavar="DEVICE",
+        help='torch\'s "cuda" device in software (tests/software_cuda/README.md): such as sm_90, '
+        "the default, or sm_80,devices=2,memory=4,lazy",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module imports torch."""
+    if (text := config.getoption("--software-cuda")) is None:
+        return
+    try:
+        activate(Settings.parse(text))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fails a test during which the device reported a problem that nobody expected."""
+    if not device.active:
+        return (yield)
+    device.take_problems()
+    device.emulation.launches.clear()
+    device.emulation.refused.clear()
+    try:
+        result = yield
+    except BaseException:
+        device.take_problems()
+        raise
+    if problems := device.take_problems():
+        pytest.fail("the software CUDA device reports:\n" + "\n".join(map(str, problems)))
+    return result

@@ -1,0 +1,78 @@
+"""The device to be: chosen once, kept in environment variables, so that child processes have it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+GIB = 1 << 30
+SWITCH = "SOFTWARE_CUDA"
+_CAPABILITIES = {"75": (7, 5), "80": (8, 0), "86": (8, 6), "89": (8, 9), "90": (9, 0)}
+_CAPABILITIES |= {"100": (10, 0), "120": (12, 0)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `SOFTWARE_CUDA` says, such as "sm_80,devices=2,memory=4,lazy".
+
+    capability: the devices' compute capability.
+    devices: how many there are. A kernel may touch memory of its own device only.
+    memory: bytes of each, at most.
+    lazy: work runs only when something waits for it, instead of when it is enqueued.
+    rocm: torch looks like a build for ROCm on a gfx942. Kernels cannot run then.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    devices: int = 1
+    memory: int = 80 * GIB
+    lazy: bool = False
+    rocm: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Settings:
+        """Raises ValueError that names the word that is wrong."""
+        chosen: dict = {}
+        for word in filter(None, text.replace(" ", "").split(",")):
+            name, _, value = word.partition("=")
+            if name.removeprefix("sm_") in _CAPABILITIES and not value:
+                chosen["capability"] = _CAPABILITIES[name.removeprefix("sm_")]
+            elif name == "devices" and value.isdigit() and 1 <= int(value) <= 8:
+                chosen["devices"] = int(value)
+            elif name == "memory" and _is_positive(value):
+                chosen["memory"] = int(float(value) * GIB)
+            elif name in ("lazy", "rocm") and not value:
+                chosen[name] = True
+            elif word not in ("eager", "1"):
+                known = ", ".join(f"sm_{number}" for number in _CAPABILITIES)
+                raise ValueError(
+                    f"software CUDA device: {word!r} is none of {known}, devices=N, memory=GIB, "
+                    "lazy, eager, rocm"
+                )
+        return Settings(**chosen)
+
+    @property
+    def arch(self) -> str:
+        major, minor = self.capability
+        return f"sm_{major}{minor}"
+
+    def write(self, environment: dict[str, str]) -> None:
+        """The variables that the C++ libraries and child processes read."""
+        words = [self.arch, f"devices={self.devices}", f"memory={self.memory / GIB}"]
+        words += [name for name in ("lazy", "rocm") if getattr(self, name)]
+        environment[SWITCH] = ",".join(words)
+        environment["SOFTWARE_CUDA_DEVICES"] = str(self.devices)
+        environment["SOFTWARE_CUDA_MEMORY"] = str(self.memory)
+        environment["SOFTWARE_CUDA_MODE"] = "lazy" if self.lazy else "eager"
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def chosen() -> Settings | None:
+    """What the environment asks for, if it asks for the device at all."""
+    text = os.environ.get(SWITCH)
+    return Settings.parse(text) if text else None
