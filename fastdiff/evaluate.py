@@ -29,7 +29,7 @@ from fastdiff.samplers import SAMPLERS
 from fastdiff.training import report
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.distributed import World
-from fastdiff.training.errors import RunError, UserError
+from fastdiff.training.errors import RunError, UserError, printable
 from fastdiff.training.run import RunFolder, choose_device, use_threads
 from fastdiff.training.trained import load_run
 
@@ -136,8 +136,9 @@ def _evaluate(task: Task, say: Callable[[str], None]) -> None:
     if task.world.is_first:
         path = report.write(RunFolder(Path(config.run)))
         say(
-            f"step {task.run.step} of {config.run} (--ema {task.run.ema}), images of {task.data}"
-            f"{' (which it was trained on)' if _seen(config) else ''}: {task.folder}, {path}"
+            f"step {task.run.step} of {printable(config.run)} (--ema {task.run.ema}), images of "
+            f"{printable(task.data)}{' (which it was trained on)' if _seen(config) else ''}: "
+            f"{printable(task.folder)}, {printable(path)}"
         )
 
 

@@ -22,7 +22,7 @@ from fastdiff.images import image_grid, to_uint8
 from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
 from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.distributed import World
-from fastdiff.training.errors import RunError, UserError, naming
+from fastdiff.training.errors import RunError, UserError, naming, printable
 from fastdiff.training.run import choose_device, use_threads
 from fastdiff.training.trained import TrainedRun, load_run
 
@@ -122,7 +122,10 @@ def main(argv: list[str]) -> int:
         write_atomic(out, _encode(out.suffix.lower(), images, labels, frames, sampler))
     except OSError as error:
         raise RunError(f"--out {out}: cannot write: {error.strerror}") from error
-    _cli.say(f"{config.num} images of step {run.step} of {config.run} (--ema {run.ema}): {out}")
+    _cli.say(
+        f"{config.num} images of step {run.step} of {printable(config.run)} (--ema {run.ema}): "
+        f"{printable(out)}"
+    )
     return 0
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 from typing import Any
 
 from fastdiff import _cli
-from fastdiff.training import watchers
-from fastdiff.training.config import TrainConfig
+from fastdiff.training import hub, watchers
+from fastdiff.training.config import BUILT_IN_DATA, TrainConfig
 from fastdiff.training.config_file import read_config_file
 from fastdiff.training.distributed import World
-from fastdiff.training.errors import UserError
+from fastdiff.training.errors import UserError, printable
 from fastdiff.training.interrupt import Interrupt
 
 PROGRAM = "python -m fastdiff.train"
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     world = World.from_environment()
     say = _cli.say if world.is_first else _say_nothing
     folder = RunFolder(config.run_folder)
+    shown = printable(folder.path)
     device = choose_device(config.device, world)
     use_threads(config)
     watchers.check(config)
@@ -45,6 +47,11 @@ def main(argv: list[str]) -> int:
             world.first(folder.check_new)
         if config.download:
             world.first(lambda: download(config.data, config.data_dir))
+        if config.resume and _has_gone(config):
+            raise UserError(
+                f"--resume: the images of {shown} are not in {printable(config.data)} any more; "
+                "say with --data where they are now"
+            )
         dataset = load_dataset(
             config.data,
             config.data_dir,
@@ -58,32 +65,32 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
             if newest is None:
-                say(f"{folder.path} has no checkpoint yet: starting at step 0")
+                say(f"{shown} has no checkpoint yet: starting at step 0")
             else:
                 trainer.restore(newest)
-                say(f"continuing {folder.path} at step {trainer.step}")
+                say(f"continuing {shown} at step {trainer.step}")
         world.first(lambda: folder.create(config))
 
         parameters = sum(p.numel() for p in trainer.unet.parameters())
         height, width, channels = dataset.shape
         processes = f"{world.size} processes, each " if world.size > 1 else ""
         say(
-            f"{len(dataset):,} images of {height}x{width}x{channels}, {parameters / 1e6:.2f} M "
-            f"parameters, {processes}on {device}; writing to {folder.path}"
+            f"{len(dataset):,} image{'s' * (len(dataset) > 1)} of {height}x{width}x{channels}, "
+            f"{parameters / 1e6:.2f} M parameters, {processes}on {device}; writing to {shown}"
         )
         with Interrupt() as interrupt:
             finished = trainer.train(should_stop=interrupt.requested)
     if not finished:
         say(
             f"stopped at step {trainer.step} of {config.steps}; continue with\n"
-            f"  {PROGRAM} --out {folder.path} --resume"
+            f"  {PROGRAM} --out {shown} --resume"
         )
         # A process that had no signal of its own stops because another had.
         return 128 + (interrupt.signum or signal.SIGTERM)
     say(
-        f"done: look at {folder.samples / f'step-{trainer.step:08d}.png'} (drawn with --ema "
+        f"done: look at {printable(folder.samples)}/step-{trainer.step:08d}.png (drawn with --ema "
         f"{config.ema[0]}); draw more with\n"
-        f"  python -m fastdiff.sample {folder.path}"
+        f"  python -m fastdiff.sample {shown}"
     )
     return 0
 
@@ -140,6 +147,12 @@ def parse(argv: list[str]) -> TrainConfig:
             )
     config.validate()
     return config
+
+
+def _has_gone(config: TrainConfig) -> bool:
+    """Whether the data are a path, at which nothing is."""
+    is_path = config.data not in BUILT_IN_DATA and not config.data.startswith(hub.PREFIX)
+    return is_path and not os.path.exists(config.data)
 
 
 def _say_nothing(message: str) -> None:

@@ -81,9 +81,9 @@ def find(
         return images, None, ()
     if names[0] == "":
         warn(
-            f"--data {printable(folder)}: {tops.count('')} of {len(tops)} images lie beside the "
-            f"subfolders {_listed(names[1:])}, so that no image has a class; move them into one "
-            "if the subfolders are classes"
+            f"--data {printable(folder)}: {tops.count('')} of {len(tops)} images lie in the folder "
+            f"itself, beside {_listed(names[1:])}, so that no image has a class; move them into a "
+            "subfolder if the subfolders are classes"
         )
         return images, None, ()
     if empty := [name for name in found.subfolders if name not in set(names)]:
@@ -116,23 +116,24 @@ def without_empty_classes(
 def _walk(folder: Path) -> _Contents:
     """Every folder below is read once, real ones before links to them."""
     found = _Contents()
-    real = folder.resolve()
-    above = {_identity(path) for path in real.parents}
-    seen = {_identity(real)}
-    folders, links = [folder], []
+    real = os.path.realpath(folder)
+    above, seen = set(map(str, Path(real).parents)), {real}
+    # Each with where it really lies. Not by the number of its inode, which some disks do not have.
+    folders, links = [(folder, real)], []
     while folders or links:
         if folders:
-            current = folders.pop()
+            current, real = folders.pop()
         else:
             current = links.pop(0)
-            if (identity := _identity(current)) in seen or identity in above:
+            real = os.path.realpath(current)
+            if real in seen or real in above:
                 found.links.append(_shown(current, folder))
                 continue
-            seen.add(identity)
+            seen.add(real)
             if current.parent == folder:
                 found.subfolders.append(current.name)
         for entry in _entries(folder, current):
-            path = current / entry.name
+            path, place = current / entry.name, os.path.join(real, entry.name)
             if not _is_folder(entry):
                 _take_file(path, folder, found)
             elif is_not_data(entry.name):
@@ -141,11 +142,11 @@ def _walk(folder: Path) -> _Contents:
                 found.runs.append(_shown(path, folder))
             elif entry.is_symlink():
                 links.append(path)
-            elif (identity := _identity(path)) in seen:  # inside a link's target
+            elif place in seen:  # below a link's target
                 found.links.append(_shown(path, folder))
             else:
-                seen.add(identity)
-                folders.append(path)
+                seen.add(place)
+                folders.append((path, place))
                 if current == folder:
                     found.subfolders.append(entry.name)
     found.images.sort()
@@ -187,14 +188,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_run(path: Path) -> bool:
     return os.path.isfile(path / "config.json") and os.path.isdir(path / "checkpoints")
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:  # gone since; reading it says so
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _left_out(found: _Contents) -> str:

@@ -57,9 +57,8 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     if before.get("names") != now.get("names"):
         found.append("files of other names")
     elif before.get("sizes") != now.get("sizes"):
-        found.append(
-            f"files of the same names and other sizes ({before['bytes']} bytes, now {now['bytes']})"
-        )
+        sizes = f"{before.get('bytes')} bytes, now {now.get('bytes')}"
+        found.append(f"files of the same names and other sizes ({sizes})")
     if before.get("pixels") != now.get("pixels"):
         found.append("other pixels")
     if before.get("labels") != now.get("labels") and there["classes"] == here["classes"]:

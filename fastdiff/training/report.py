@@ -89,7 +89,8 @@ def write(folder: RunFolder) -> Path:
         "</html>",
     ]
     path = folder.path / "report.html"
-    write_atomic(path, "\n".join(parts).encode())
+    # Names that are not UTF-8 show their bytes as escapes.
+    write_atomic(path, "\n".join(parts).encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -50,7 +50,8 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, data: str) -> None:
     """
     here = json.loads(json.dumps(_facts_of_data(dataset)))
     there = {name: checkpoint.meta.get(name) for name in here}
-    changed = identity.differences(there, here)
+    with naming(f"--resume: checkpoint of step {checkpoint.step}"):
+        changed = identity.differences(there, here)
     if changed:
         raise UserError(
             f"--resume: --data {printable(data)} does not hold what the run was trained on until "

@@ -192,8 +192,8 @@ def test_stray_images_beside_classes_are_said_to_cost_the_classes(tmp_path):
     dataset, said = load(tmp_path)
     assert dataset.labels is None
     assert said == [
-        f"--data {tmp_path}: 1 of 3 images lie beside the subfolders a, b, so that no image has a "
-        "class; move them into one if the subfolders are classes"
+        f"--data {tmp_path}: 1 of 3 images lie in the folder itself, beside a, b, so that no image "
+        "has a class; move them into a subfolder if the subfolders are classes"
     ]
 
 
