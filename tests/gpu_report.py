@@ -32,6 +32,7 @@ BACKENDS = ("cuda", "triton")
 # What may keep a test from running on a machine with a device.
 EXPLAINED = (
     r"needs two CUDA devices",
+    r"about the software CUDA device: .+",
     r"this device has no .+",
     r"not on the software CUDA device: .+",
 )

@@ -117,8 +117,11 @@ device = Device()
 
 def activate(settings: Settings) -> None:
     """Give this process, which has not imported torch yet, and its children the device."""
-    if device.active:
+    waiting = _finder()
+    if device.active or (waiting and waiting.settings == settings):
         return
+    if waiting:
+        sys.meta_path.remove(waiting)
     if "torch" in sys.modules:
         raise RuntimeError("the software CUDA device has to come before torch is imported")
     from . import build
@@ -135,9 +138,15 @@ def activate(settings: Settings) -> None:
 
 def install() -> None:
     """Put the device under torch, once torch is imported, if the environment asks for it."""
-    from .import_hook import TorchFinder
-
     wanted = chosen()
-    if wanted is None or any(isinstance(finder, TorchFinder) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, TorchFinder(wanted))
+    if wanted is not None and not device.active and _finder() is None:
+        from .import_hook import TorchFinder
+
+        sys.meta_path.insert(0, TorchFinder(wanted))
+
+
+def _finder() -> Any:
+    """What waits for the import of torch."""
+    if (module := sys.modules.get(f"{__name__}.import_hook")) is None:
+        return None
+    return next((f for f in sys.meta_path if isinstance(f, module.TorchFinder)), None)

@@ -132,19 +132,27 @@ def fallback() -> Path:
     return _linked("fallback.so", [made, fake_runtime()], *options)
 
 
+def _kernels(sources: Sequence[Path], arch: str, *flags: str) -> list[Path]:
+    virtual = arch.replace("sm_", "compute_")
+    # The same options as the launchers of tests/op_harness have, so that both share the objects.
+    options = ["-c", "-O3", "-std=c++17", "-lineinfo", "--no-compress", "-cudart", "none"]
+    options += ["-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC", *flags]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: compile_cached(path, options, ".o"), sources))
+
+
+def small_library(source: Path, arch: str) -> Path:
+    """A library of one .cu file, linked with the fake runtime."""
+    return _linked(f"{source.stem}.so", [*_kernels([source], arch), fake_runtime()])
+
+
 @functools.cache
 def cuda_library(arch: str) -> Path:
     """fastdiff's _C_cuda.so with PTX only, linked with the fake runtime. arch: such as "sm_90"."""
     csrc, torch = _PROJECT / "csrc", torch_folder()
-    virtual = arch.replace("sm_", "compute_")
-    # The same options as the launchers of tests/op_harness have, so that both share the objects.
-    options = ["-c", "-O3", "-std=c++17", "-lineinfo", "--no-compress", "-cudart", "none"]
-    options += ["-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC"]
-    options += [f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}"]
-    options += ["-std=c++20", "--expt-relaxed-constexpr"]
+    flags = [f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}", "-std=c++20"]
     sources = sorted((csrc / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(lambda path: compile_cached(path, options, ".o"), sources))
+    objects = _kernels(sources, arch, *flags, "--expt-relaxed-constexpr")
     version = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (_PROJECT / "setup.py").read_text())[1]
     # nvcc lists what a binding includes, torch's headers too, and compiles again if one changes.
     binding = ["-c", "-std=c++20", "-O1", "-cudart", "none", "-Xcompiler", "-fPIC"]

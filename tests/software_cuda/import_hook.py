@@ -18,7 +18,7 @@ class TorchFinder(importlib.abc.MetaPathFinder):
     """Loads the fake CUDA libraries before torch's first line, and the fallback after its last."""
 
     def __init__(self, settings: Settings):
-        self._settings = settings
+        self.settings = settings
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch":
@@ -30,9 +30,9 @@ class TorchFinder(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
-            load_runtime(self._settings)
+            load_runtime(self.settings)
             execute(module)
-            load_fallback(self._settings)
+            load_fallback(self.settings)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,13 +19,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help='torch\'s "cuda" device in software (tests/software_cuda/README.md): such as sm_90, '
         "the default, or sm_80,devices=2,memory=4,lazy",
     )
+    # Now, as a conftest.py of a folder that is named on the command line may import torch before
+    # pytest has parsed its options.
+    for argument in sys.argv[1:]:
+        name, _, text = argument.partition("=")
+        if name == "--software-cuda":
+            _switch_on(text)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module imports torch."""
-    if (text := config.getoption("--software-cuda")) is None:
-        return
+    """For options that come from elsewhere, such as PYTEST_ADDOPTS."""
+    if (text := config.getoption("--software-cuda")) is not None:
+        _switch_on(text)
+
+
+def _switch_on(text: str) -> None:
     try:
         activate(Settings.parse(text))
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # Anything of these kinds fails a test that does not expect it.
 PROBLEMS = {
@@ -17,7 +18,8 @@ PROBLEMS = {
     "freed memory": "a kernel was given memory that has been freed",
     "freed in use": "memory was freed while another stream had not yet used it",
 }
-_OUTSIDE = ("/torch/", "/software_cuda/", "/ptx_emulator/", "/triton/", "<frozen")
+# Folders whose lines are not the caller's.
+_OUTSIDE = {"torch", "triton", "_pytest", "pluggy", "software_cuda", "ptx_emulator"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class Report:
         return f"{self.kind}: {self.what}" + "".join(f"\n    at {line}" for line in self.where)
 
 
+def _is_outside(filename: str) -> bool:
+    """Whether a line is torch's, pytest's or the device's own, but for the device's own tests."""
+    parts = Path(filename).parts
+    own_test = "software_cuda" in parts and "tests" in parts[parts.index("software_cuda") :]
+    return filename.startswith("<frozen") or (not own_test and not _OUTSIDE.isdisjoint(parts))
+
+
 def _caller() -> tuple[str, ...]:
     frames = traceback.extract_stack()
     lines = [
         f"{frame.filename}:{frame.lineno} ({frame.name})"
         for frame in reversed(frames)
-        if not any(part in frame.filename for part in _OUTSIDE)
+        if not _is_outside(frame.filename)
     ]
     return tuple(lines[:3])
 

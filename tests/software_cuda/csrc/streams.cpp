@@ -130,7 +130,7 @@ cudaError_t drain(Stream* stream) {
     const cudaError_t error = advance_all();
     if (!first) first = error;
   }
-  return first;
+  return first ? first : device_error(stream->device);
 }
 cudaError_t run_until(const std::shared_ptr<Mark>& mark) {
   Lock lock;
@@ -246,8 +246,7 @@ static cudaError_t wait_by_host(Stream* stream, const char* what) {
     return cudaErrorStreamCaptureUnsupported;
   }
   note_wait(what);
-  const cudaError_t error = drain(stream);
-  return error ? error : device_error(stream->device);
+  return drain(stream);
 }
 
 }  // namespace sc

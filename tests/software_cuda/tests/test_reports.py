@@ -1,0 +1,193 @@
+"""Every kind of problem that the device reports, planted once."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import pytest
+import torch
+
+from software_cuda import PROBLEMS, device
+
+pytestmark = pytest.mark.gpu
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def test_correct_launches_report_nothing(launchers):
+    x, y = torch.empty(300, device="cuda"), torch.empty(300, device="cuda")
+    assert launchers.fill(x, 7, 300) == 0
+    assert launchers.twice(x, y) == 0
+    assert (y == 14).all()
+    assert [launch.grid for launch in device.launches[-2:]] == [(3, 1, 1)] * 2
+    assert device.take_problems() == []
+
+
+@pytest.mark.parametrize("elements", [1, 300, 512])
+def test_an_access_behind_a_tensor_is_a_fault_that_lasts(launchers, elements):
+    x = torch.zeros(elements, device="cuda")
+    with device.expect("kernel fault") as reports:
+        assert launchers.fill(x, 7, elements + 1) != 0
+        with pytest.raises(RuntimeError, match=r"illegal|CUDA error"):
+            x.add_(1)  # a device is of no use after a fault
+    assert "OutOfBounds" in reports[0].what
+    assert x.add_(1).sum() >= elements  # but works again when its problems have been taken
+
+
+def test_an_access_to_a_tensor_that_was_not_given_is_a_fault(launchers):
+    both = torch.zeros(2, 128, device="cuda")
+    x = torch.zeros(128, device="cuda")
+    y = torch.zeros(128, device="cuda")
+    distance = (y.data_ptr() - x.data_ptr()) // 4
+    assert launchers.fill(both, 1, 256) == 0
+    if distance > 0:
+        with device.expect("kernel fault"):
+            launchers.fill(x, 1, distance + 1)
+
+
+def test_fresh_memory_is_nan_also_where_a_tensor_was_before():
+    for _ in range(3):
+        x = torch.empty(1000, device="cuda")
+        address = x.data_ptr()
+        assert x.isnan().all()
+        x.fill_(1)
+        del x
+    assert torch.empty(1000, device="cuda").data_ptr() == address
+
+
+def test_a_launch_on_another_stream_than_the_current(launchers):
+    x, other = torch.zeros(8, device="cuda"), torch.cuda.Stream()
+    with device.expect("foreign stream") as reports:
+        launchers.fill(x, 1, 8, other)
+    assert "fill_kernel" in reports[0].what
+    assert "test_reports.py" in reports[0].where[1]
+    with torch.cuda.stream(other):
+        launchers.fill(x, 1, 8)
+    assert device.take_problems() == []
+
+
+@two_devices
+def test_memory_of_another_device(launchers):
+    here, there = torch.zeros(128, device="cuda:0"), torch.zeros(128, device="cuda:1")
+    with device.expect("other device"), device.expect("kernel fault"):
+        launchers.twice(here, there)
+
+
+def test_memory_that_has_been_freed(launchers):
+    x = torch.zeros(128, device="cuda")
+    address = x.data_ptr()
+    del x
+    with device.expect("freed memory"):
+        launchers.fill(address, 1, 128)
+
+
+@pytest.mark.parametrize("correct", ["record_stream", "wait", None])
+def test_memory_freed_while_another_stream_uses_it(launchers, correct):
+    side = torch.cuda.Stream()
+    y = torch.zeros(128, device="cuda")
+
+    def use() -> None:
+        temporary = torch.ones(128, device="cuda")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            launchers.twice(temporary, y)
+        if correct == "record_stream":
+            temporary.record_stream(side)
+        elif correct == "wait":
+            torch.cuda.current_stream().wait_stream(side)
+
+    with device.lazy():
+        if correct:
+            use()
+            torch.cuda.synchronize()
+        else:
+            with device.expect("freed in use"):
+                use()
+    assert (y == 2).all()
+
+
+@two_devices
+def test_a_kernel_attribute_holds_for_one_device(launchers):
+    on = [torch.arange(128.0, device=f"cuda:{i}") for i in range(2)]
+    assert launchers.reverse(on[0], 60 << 10, ask=True) == 0
+    assert launchers.reverse(on[0], 60 << 10, ask=False) == 0  # it stays set
+    with torch.cuda.device(1), device.expect("launch refused"):
+        assert launchers.reverse(on[1], 60 << 10, ask=False) != 0
+
+
+def test_too_much_shared_memory_is_refused(launchers):
+    x = torch.arange(128.0, device="cuda")
+    too_much = torch.cuda.get_device_properties(0).shared_memory_per_block_optin + 1
+    assert launchers.reverse(x, too_much, ask=True) == 1  # cudaErrorInvalidValue
+    assert launchers.reverse(x, 512, ask=False) == 0
+    assert x.tolist() == list(map(float, reversed(range(128))))
+
+
+def test_a_function_that_is_not_implemented_says_so(capfd):
+    function = ctypes.CDLL("libcudart.so.13").cudaIpcGetMemHandle
+    with device.expect("not implemented") as reports:
+        assert function(None, None) == 801  # cudaErrorNotSupported
+    assert "cudaIpcGetMemHandle" in reports[0].what
+    assert "cudaIpcGetMemHandle" in capfd.readouterr().err
+
+
+def test_an_operator_that_fails_after_its_call():
+    """An index out of bounds: a device-side assert, on a GPU, when somebody waits."""
+    x = torch.zeros(3, device="cuda")
+    with device.expect("operator failed"), device.lazy():
+        x.index_select(0, torch.tensor([5], device="cuda"))
+        with pytest.raises(RuntimeError):
+            torch.cuda.synchronize()
+
+
+def test_host_waits_name_the_line():
+    x = torch.ones(3, device="cuda")
+    with device.host_waits() as waits:
+        y = x * 2 + x.sum()
+    assert waits == []
+    with device.host_waits() as waits:
+        y.max().item()
+    assert len(waits) == 1
+    assert "test_host_waits_name_the_line" in waits[0].where[0]
+
+
+def test_operators_and_launches_are_counted(launchers):
+    x = torch.ones(3, device="cuda")
+    before, calls = device.counts(), device.operator_calls()
+    x.mul_(2).mul_(2)
+    launchers.fill(x, 1, 3)
+    after = device.counts()
+    assert device.operator_calls()["aten::mul_.Tensor"] - calls.get("aten::mul_.Tensor", 0) == 2
+    assert after.operators - before.operators == 2
+    assert after.launches - before.launches == 1
+
+
+def test_expecting_a_problem_that_does_not_come_fails():
+    with pytest.raises(AssertionError, match="no foreign stream"), device.expect("foreign stream"):
+        pass
+    with pytest.raises(ValueError, match="kind"), device.expect("anything"):
+        pass
+    assert "kernel fault" in PROBLEMS
+
+
+def test_threads_do_not_block_each_other(launchers):
+    """Waits, frees and launches from two threads, with pauses in between."""
+    failed = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(40):
+                x = torch.full((64,), float(seed + i), device="cuda")
+                launchers.twice(x, y := torch.empty(64, device="cuda"))
+                assert y[0].item() == 2 * (seed + i)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in (1, 1000)]
+    with device.jitter(300):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failed == []

@@ -1,0 +1,71 @@
+"""torch's own operators give on the device what they give on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+pytestmark = pytest.mark.gpu
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),
+        nn.Flatten(),
+        nn.Linear(8 * 4 * 4, 5),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_network_and_its_gradients(dtype, memory_format):
+    x = torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = network().to(device, dtype, memory_format=memory_format)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(x.to(device, dtype)).float().square().mean().backward()
+        optimizer.step()
+        found.append([p.detach().float().cpu() for p in model.parameters()])
+        found[-1] += [p.grad.float().cpu() for p in model.parameters()]
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.t().contiguous() + x.diagonal().sum(),
+        lambda x: torch.topk(x, 2, dim=1).indices,
+        lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None]),
+        lambda x: torch.stack([x, x]).permute(2, 0, 1).clone(),
+        lambda x: torch.cumsum(x, 0, out=torch.empty(0, device=x.device)),
+        lambda x: functional.interpolate(x[None, None], scale_factor=2, mode="nearest"),
+        lambda x: torch.linalg.eigvalsh(x @ x.t()),
+        lambda x: torch.complex(x, x).abs(),
+        lambda x: torch._foreach_add([x, x], 1.0)[1],
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_operators(function, lazy):
+    from software_cuda import device
+
+    x = torch.linspace(-1, 1, 36).view(6, 6)
+    with device.lazy(lazy):
+        found = function(x.cuda())
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), function(x))
+
+
+def test_tensors_of_two_devices_do_not_mix():
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device="cuda") + torch.ones(3)
+    assert (torch.ones(3, device="cuda") * torch.tensor(2.0)).tolist() == [2] * 3
