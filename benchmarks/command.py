@@ -101,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             made.error(f"--{option} is {value}, expected at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device is cuda, but no CUDA device is visible")
+    if options.publish and options.device == "cuda" and machine.is_software(options.device):
+        made.error(f"--publish: the times are {machine.NO_GPU}")
     if options.compare and not options.compare.is_file():
         made.error(f"--compare: there is no file {options.compare}")
     options.ops = options.ops or list(OPS)
@@ -255,8 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = collect(options)
     failed = print_wrong([row for section in compare.SECTIONS for row in document.get(section, ())])
     print("\ntargets")
-    for verdict in targets.verdicts(document):
-        print(f"  {verdict}")
+    if "times" in document["machine"]:
+        print(f"  not judged: times are {document['machine']['times']}")
+    else:
+        for verdict in targets.verdicts(document):
+            print(f"  {verdict}")
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.out:

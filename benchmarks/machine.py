@@ -33,6 +33,14 @@ COPIED_BYTES = 256 << 20
 PEERS = ("triton", "diffusers", "denoising-diffusion-pytorch", "liger-kernel", "apex")
 
 
+# In `facts` of a device that is a program (tests/software_cuda), and wherever they are shown.
+NO_GPU = "of a CUDA device in software: they are no GPU's and say nothing about one"
+
+
+def is_software(device: torch.device | str) -> bool:
+    return "software" in torch.cuda.get_device_properties(device).name
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -84,4 +92,6 @@ def facts(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "clock_mhz": clock_mhz(device),
         }
+        if is_software(device):
+            known["times"] = NO_GPU
     return known

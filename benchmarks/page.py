@@ -64,10 +64,11 @@ def _machine(document: Mapping[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {facts[name]}" for name in ("torch", "diffusers", "triton") if facts.get(name)
     )
+    warning = f"**Times are {facts['times']}.** " if "times" in facts else ""
     return (
-        f"Measured on {processor}, {facts['cores']} cores, {facts['threads']} threads, load "
-        f"{facts['load']} at the start; {versions}; kernels built by {facts['compiler']}. A copy "
-        f"that no cache holds moves {facts['copy_gb_s']:.1f} GB/s.\n"
+        f"{warning}Measured on {processor}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"load {facts['load']} at the start; {versions}; kernels built by {facts['compiler']}. "
+        f"A copy that no cache holds moves {facts['copy_gb_s']:.1f} GB/s.\n"
     )
 
 

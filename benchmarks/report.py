@@ -17,6 +17,8 @@ Row = Mapping[str, Any]
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     print("  ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
+    if "times" in facts:
+        print(f"TIMES BELOW ARE {facts['times']}".rstrip())
 
 
 def number(value: float | None, digits: int = 2, unit: str = "", missing: str = "-") -> str:
