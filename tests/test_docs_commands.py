@@ -54,7 +54,12 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert (ROOT / "mkdocs.yml").exists()
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").exists()
-        case ["python", "setup.py", "build_ext", "--inplace"] | [".ci/run"] | ["tests/sanitize.sh"]:
+        case (
+            ["python", "setup.py", "build_ext", "--inplace"]
+            | [".ci/run"]
+            | ["tests/sanitize.sh"]
+            | ["tests/on_gpu.sh"]
+        ):
             assert (ROOT / (words[1] if words[0] == "python" else words[0])).exists()
         case _:
             pytest.fail(f"not a command that this test knows: {command}")
