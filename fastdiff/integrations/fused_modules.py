@@ -1,46 +1,112 @@
 """What `patch` turns modules into: same object, attributes and state dict, another class.
 
-A module gets a subclass of its own class, so `isinstance`, hooks, `deepcopy`, `.to()`, wrappers and
-checkpoints go on as before, and giving the class back undoes it. Every fused forward first looks
-whether someone watches the modules it would skip (hooks, a forward set on the instance, another
-module in their place), and then runs the original code.
+A module gets a subclass of its own class with the same name, so `isinstance`, hooks, `deepcopy`,
+`.to()`, wrappers and checkpoints go on as before, and giving the class back undoes it. Only the
+owner of a normalization and an activation fuses the two, inside its own methods: each of them, if
+anybody else calls it, computes what it did before. Every fused method first looks whether someone
+watches the modules it would skip (hooks, a forward set on the instance, another module in their
+place), and then runs the original code.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
+from fastdiff.integrations.pair_calls import Pairs, methods_of, pairs_in, rewritten
 from fastdiff.ops import group_norm_silu
 
-SILU_CLASSES: set[type] = {nn.SiLU}
-"""Classes whose forward is x sigmoid(x); `patch` adds look-alikes that it has tried."""
+SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
+"""Classes whose forward is x sigmoid(x), with it; `patch` adds look-alikes that it has tried."""
 
 
 class Fused:
-    """Base of the mixins. `fused_class` sets `_mixin` and `_original`."""
+    """Base of the mixins. Their methods return NotImplemented where the original has to run."""
 
-    _mixin: type
-    _original: type
+    # Of a class that `fused_class` made: its arguments.
+    _mixin = _original = _pairs = None
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Ends here: projects that register their subclasses by name shall not see ours."""
 
     def __reduce_ex__(self, protocol: int):
         # The class is made at run time, so a pickle names what it is made of.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self._mixin, self._original), *state
+        return _new, (self._mixin, self._original, self._pairs), *state
+
+    @classmethod
+    def fused_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
+        """What runs in place of methods of `original`, by name."""
+        return {name: vars(cls)[name] for name in ("forward", "_forward") if name in vars(cls)}
 
 
-@functools.cache
-def fused_class(mixin: type, original: type) -> type:
-    """The subclass of `original` whose forward is the mixin's."""
-    attributes = {"_mixin": mixin, "_original": original, "__doc__": original.__doc__}
-    verb = "Paired" if mixin.__name__.startswith("Paired") else "Fused"
-    return type(verb + original.__name__, (mixin, original), attributes)
+_classes: dict[tuple, type] = {}
 
 
-def _new(mixin: type, original: type) -> Fused:
-    cls = fused_class(mixin, original)
+def fused_class(mixin: type, original: type, pairs: Pairs = frozenset()) -> type:
+    """The subclass of `original` whose methods are the mixin's where these apply.
+
+    It is `original` by name: wrappers, device maps, configurations and tracers look for names.
+    """
+    key = mixin, original, pairs
+    if key not in _classes or not _is_current(_classes[key]):
+        _classes[key] = _make_class(*key)
+    return _classes[key]
+
+
+def _is_current(cls: type) -> bool:
+    """Whether the methods that it replaces are still those of the original."""
+    return all(getattr(cls._original, name) is f for name, f in cls._replaced.items())
+
+
+def _make_class(mixin: type, original: type, pairs: Pairs) -> type:
+    methods = {
+        name: _guarded(original, name, function)
+        for name, function in mixin.fused_methods(original, pairs).items()
+    }
+    attributes = {
+        **{k: getattr(original, k) for k in ("__module__", "__qualname__", "__doc__")},
+        "__annotations__": dict(getattr(original, "__annotations__", {})),  # TorchScript reads them
+        "_mixin": mixin,
+        "_original": original,
+        "_pairs": pairs,
+        "_replaced": {name: getattr(original, name) for name in methods},
+    }
+    return type(original.__name__, (mixin, original), attributes | methods)
+
+
+def _guarded(original: type, name: str, fused: Callable) -> Callable:
+    """The method of a fused class: `fused`, unless the original has to run.
+
+    That is so if `original` got another method since (some projects replace a class's forward),
+    in torch.jit.trace, on which ONNX export may stand, and for a bound method that was kept while
+    its module was unpatched.
+    """
+    seen, is_tracing, base = getattr(original, name), torch.jit.is_tracing, Fused
+
+    def method(self, *args, **kwargs):
+        current = getattr(original, name)
+        if current is seen and not is_tracing() and isinstance(self, base):
+            result = fused(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return current(self, *args, **kwargs)
+
+    # With the original's globals, torch.jit.script, which reads the source behind __wrapped__,
+    # compiles the original.
+    innermost = inspect.unwrap(seen)
+    method = FunctionType(method.__code__, innermost.__globals__, name, None, method.__closure__)
+    return functools.update_wrapper(method, seen)
+
+
+def _new(mixin: type, original: type, pairs: Pairs = frozenset()) -> nn.Module:
+    cls = fused_class(mixin, original, pairs)
     return cls.__new__(cls)
 
 
@@ -67,11 +133,31 @@ def is_watched(*modules: nn.Module) -> bool:
 
 def is_pair(norm: object, activation: object) -> bool:
     """Whether these two, one after the other, may run as one op."""
+    cls = type(activation)
+    known = SILU_CLASSES.get(cls)
     return (
-        isinstance(norm, FusedGroupNorm)
-        and type(activation) in SILU_CLASSES
+        known is not None
+        and known is cls.forward
+        and isinstance(norm, FusedGroupNorm)
+        and norm._replaced["forward"] is norm._original.forward
         and not is_watched(norm, activation)
     )
+
+
+def takes(norm: nn.GroupNorm, x: object) -> bool:
+    """Whether the op computes this; torch's group_norm has more: (N, C), quantized numbers, DTensor
+    and other subclasses with rules of their own. A tracer's proxy is not a tensor."""
+    if not _is_plain(type(x)) or not 3 <= x.dim() <= 5 or not x.is_floating_point():
+        return False
+    weight = norm._parameters.get("weight")
+    return weight is None or _is_plain(type(weight))
+
+
+def _is_plain(cls: type) -> bool:
+    if cls is Tensor or cls is nn.Parameter:
+        return True
+    # The tensors of tracers such as torch.export.
+    return issubclass(cls, Tensor) and cls.__module__.startswith("torch._subclasses.")
 
 
 def normalize(
@@ -100,39 +186,40 @@ def normalize(
 class FusedGroupNorm(Fused):
     """A normalization alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not _is_image(x):
-            return super().forward(x)
-        return normalize(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return normalize(self, input) if takes(self, input) else NotImplemented
 
 
-class PairedGroupNorm(FusedGroupNorm):
-    """A normalization that also applies the activation which its owner calls next."""
+class PairedOwner(Fused):
+    """A module that calls a normalization and right after it the activation: `_pairs` by name."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not _is_image(x) or is_watched(self, *self._partner):
-            return super().forward(x)
-        return normalize(self, x, "silu")
+    @classmethod
+    def fused_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
+        return {
+            name: rewritten(function, here, pair)
+            for name, function in methods_of(original).items()
+            if (here := pairs_in(function, pairs))
+        }
 
 
-class PairedActivation(Fused):
-    """The activation that the normalization before it has already applied."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _is_image(x) or is_watched(self, *self._partner):
-            return super().forward(x)
-        return x
+def pair(owner: nn.Module, norm_name: str, activation_name: str, x: Tensor) -> Tensor:
+    """`owner.activation(owner.norm(x))`, in the methods of a `PairedOwner`."""
+    norm = getattr(owner, norm_name)
+    if is_pair(norm, getattr(owner, activation_name, None)) and takes(norm, x):
+        return normalize(norm, x, "silu")
+    x = norm(x)
+    return getattr(owner, activation_name)(x)
 
 
 class FusedSequential(Fused):
     """A Sequential in which a normalization and the SiLU behind it are one op."""
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         modules = iter(self._modules.values())
         here = next(modules, None)
         while here is not None:
             following = next(modules, None)
-            if is_pair(here, following) and _is_image(input):
+            if is_pair(here, following) and takes(here, input):
                 input = normalize(here, input, "silu")
                 following = next(modules, None)
             else:
@@ -141,15 +228,26 @@ class FusedSequential(Fused):
         return input
 
 
+_SEQUENTIAL = nn.Sequential.forward, fused_class(FusedSequential, nn.Sequential).forward
+
+
 class FusedResnetBlock2D(Fused):
     """diffusers' ResnetBlock2D: both normalizations with SiLU, the second with the time."""
+
+    NAMES = (
+        "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act norm2 dropout "
+        "time_embedding_norm conv2 conv_shortcut output_scale_factor torch chunk shape contiguous "
+        "len get deprecate ValueError training scale USE_PEFT_BACKEND Upsample2D Downsample2D "
+        "isinstance"
+    )
+    """All that its forward, in the versions so far, names. With another it may do more."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
         activation = self.nonlinearity
         fusable = is_pair(self.norm1, activation) and is_pair(self.norm2, activation)
         unexpected = args or kwargs or (temb is not None and self.time_emb_proj is None)
-        if not fusable or unexpected:
-            return super().forward(input_tensor, temb, *args, **kwargs)
+        if not fusable or unexpected or not takes(self.norm1, input_tensor):
+            return NotImplemented
         h = normalize(self.norm1, input_tensor, "silu")
         for resample in (self.upsample, self.downsample):
             if resample is not None:
@@ -181,10 +279,19 @@ class FusedResBlock(Fused):
     The first is in a Sequential with its SiLU, which is patched by itself.
     """
 
+    NAMES = (
+        "updown in_layers h_upd x_upd emb_layers type dtype len shape dim use_scale_shift_norm "
+        "out_layers torch th chunk skip_connection skip_t_emb zeros_like exchange_temb_dims "
+        "rearrange"
+    )
+
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, activation, *rest = self.out_layers
-        if not is_pair(norm, activation) or is_watched(self.out_layers):
-            return super()._forward(x, emb)
+        layers = self.out_layers
+        if type(layers).forward not in _SEQUENTIAL or is_watched(layers) or len(layers) < 2:
+            return NotImplemented
+        norm, activation, *rest = layers
+        if not is_pair(norm, activation) or not takes(norm, x):
+            return NotImplemented
         if getattr(self, "updown", False):
             h = self.h_upd(self.in_layers[:-1](x))
             x = self.x_upd(x)
@@ -200,8 +307,3 @@ class FusedResBlock(Fused):
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
-
-
-def _is_image(x: Tensor) -> bool:
-    """Whether the op takes x; torch's group_norm has more: (N, C), quantized numbers."""
-    return 3 <= x.dim() <= 5 and x.is_floating_point()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import itertools
-import re
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +18,12 @@ from fastdiff.integrations.fused_modules import (
     FusedResBlock,
     FusedResnetBlock2D,
     FusedSequential,
-    PairedActivation,
-    PairedGroupNorm,
+    PairedOwner,
     fused_class,
     is_pair,
     is_watched,
 )
+from fastdiff.integrations.pair_calls import methods_of, pairs_in
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 
 
@@ -103,11 +100,10 @@ def patch(module: nn.Module) -> PatchReport:
             replaced[name] = "group_norm"
         else:
             _learn_activation(m)  # before any owner asks for it
-    uses = _registrations(module)
     for owner_name, owner in named.items():
         if "forward" not in owner.__dict__:
             prefix = f"{owner_name}." if owner_name else ""
-            for attribute, what in _fuse_owner(owner, uses).items():
+            for attribute, what in _fuse_owner(owner).items():
                 name = prefix + attribute
                 if replaced.get(name) == "group_norm":  # an outer owner knows more than an inner
                     replaced[name] = what
@@ -130,7 +126,6 @@ def unpatch(module: nn.Module) -> None:
                 f"unpatch: {name!r} has become a {type(m).__name__} since it was patched; undo "
                 "that first"
             )
-        m.__dict__.pop("_partner", None)
         m.__class__ = type(m)._original
 
 
@@ -149,6 +144,8 @@ def _reason_to_leave(name: str, m: nn.Module, sharded: list[str]) -> str | None:
         return "quantized, or its parameters are not plain tensors"
     if isinstance(m, Fused):
         return None
+    if type(m).__call__ is not nn.Module.__call__:
+        return f"{type(m).__name__} has a __call__ of its own"
     if is_watched(m):
         return "hooks or a forward of its own on the instance"
     if not m.eps > 0:
@@ -193,23 +190,26 @@ def _only_casts(forward) -> bool:
         )
 
 
-def _registrations(module: nn.Module) -> dict[nn.Module, int]:
-    """Under how many names each module is found."""
-    uses: dict[nn.Module, int] = {}
-    for _, m in module.named_modules(remove_duplicate=False):
-        uses[m] = uses.get(m, 0) + 1
-    return uses
-
-
-def _fuse_owner(owner: nn.Module, uses: dict[nn.Module, int]) -> dict[str, str]:
+def _fuse_owner(owner: nn.Module) -> dict[str, str]:
     """Fuse an owner of normalizations; what they compute now, by name inside it."""
-    if type(owner).forward in (nn.Sequential.forward, FusedSequential.forward):
+    mixin = type(owner)._mixin if isinstance(owner, Fused) else None
+    if mixin is FusedSequential or _iterates_as_sequential(type(owner)):
         return _fuse_sequential(owner)
-    if isinstance(owner, FusedResnetBlock2D) or _looks_like_resnet_block(owner):
+    if mixin is FusedResnetBlock2D:
         return _fuse_resnet_block(owner)
-    if isinstance(owner, FusedResBlock) or _looks_like_res_block(owner):
+    if mixin is FusedResBlock:
         return _fuse_res_block(owner)
-    return _fuse_attributes(owner, uses)
+    done = {}
+    if mixin is None and _looks_like_resnet_block(owner):
+        done = _fuse_resnet_block(owner)
+    elif mixin is None and _looks_like_res_block(owner):
+        done = _fuse_res_block(owner)
+    return done or _fuse_attributes(owner)
+
+
+def _iterates_as_sequential(cls: type) -> bool:
+    base = nn.Sequential
+    return cls.forward is base.forward and cls.__iter__ is base.__iter__
 
 
 def _learn_activation(m: nn.Module) -> None:
@@ -217,10 +217,22 @@ def _learn_activation(m: nn.Module) -> None:
     cls = type(m)
     if cls in SILU_CLASSES or cls.__name__ not in ("SiLU", "Swish") or m.state_dict():
         return
+    # Nothing else than that, and nothing that another instance has otherwise: a factor beta.
+    if not _names_only(cls.forward, _SILU_NAMES) or cls.__call__ is not nn.Module.__call__:
+        return
     x = torch.linspace(-20, 20, 101)
     with torch.no_grad():
-        if torch.allclose(m(x.clone()), F.silu(x), rtol=1e-6, atol=1e-6):
-            SILU_CLASSES.add(cls)
+        if torch.allclose(cls.forward(m, x.clone()), F.silu(x), rtol=1e-6, atol=1e-6):
+            SILU_CLASSES[cls] = cls.forward
+
+
+_SILU_NAMES = "torch th nn functional F sigmoid silu inplace mul mul_"
+
+
+def _names_only(function: object, names: str) -> bool:
+    """Whether a method names nothing else: then it has no effect but its result."""
+    code = getattr(function, "__code__", None)
+    return code is not None and not code.co_freevars and set(names.split()) >= {*code.co_names}
 
 
 def _fuse_sequential(owner: nn.Sequential) -> dict[str, str]:
@@ -286,14 +298,19 @@ def _computes_the_same(
     block: nn.Module, mixin: type, channels: int, time_channels: int | None, dims: int
 ) -> bool:
     """Whether the fused forward is the block's, tried on a copy with random weights: whatever the
-    version of the project that the block comes from.
+    version of the project that the block comes from. A forward that does more, in a subclass say,
+    gives itself away by what it names.
 
     One trial serves all blocks of a class with the same settings.
     """
+    method = next(name for name in ("_forward", "forward") if name in vars(mixin))
+    function = getattr(type(block), method)
+    if not _names_only(function, mixin.NAMES):
+        return False
     settings = {k: v for k, v in block.__dict__.items() if isinstance(v, (bool, str, float))}
     settings.pop("training", None)
     absent = tuple(k for k, v in block._modules.items() if v is None)
-    key = (type(block), mixin, tuple(sorted(settings.items())), absent, dims)
+    key = (type(block), function, mixin, tuple(sorted(settings.items())), absent, dims)
     if key not in _verdicts:
         # On the reference, in float32, whatever the caller works with.
         with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("reference"):
@@ -322,68 +339,20 @@ def _trial(
     return bool(error <= 1e-4 * expected.abs().max())
 
 
-def _fuse_attributes(owner: nn.Module, uses: dict[nn.Module, int]) -> dict[str, str]:
-    """Pairs that the owner's forward calls one right after the other, and nothing else does."""
-    done = {}
-    for norm_name, activation_name in _consecutive_calls(type(owner)):
-        norm, activation = getattr(owner, norm_name, None), getattr(owner, activation_name, None)
-        if isinstance(norm, PairedGroupNorm):
-            done[norm_name] = "group_norm + silu"
-        elif is_pair(norm, activation) and uses.get(norm) == uses.get(activation) == 1:
-            norm.__class__ = fused_class(PairedGroupNorm, type(norm)._original)
-            activation.__class__ = fused_class(PairedActivation, type(activation))
-            # In tuples, or they would be registered as each other's submodules.
-            norm._partner, activation._partner = (activation,), (norm,)
-            done[norm_name] = "group_norm + silu"
-    return done
-
-
-_CALLS = (
-    # v = self.norm(u), then at the same depth v = self.act(v)
-    r"^(?P<i>[ \t]*)(?P<v>\w+) = self\.(?P<norm>\w+)\(\w+\)\n"
-    r"(?P=i)(?P=v) = self\.(?P<act>\w+)\((?P=v)\)$",
-    # The same with the norm called in both branches (diffusers' Decoder)
-    r"^(?P<i>[ \t]*)if [^\n]+:\n[ \t]+(?P<v>\w+) = self\.(?P<norm>\w+)\(\w+\)\n"
-    r"(?P=i)else:\n[ \t]+(?P=v) = self\.(?P=norm)\(\w+, \w+\)\n"
-    r"(?P=i)(?P=v) = self\.(?P<act>\w+)\((?P=v)\)$",
-    r"self\.(?P<act>\w+)\(self\.(?P<norm>\w+)\(\w+\)\)",
-)
-
-
-@functools.cache
-def _consecutive_calls(cls: type) -> list[tuple[str, str]]:
-    """(norm, activation) attributes of a class that only ever run one right after the other."""
-    if cls.__module__.startswith("torch."):
-        return []
-    try:
-        forward = inspect.getsource(inspect.unwrap(cls.forward))
-        matches = [m for p in _CALLS for m in re.finditer(p, forward, re.MULTILINE)]
-        source = _methods(cls) if matches else ""
-    except (OSError, TypeError):  # no source: made at run time
-        return []
-    return [
-        (match["norm"], match["act"])
-        for match in matches
-        if all(_uses(match[k], source) == _uses(match[k], match[0]) for k in ("norm", "act"))
-    ]
-
-
-def _methods(cls: type) -> str:
-    """The source of everything that an instance may run, but for its construction."""
-    classes = [c for c in cls.__mro__ if c is not object and not c.__module__.startswith("torch.")]
-    found = {}
-    for c in reversed(classes):
-        for name, value in vars(c).items():
-            function = inspect.unwrap(value.fget if isinstance(value, property) else value)
-            if inspect.isfunction(function) and name != "__init__":
-                found.setdefault(name, []).append(inspect.getsource(function))
-    newest = "\n".join(sources[-1] for sources in found.values())
-    if "super()." in newest:  # then overridden methods run as well
-        return "\n".join(source for sources in found.values() for source in sources)
-    return newest
-
-
-def _uses(name: str, source: str) -> int:
-    """How often the attribute is used, other than being set or looked for."""
-    used = len(re.findall(rf"self\.{name}\b(?!\s*=[^=])", source))
-    return used - len(re.findall(rf"if self\.{name}(?: is (?:not )?None)?:", source))
+def _fuse_attributes(owner: nn.Module) -> dict[str, str]:
+    """Pairs of attributes that the owner's methods call one right after the other."""
+    children = owner._modules.items()
+    norms = [(name, m) for name, m in children if isinstance(m, FusedGroupNorm)]
+    activations = [(name, m) for name, m in children if type(m) in SILU_CLASSES]
+    candidates = frozenset(
+        (norm_name, name)
+        for (norm_name, norm), (name, activation) in itertools.product(norms, activations)
+        if is_pair(norm, activation)
+    )
+    if not candidates:
+        return {}
+    original = type(owner)._original if isinstance(owner, Fused) else type(owner)
+    pairs = frozenset().union(*(pairs_in(f, candidates) for f in methods_of(original).values()))
+    if pairs and not isinstance(owner, Fused):
+        owner.__class__ = fused_class(PairedOwner, original, pairs)
+    return {norm: "group_norm + silu" for norm, _ in pairs}
