@@ -106,7 +106,8 @@ def _norm_arguments(graph_module: fx.GraphModule, node: fx.Node) -> tuple | None
     if node.op != "call_module":
         return None
     module = graph_module.get_submodule(node.target)
-    if type(module).forward is not nn.GroupNorm.forward:
+    original = getattr(type(module), "_fastdiff_original", None) or type(module)  # of a patched one
+    if original.forward is not nn.GroupNorm.forward:
         return None
     with graph_module.graph.inserting_before(node):
         weight, bias = (

@@ -22,6 +22,7 @@ from torch.nn.modules import module as _torch_module
 from fastdiff.integrations.pair_calls import Pairs, methods_of, pairs_in, rewritten
 from fastdiff.ops import group_norm_silu
 
+_group_norm_forward = nn.GroupNorm.forward
 SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
 """Classes whose forward is x sigmoid(x), with it; `patch` adds look-alikes that it has tried."""
 
@@ -29,19 +30,24 @@ SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
 class Fused:
     """Base of the mixins. Their methods return NotImplemented where the original has to run."""
 
-    # Of a class that `fused_class` made: its arguments.
-    _mixin = _original = _pairs = None
+    # Of a class that `fused_class` made: its arguments. Names that no network uses.
+    _fastdiff_mixin = _fastdiff_original = _fastdiff_pairs = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Ends here: projects that register their subclasses by name shall not see ours."""
 
     def __reduce_ex__(self, protocol: int):
+        original = self._fastdiff_original
+        if original.__reduce_ex__ is not object.__reduce_ex__:
+            return super().__reduce_ex__(protocol)
+        if original.__reduce__ is not object.__reduce__:
+            return super().__reduce_ex__(protocol)
         # The class is made at run time, so a pickle names what it is made of.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self._mixin, self._original, self._pairs), *state
+        return _new, (self._fastdiff_mixin, self._fastdiff_original, self._fastdiff_pairs), *state
 
     @classmethod
-    def fused_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
+    def _fastdiff_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
         """What runs in place of methods of `original`, by name."""
         return {name: vars(cls)[name] for name in ("forward", "_forward") if name in vars(cls)}
 
@@ -62,21 +68,23 @@ def fused_class(mixin: type, original: type, pairs: Pairs = frozenset()) -> type
 
 def _is_current(cls: type) -> bool:
     """Whether the methods that it replaces are still those of the original."""
-    return all(getattr(cls._original, name) is f for name, f in cls._replaced.items())
+    return all(
+        getattr(cls._fastdiff_original, name) is f for name, f in cls._fastdiff_replaced.items()
+    )
 
 
 def _make_class(mixin: type, original: type, pairs: Pairs) -> type:
     methods = {
         name: _guarded(original, name, function)
-        for name, function in mixin.fused_methods(original, pairs).items()
+        for name, function in mixin._fastdiff_methods(original, pairs).items()
     }
     attributes = {
         **{k: getattr(original, k) for k in ("__module__", "__qualname__", "__doc__")},
         "__annotations__": dict(getattr(original, "__annotations__", {})),  # TorchScript reads them
-        "_mixin": mixin,
-        "_original": original,
-        "_pairs": pairs,
-        "_replaced": {name: getattr(original, name) for name in methods},
+        "_fastdiff_mixin": mixin,
+        "_fastdiff_original": original,
+        "_fastdiff_pairs": pairs,
+        "_fastdiff_replaced": {name: getattr(original, name) for name in methods},
     }
     return type(original.__name__, (mixin, original), attributes | methods)
 
@@ -139,7 +147,7 @@ def is_pair(norm: object, activation: object) -> bool:
         known is not None
         and known is cls.forward
         and isinstance(norm, FusedGroupNorm)
-        and norm._replaced["forward"] is norm._original.forward
+        and norm._fastdiff_replaced["forward"] is norm._fastdiff_original.forward
         and not is_watched(norm, activation)
     )
 
@@ -148,6 +156,8 @@ def takes(norm: nn.GroupNorm, x: object) -> bool:
     """Whether the op computes this; torch's group_norm has more: (N, C), quantized numbers, DTensor
     and other subclasses with rules of their own. A tracer's proxy is not a tensor."""
     if not _is_plain(type(x)) or not 3 <= x.dim() <= 5 or not x.is_floating_point():
+        return False
+    if nn.GroupNorm.forward is not _group_norm_forward:  # someone replaced it, to count calls say
         return False
     weight = norm._parameters.get("weight")
     return weight is None or _is_plain(type(weight))
@@ -191,10 +201,10 @@ class FusedGroupNorm(Fused):
 
 
 class PairedOwner(Fused):
-    """A module that calls a normalization and right after it the activation: `_pairs` by name."""
+    """A module that calls a normalization and right after it the activation."""
 
     @classmethod
-    def fused_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
+    def _fastdiff_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
         return {
             name: rewritten(function, here, pair)
             for name, function in methods_of(original).items()
@@ -234,14 +244,6 @@ _SEQUENTIAL = nn.Sequential.forward, fused_class(FusedSequential, nn.Sequential)
 class FusedResnetBlock2D(Fused):
     """diffusers' ResnetBlock2D: both normalizations with SiLU, the second with the time."""
 
-    NAMES = (
-        "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act norm2 dropout "
-        "time_embedding_norm conv2 conv_shortcut output_scale_factor torch chunk shape contiguous "
-        "len get deprecate ValueError training scale USE_PEFT_BACKEND Upsample2D Downsample2D "
-        "isinstance"
-    )
-    """All that its forward, in the versions so far, names. With another it may do more."""
-
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
         activation = self.nonlinearity
         fusable = is_pair(self.norm1, activation) and is_pair(self.norm2, activation)
@@ -256,21 +258,22 @@ class FusedResnetBlock2D(Fused):
         time = temb
         if self.time_emb_proj is not None:
             time = self.time_emb_proj(temb if self.skip_time_act else activation(temb))
-        h = normalize(self.norm2, h, "silu", *self._time_operands(h, time))
+        h = normalize(self.norm2, h, "silu", *_time_operands(self, h, time))
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + h) / self.output_scale_factor
 
-    def _time_operands(self, h: Tensor, time: Tensor | None) -> tuple[Tensor | None, ...]:
-        """channel_bias, scale and shift."""
-        if time is None:
-            return None, None, None
-        if len(time) != len(h):  # one time for the whole batch is allowed there
-            time = time.expand(len(h), -1)
-        if self.time_embedding_norm == "scale_shift":
-            return None, *time.chunk(2, dim=1)
-        return time, None, None
+
+def _time_operands(block: nn.Module, h: Tensor, time: Tensor | None) -> tuple[Tensor | None, ...]:
+    """channel_bias, scale and shift of a ResnetBlock2D."""
+    if time is None:
+        return None, None, None
+    if len(time) != len(h):  # one time for the whole batch is allowed there
+        time = time.expand(len(h), -1)
+    if block.time_embedding_norm == "scale_shift":
+        return None, *time.chunk(2, dim=1)
+    return time, None, None
 
 
 class FusedResBlock(Fused):
@@ -278,12 +281,6 @@ class FusedResBlock(Fused):
 
     The first is in a Sequential with its SiLU, which is patched by itself.
     """
-
-    NAMES = (
-        "updown in_layers h_upd x_upd emb_layers type dtype len shape dim use_scale_shift_norm "
-        "out_layers torch th chunk skip_connection skip_t_emb zeros_like exchange_temb_dims "
-        "rearrange"
-    )
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         layers = self.out_layers
@@ -307,3 +304,20 @@ class FusedResBlock(Fused):
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
+
+
+KNOWN_NAMES: dict[type, str] = {
+    FusedResnetBlock2D: (
+        "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act norm2 dropout "
+        "time_embedding_norm conv2 conv_shortcut output_scale_factor torch chunk shape contiguous "
+        "len get deprecate ValueError training scale USE_PEFT_BACKEND Upsample2D Downsample2D "
+        "isinstance"
+    ),
+    FusedResBlock: (
+        "updown in_layers h_upd x_upd emb_layers type dtype len shape dim use_scale_shift_norm "
+        "out_layers torch th chunk skip_connection skip_t_emb zeros_like exchange_temb_dims "
+        "rearrange"
+    ),
+}
+"""All that the forwards of these blocks, in the versions so far, name. One that names more may do
+more than compute its result."""

@@ -19,7 +19,7 @@ import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 
 _FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -48,7 +48,7 @@ def pairs_in(function: FunctionType, pairs: Pairs) -> Pairs:
     if definition is None:
         return frozenset()
     rewrite = _Rewrite(definition, pairs)
-    rewrite.visit(definition)
+    rewrite.run()
     return frozenset(rewrite.found)
 
 
@@ -90,10 +90,13 @@ def _innermost(function: FunctionType) -> FunctionType | None:
         cells = function.__closure__ or ()
         if not isinstance(inner, FunctionType) or sum(_holds(c, inner) for c in cells) != 1:
             return None
+        if "_torchdynamo_orig_callable" in function.__dict__:  # torch.compile's keeps it elsewhere
+            return None
         function = inner
     return function
 
 
+@functools.cache
 def _definition(function: FunctionType | None) -> ast.FunctionDef | None:
     """What the function was made of; None unless that is certain."""
     if function is None:
@@ -101,24 +104,38 @@ def _definition(function: FunctionType | None) -> ast.FunctionDef | None:
     code = function.__code__
     try:
         lines, first = inspect.getsourcelines(code)
-        if _codes(code.co_filename).get((code.co_name, code.co_firstlineno)) != code:
+        source = "".join(linecache.getlines(code.co_filename))
+        if _codes(source, code.co_filename).get((code.co_name, code.co_firstlineno)) != code:
             return None  # the file has changed since, or the function was made otherwise
         definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError, ValueError):  # no source: made at run time
         return None
     if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return None
-    owner = definition.args.args[0].arg
-    names = (n for n in ast.walk(definition) if isinstance(n, ast.Name))
-    if any(n.id == owner and not isinstance(n.ctx, ast.Load) for n in names):
+    owner, nodes = definition.args.args[0].arg, list(ast.walk(definition))
+    stored = (n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+    if owner in stored or getattr(definition, "type_params", None):
         return None
+    if any(_is_mangled(name) for n in nodes for name in _identifiers(n)):
+        return None  # in a class these have other names
     return ast.increment_lineno(definition, first - 1)
 
 
-@functools.cache
-def _codes(filename: str) -> dict[tuple[str, int], CodeType]:
-    """Every code object that the file's source gives now, by name and first line."""
-    source = "".join(linecache.getlines(filename))
+def _identifiers(node: ast.AST) -> Iterator[str]:
+    if not isinstance(node, ast.Constant):
+        for _, value in ast.iter_fields(node):
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, str):
+                    yield one
+
+
+def _is_mangled(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
+
+
+@functools.lru_cache(maxsize=8)
+def _codes(source: str, filename: str) -> dict[tuple[str, int], CodeType]:
+    """Every code object that the source gives, by name and first line."""
     found, todo = {}, [compile(source, filename, "exec", dont_inherit=True)]
     while todo:
         code = todo.pop()
@@ -128,8 +145,7 @@ def _codes(filename: str) -> dict[tuple[str, int], CodeType]:
 
 
 def _compiled(function: FunctionType, pairs: Pairs, pair: Callable) -> FunctionType:
-    definition = _definition(function)
-    body = _Rewrite(definition, pairs).visit(definition)
+    body = _Rewrite(_definition(function), pairs).run()
     # The signature is kept from `function`; what is evaluated where a def stands is left out.
     body.decorator_list, body.returns = [], None
     body.args.defaults = [ast.Constant(None) for _ in body.args.defaults]
@@ -160,7 +176,8 @@ class _Rewrite(ast.NodeTransformer):
     """Replaces the calls of `pairs`; `found` has which there were."""
 
     def __init__(self, definition: ast.FunctionDef, pairs: Pairs) -> None:
-        self.definition, self.pairs = definition, pairs
+        self.definition, self.pairs = copy.deepcopy(definition), pairs
+        definition = self.definition
         self.owner = definition.args.args[0].arg
         self.found: set[tuple[str, str]] = set()
         nodes = list(ast.walk(definition))
@@ -171,6 +188,9 @@ class _Rewrite(ast.NodeTransformer):
             if isinstance(n, (ast.Global, ast.Nonlocal)):
                 self.escaping.update(n.names)
         self.nothing_after_return = not any(isinstance(n, _HANDLERS) for n in nodes)
+
+    def run(self) -> ast.FunctionDef:
+        return self.visit(self.definition)
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, _SCOPES) and node is not self.definition:
@@ -190,8 +210,7 @@ class _Rewrite(ast.NodeTransformer):
         f = node.func
         if not isinstance(f, ast.Attribute) or isinstance(node.args[0], ast.Starred):
             return None
-        of_owner = isinstance(f.value, ast.Name) and f.value.id == self.owner
-        return f.attr if of_owner and not f.attr.startswith("__") else None
+        return f.attr if isinstance(f.value, ast.Name) and f.value.id == self.owner else None
 
     def _pair(self, outer: ast.Call, inner: ast.AST | None) -> ast.Call | None:
         """pair(...) in place of self.act(...) and self.norm(x), if these are to be replaced."""

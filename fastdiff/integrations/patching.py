@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdiff._backends import use_backend
 from fastdiff.integrations.fused_modules import (
+    KNOWN_NAMES,
     SILU_CLASSES,
     Fused,
     FusedGroupNorm,
@@ -47,15 +48,17 @@ def patch(module: nn.Module) -> PatchReport:
     """Make every GroupNorm in `module` run as `ops.group_norm_silu`, in place.
 
     Fused with what follows, where the structure shows it: SiLU behind it in an nn.Sequential, or
-    called right after it in its owner's forward (conv_norm_out and conv_act of diffusers'
+    called right after it in a method of its owner (conv_norm_out and conv_act of diffusers'
     networks); diffusers' ResnetBlock2D and the ResBlock of guided- and improved-diffusion with
     their time embedding, added or as scale and shift. All others run as the normalization alone;
     `fastdiff.compile_pass` finds what structure does not show.
 
-    Parameters, state dicts and the classes that `isinstance` sees stay. Works before and after
-    `.to()`, `.half()`, memory formats, deepcopy, DDP and torch.compile. A second call changes
-    nothing and reports the same. While a hook watches a module that a fused block would skip, the
-    block runs its original code, and the hook fires.
+    Parameters, state dicts, the classes that `isinstance` sees and the names of classes stay. Works
+    before and after `.to()`, `.half()`, memory formats, deepcopy, DDP and torch.compile. A second
+    call changes nothing and reports the same. Only the owner of a normalization and an activation
+    fuses the two: each of them, called by anybody else, computes what it did before. While a hook
+    watches a module that a fused block would skip, the block runs its original code, and the hook
+    fires. torch.fx, TorchScript and ONNX see the network as it was.
 
     Parameters
     ----------
@@ -121,12 +124,12 @@ def unpatch(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if not isinstance(m, Fused):
             continue
-        if "_original" not in type(m).__dict__:
+        if "_fastdiff_original" not in type(m).__dict__:
             raise RuntimeError(
                 f"unpatch: {name!r} has become a {type(m).__name__} since it was patched; undo "
                 "that first"
             )
-        m.__class__ = type(m)._original
+        m.__class__ = type(m)._fastdiff_original
 
 
 def _reason_to_leave(name: str, m: nn.Module, sharded: list[str]) -> str | None:
@@ -192,7 +195,7 @@ def _only_casts(forward) -> bool:
 
 def _fuse_owner(owner: nn.Module) -> dict[str, str]:
     """Fuse an owner of normalizations; what they compute now, by name inside it."""
-    mixin = type(owner)._mixin if isinstance(owner, Fused) else None
+    mixin = type(owner)._fastdiff_mixin if isinstance(owner, Fused) else None
     if mixin is FusedSequential or _iterates_as_sequential(type(owner)):
         return _fuse_sequential(owner)
     if mixin is FusedResnetBlock2D:
@@ -305,7 +308,7 @@ def _computes_the_same(
     """
     method = next(name for name in ("_forward", "forward") if name in vars(mixin))
     function = getattr(type(block), method)
-    if not _names_only(function, mixin.NAMES):
+    if not _names_only(function, KNOWN_NAMES[mixin]):
         return False
     settings = {k: v for k, v in block.__dict__.items() if isinstance(v, (bool, str, float))}
     settings.pop("training", None)
@@ -351,7 +354,7 @@ def _fuse_attributes(owner: nn.Module) -> dict[str, str]:
     )
     if not candidates:
         return {}
-    original = type(owner)._original if isinstance(owner, Fused) else type(owner)
+    original = type(owner)._fastdiff_original if isinstance(owner, Fused) else type(owner)
     pairs = frozenset().union(*(pairs_in(f, candidates) for f in methods_of(original).values()))
     if pairs and not isinstance(owner, Fused):
         owner.__class__ = fused_class(PairedOwner, original, pairs)

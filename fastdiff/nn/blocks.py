@@ -73,7 +73,8 @@ class ResnetBlock(nn.Module):
         h = norm_conv(self.norm1, self.conv1, x, recompute=self.recompute)
         time = self.time_emb_proj(temb)
         if self.scale_shift:
-            operands = dict(zip(("scale", "shift"), time.chunk(2, dim=1), strict=True))
+            scale, shift = time.chunk(2, dim=1)
+            operands = {"scale": scale, "shift": shift}
         else:
             operands = {"channel_bias": time}
         h = norm_conv(

@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.nn.config import TIME_EMBEDDINGS
+from fastdiff.nn.group_norm_silu import is_dtensor
+
+# torch.fx's tracer puts a call of it into the graph: it makes a tensor where t is.
+torch.fx.wrap("_sinusoids")
 
 
 def timestep_embedding(
@@ -54,6 +58,8 @@ def timestep_embedding(
     half = dim // 2
     k = torch.arange(half, dtype=dtype, device=t.device)
     frequencies = torch.exp(-math.log(10000) * k / (half - 1 if kind == "ddpm" else half))
+    if is_dtensor(t):
+        frequencies = t.from_local(frequencies, t.device_mesh)  # the same on every device
     angles = t.to(dtype)[:, None] * frequencies
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([sin, cos] if kind == "ddpm" else [cos, sin], dim=1)
@@ -74,7 +80,11 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        dtype = self.linear_1.weight.dtype
-        table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        sinusoids = timestep_embedding(t, self.dim, self.kind, table_dtype).to(dtype)
+        sinusoids = _sinusoids(t, self.dim, self.kind, self.linear_1.weight)
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+def _sinusoids(t: torch.Tensor, dim: int, kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """The embedding in the dtype of the weight that it is multiplied with."""
+    table_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return timestep_embedding(t, dim, kind, table_dtype).to(weight.dtype)

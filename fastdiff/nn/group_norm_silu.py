@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastdiff import ops
+from fastdiff import reference
+from fastdiff.ops import group_norm_silu
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
+
+# torch.fx's tracer puts a call of it into the graph.
+torch.fx.wrap("group_norm_silu")
+
+
+def is_dtensor(x: torch.Tensor) -> bool:
+    """Whether it is a torch.distributed.tensor.DTensor."""
+    return type(x) is not torch.Tensor and type(x).__module__.startswith("torch.distributed.tensor")
 
 
 class GroupNormSiLU(nn.Module):
@@ -82,7 +91,9 @@ class GroupNormSiLU(nn.Module):
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Normalize `x` (B, C, *spatial); `channel_bias`, `scale` and `shift` are (B, C)."""
-        return ops.group_norm_silu(
+        # torch.jit.trace, on which ONNX export may stand, and DTensor know torch's own operators.
+        plain = torch.jit.is_tracing() or is_dtensor(x)
+        return (reference.group_norm_silu if plain else group_norm_silu)(
             x,
             self.num_groups,
             self.weight,
@@ -92,6 +103,14 @@ class GroupNormSiLU(nn.Module):
             scale,
             shift,
             self.activation,
+        )
+
+    def __prepare_scriptable__(self) -> GroupNormSiLU:
+        """Called by torch.jit.script, for this module and for every network with one in it."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile fastdiff's GroupNormSiLU, nor a network of it such as "
+            "fastdiff.UNet; use torch.jit.trace or torch.export.export. (A network that "
+            "fastdiff.patch changed is compiled as it was before; fastdiff.unpatch undoes that.)"
         )
 
     def extra_repr(self) -> str:

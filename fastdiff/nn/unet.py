@@ -250,7 +250,8 @@ class UNet(nn.Module):
             A shape, dtype or class does not fit. The range of a CUDA `y` is checked only under
             FASTDIFF_DEBUG=1, because the check waits for the device.
         """
-        self._check_inputs(x_t, t, y, x_self_cond)
+        if not isinstance(x_t, torch.fx.Proxy):  # torch.fx traces without shapes
+            self._check_inputs(x_t, t, y, x_self_cond)
         temb = self.time_embedding(t)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(y)

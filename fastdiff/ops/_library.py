@@ -147,6 +147,11 @@ def define(
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
+    # What torch.onnx.export makes of the op; torch.compile and torch.export have tables of their
+    # own and leave it whole. FakeTensor looks for a decomposition before it looks for our fake,
+    # unless there is one for meta tensors.
+    torch._decomp.register_decomposition([packet.default, packet.triton])(reference)
+    torch._decomp.register_decomposition([packet.default, packet.triton], type="meta")(fake)
     cpp, _ = _native.dispatch()
     op = Op(packet.default, packet.triton, check, autograd, getattr(cpp, name, None))
     if autograd is not None:
