@@ -193,7 +193,10 @@ def test_onnx_from_an_export_of_more_networks(case, tmp_path):
     export_onnx(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", ["attributes", "ResBlock", "UNet"])
+# Of the U-Net's operators torch works out the sharding one by one, which takes a minute.
+@pytest.mark.parametrize(
+    "case", ["attributes", "ResBlock", pytest.param("UNet", marks=pytest.mark.slow)]
+)
 def test_dtensor(case, tmp_path):
     """Torch's own operators run, which know how to shard."""
     import torch.distributed as dist
