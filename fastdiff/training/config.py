@@ -171,10 +171,10 @@ class TrainConfig:
             return Path("runs") / self.data
         if self.data.startswith("hf:"):
             name = re.sub(r"[^\w.-]+", "-", self.data.removeprefix("hf:"))
-            return Path("runs") / (name.strip(".-") or "hf")
+            return Path("runs") / _possible(name.strip(".-") or "hf")
         # "." and ".." have no name of their own; links keep theirs, which resolve() would lose.
         data = Path(os.path.abspath(self.data))
-        return Path("runs") / (data.stem if data.suffix.lower() == ".npz" else data.name)
+        return Path("runs") / _possible(data.stem if data.suffix.lower() == ".npz" else data.name)
 
     def validate(self) -> None:
         """Raise `UserError` for the first setting no run can have."""
@@ -325,6 +325,11 @@ _FREE_ON_RESUME = frozenset(
         "wandb",
     }
 )
+
+
+def _possible(name: str) -> str:
+    """The name itself, if a file can have it: most disks take 255 bytes, a character up to four."""
+    return name if len(os.fsencode(name)) <= 255 else name[:60]
 
 
 def _flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -152,7 +153,7 @@ class EncodedDataset:
         height, width, channels = self.shape
         return len(self) * height * width * channels
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What makes these images the same wherever they are."""
         keys = (self.images.keys[i] for i in self.chosen)

@@ -24,6 +24,8 @@ def test_run_folder_is_named_after_the_data():
     assert str(TrainConfig(data="pictures/cats.npz").run_folder) == "runs/cats"
     assert str(TrainConfig(out="here").run_folder) == "here"
     assert str(TrainConfig(data="pictures/cats.v2/").run_folder) == "runs/cats.v2"
+    for data in ("x" * 300, "hf:user/" + "\U0001d4cd" * 300):  # which no file can be called
+        assert not TrainConfig.for_data(data).run_folder.exists()
 
 
 @pytest.mark.parametrize(("data", "name"), [(".", "kittens"), ("..", "cats"), ("../b", "b")])
