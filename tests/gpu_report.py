@@ -33,6 +33,7 @@ BACKENDS = ("cuda", "triton")
 EXPLAINED = (
     r"needs two CUDA devices",
     r"about the software CUDA device: .+",
+    r"about the software CUDA device: .+",
     r"this device has no .+",
     r"not on the software CUDA device: .+",
 )

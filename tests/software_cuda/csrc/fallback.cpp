@@ -314,11 +314,15 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
       on_host(wanted).copy_(found);
     }
     for (size_t i = 0; i < results.size(); i++)
-      push_result(i, replaced(results[i], [&](const Tensor& x) {
-                    const Tensor made = allocated(x, *device);
-                    if (x.defined()) on_host(made).copy_(x);
-                    return made;
-                  }));
+      // Nothing is allocated for what was written in place: with deterministic algorithms new memory
+      // is filled by such an op.
+      push_result(i, !is_new(schema.returns()[i])
+                         ? IValue()
+                         : replaced(results[i], [&](const Tensor& x) {
+                             const Tensor made = allocated(x, *device);
+                             if (x.defined()) on_host(made).copy_(x);
+                             return made;
+                           }));
     return;
   }
 

@@ -69,3 +69,12 @@ def test_tensors_of_two_devices_do_not_mix():
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(3, device="cuda") + torch.ones(3)
     assert (torch.ones(3, device="cuda") * torch.tensor(2.0)).tolist() == [2] * 3
+
+
+def test_new_memory_is_filled_for_deterministic_algorithms():
+    """By an operator that runs on the device itself; the op tests look for NaN in results."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(5, device="cuda").isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
