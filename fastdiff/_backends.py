@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -86,10 +87,17 @@ def _default_backends() -> dict[str, str]:
     }
 
 
-# Plain globals, settled at import: torch.compile traces select_backend and guards on them.
+# Settled at import: torch.compile traces select_backend and guards on them, and on the ContextVar.
 _defaults = _default_backends()
-_forced: str | None = os.environ.get("FASTDIFF_BACKEND") or None
-_forced_problem = _problem(_forced, "FASTDIFF_BACKEND") if _forced else None
+_environment: str | None = os.environ.get("FASTDIFF_BACKEND") or None
+_environment_problem = _problem(_environment, "FASTDIFF_BACKEND") if _environment else None
+
+# Of this thread or task: the open blocks of `use_backend`, each a list of its name, and the name of
+# the last one. None of them is forgotten if they are closed in another order, as generators may be.
+_blocks: ContextVar[tuple[list[str], ...]] = ContextVar("fastdiff.use_backend", default=())
+_forced: ContextVar[str | None] = ContextVar("fastdiff backend", default=None)
+# Of a block that torch.compile traces, which cannot set a ContextVar: only tracing sees this.
+_traced: str | None = None
 
 
 def default_backend(device_type: str) -> str:
@@ -99,7 +107,11 @@ def default_backend(device_type: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastdiff op inside the `with` block on one backend (process-wide, not per thread).
+    """Run every fastdiff op of this thread or asyncio task inside the `with` block on one backend.
+
+    Other threads and tasks keep theirs; a task that is created inside the block, and a thread that
+    runs in `contextvars.copy_context()`, start with this one. The backward pass of an op runs on
+    the backend of its forward pass, wherever it is called.
 
     Parameters
     ----------
@@ -114,15 +126,28 @@ def use_backend(name: str) -> Iterator[None]:
         The backend is not available here. An op inside the block that the backend cannot run
         raises too.
     """
-    global _forced, _forced_problem
     if (problem := _problem(name, "use_backend")) is not None:
         raise problem
-    previous = _forced, _forced_problem
-    _forced, _forced_problem = name, None
+    if torch.compiler.is_dynamo_compiling():
+        global _traced
+        outer = _traced
+        _traced = name
+        try:
+            yield
+        finally:
+            _traced = outer
+        return
+    block = [name]
+    _set_blocks((*_blocks.get(), block))
     try:
         yield
     finally:
-        _forced, _forced_problem = previous
+        _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+
+
+def _set_blocks(blocks: tuple[list[str], ...]) -> None:
+    _blocks.set(blocks)
+    _forced.set(blocks[-1][0] if blocks else None)
 
 
 def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
@@ -140,17 +165,20 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     ValueError, RuntimeError
         The backend that was asked for does not exist, or cannot run this input.
     """
-    if _forced is None:
-        if unsupported is not None:
-            return "reference"
-        return default_backend("cpu" if x.is_cpu else x.device.type)  # the test is the cheaper
-    if _forced_problem is not None:
-        raise _forced_problem
-    if _forced == "reference":
-        return _forced
-    home = ("cpu" if triton_interpreted() else "cuda") if _forced == "triton" else _forced
+    forced = _traced or _forced.get()
+    if forced is None:
+        forced = _environment
+        if forced is None:
+            if unsupported is not None:
+                return "reference"
+            return default_backend("cpu" if x.is_cpu else x.device.type)  # the test is the cheaper
+        if _environment_problem is not None:
+            raise _environment_problem
+    if forced == "reference":
+        return forced
+    home = ("cpu" if triton_interpreted() else "cuda") if forced == "triton" else forced
     if unsupported is None and x.device.type != home:
         unsupported = f"it runs on {home} tensors, these are on {x.device.type}"
     if unsupported is not None:
-        raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {unsupported}")
-    return _forced
+        raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {unsupported}")
+    return forced

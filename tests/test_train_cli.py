@@ -242,8 +242,8 @@ def test_an_environment_of_no_process_is_one_line(run_train, tmp_path, monkeypat
 
 def test_a_backend_that_is_not_there_is_one_line(run_train, tmp_path, monkeypatch):
     problem = _backends._problem("nope", "FASTDIFF_BACKEND")
-    monkeypatch.setattr(_backends, "_forced", "nope")
-    monkeypatch.setattr(_backends, "_forced_problem", problem)
+    monkeypatch.setattr(_backends, "_environment", "nope")
+    monkeypatch.setattr(_backends, "_environment_problem", problem)
     assert_one_line(run_train(*FLAGS), "FASTDIFF_BACKEND: unknown backend 'nope'", "reference")
     assert not (tmp_path / "runs").exists()
 

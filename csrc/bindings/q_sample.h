@@ -40,20 +40,18 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
   const bool wide = x0_type == ScalarType::Double || out_type == ScalarType::Double;
   STD_TORCH_CHECK(!wide || (x0.is_cpu() && !keys && !seed), op,
                   ": float64 kernels exist on the CPU only, and for given noise only");
-  // Kernels compute in float32 (or all in float64) and take inputs of that type, of the result's,
-  // or uint8 levels; the rest is converted first.
+  STD_TORCH_CHECK(!wide || x0_type != ScalarType::Byte, op, ": uint8 x0 has no float64 kernel");
+  // Kernels compute in float32 and take inputs of that type, of the result's, or uint8 levels; those
+  // in float64 take nothing else. The rest is converted first.
   const ScalarType compute = wide ? ScalarType::Double : ScalarType::Float;
   const bool channels_last = is_channels_last(x0);
-  const auto prepared = [&](const Tensor& x, bool keep) {
-    return in_format(keep || x.scalar_type() == compute ? x : torch::stable::to(x, compute),
-                     channels_last);
+  const auto prepared = [&](const Tensor& x) {
+    const ScalarType type = x.scalar_type();
+    const bool keep = !wide && (type == out_type || type == ScalarType::Byte);
+    return in_format(keep || type == compute ? x : torch::stable::to(x, compute), channels_last);
   };
-  if (wide && x0_type == ScalarType::Byte) {
-    STD_TORCH_CHECK(false, op, ": uint8 x0 has no float64 kernel");
-  }
-  const Tensor x0_ready = prepared(x0, x0_type == out_type || x0_type == ScalarType::Byte);
-  const std::optional<Tensor> noise_ready =
-      noise ? std::optional(prepared(*noise, noise->scalar_type() == out_type)) : std::nullopt;
+  const Tensor x0_ready = prepared(x0);
+  const std::optional<Tensor> noise_ready = noise ? std::optional(prepared(*noise)) : std::nullopt;
   const Tensor t_ready = in_format(t, false), a_ready = in_format(sqrt_alpha_bar, false),
                b_ready = in_format(sqrt_one_minus_alpha_bar, false);
   const std::optional<Tensor> keys_ready = checked_keys(keys, x0, op);

@@ -52,7 +52,27 @@ def check_one_device(x: Tensor, *others: Tensor | None) -> None:
 
 def check_tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a torch.Tensor")
+        given = "None" if x is None else f"a {type(x).__name__}"
+        raise TypeError(f"{op}: {name} is {given}, expected a torch.Tensor")
+
+
+def check_flags(op: str, **flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
+
+
+def check_position(op: str, name: str, position: int, choices: tuple[str, ...]) -> None:
+    """A raw operator's number of one of `choices`."""
+    if not 0 <= position < len(choices):
+        raise ValueError(f"{op}: {name} is {position}, expected 0 to {len(choices) - 1}")
+
+
+def check_sources(op: str, **sources: object) -> None:
+    """Exactly one of a raw operator's sources of noise."""
+    check_exclusive(op, **sources)
+    if all(value is None for value in sources.values()):
+        raise ValueError(f"{op}: pass one of {', '.join(sources)}")
 
 
 def check_per_sample(
@@ -71,6 +91,7 @@ def check_per_sample(
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """`x` must be floating point with the shape and device of `like`."""
+    check_tensor(op, name, x)
     check_float(op, name, x.dtype)
     if x.shape != like.shape:
         raise ValueError(
@@ -101,6 +122,7 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
     """All tables must be float32 or float64 (T,) of one length on `device`. Returns T."""
     length = None
     for name, table in tables.items():
+        check_tensor(op, name, table)
         if table.dtype not in (torch.float32, torch.float64):
             raise _dtype_error(
                 op, name, table.dtype, "torch.float32 (half-precision tables lose whole timesteps)"
@@ -149,7 +171,10 @@ def as_int64(op: str, name: str, value: int) -> int:
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(f"{op}: {name} is {value!r}, expected an int")
-        value = operator.index(value)  # numpy's integers
+        try:
+            value = operator.index(value)  # numpy's integers
+        except TypeError:  # and its arrays, which have the method too
+            raise TypeError(f"{op}: {name} is {value!r}, expected an int") from None
     if _INT64_MIN <= value <= _INT64_MAX:
         return value
     return to_int64(value)

@@ -33,7 +33,11 @@ def _check(
 ) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
     op = "eps_loss"
+    _checks.check_tensor(op, "prediction", prediction)
     _checks.check_float(op, "prediction", prediction.dtype)
+    _checks.check_sources(op, noise=noise, keys=keys, seed=seed)
+    _checks.check_position(op, "reduction", reduction, REDUCTIONS)
+    _checks.check_position(op, "kind", kind, LOSS_KINDS)
     if prediction.dim() == 0:
         raise ValueError(f"{op}: prediction has shape (), expected (B, ...)")
     batch, device = prediction.shape[0], prediction.device
@@ -42,8 +46,21 @@ def _check(
     if keys is not None:
         _checks.check_per_sample(op, "seed", keys, torch.int64, batch, device)
     if weight is not None:
+        _checks.check_tensor(op, "weight", weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         _checks.check_per_sample(op, "weight", weight, dtype, batch, device)
+
+
+def _check_backward(grad: Tensor, *arguments: object, check_range: bool) -> None:
+    *arguments, _, need_noise = arguments
+    _check(*arguments, check_range=check_range)
+    prediction, noise, *_, reduction, _ = arguments
+    shape = prediction.shape[:1] if reduction == _NONE else ()
+    if grad.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"eps_loss: grad has dtype {grad.dtype}, expected {torch.float32}")
+    _checks.check_operand("eps_loss", "grad", grad, shape, "that of the loss", prediction.device)
+    if need_noise and noise is None:
+        raise ValueError("eps_loss: generated noise has no gradient")
 
 
 def _unsupported(prediction: Tensor, noise: Tensor | None) -> str | None:
@@ -119,6 +136,7 @@ def _triton(
 ) -> Tensor:
     from fastdiff.triton_kernels import eps_loss as kernels
 
+    _library.refuse_float64("eps_loss", prediction)
     out = _fake(prediction, noise, keys, seed, stream, weight, reduction, kind)
     kernels.eps_loss(
         out,
@@ -219,6 +237,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor]:
     from fastdiff.triton_kernels import eps_loss as kernels
 
+    _library.refuse_float64("eps_loss", prediction)
     results = _empty_gradients(prediction, noise, need_prediction, need_noise)
     compute = _compute_dtype(prediction)
     kernels.eps_loss_backward(
@@ -370,4 +389,5 @@ _backward_op = _library.define(
     autograd=None,
     reference=_backward_reference,
     triton=_backward_triton,
+    check=_check_backward,
 )

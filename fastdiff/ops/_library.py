@@ -88,8 +88,8 @@ class Op(NamedTuple):
             self.check(*arguments, check_range=False)
             return overload(*arguments)
         # The bindings of compiled kernels refuse what the check refuses, so for them it runs only
-        # after a refusal, for its message.
-        if backend == "triton" or _checks.DEBUG:
+        # after a refusal, for its message. Kernels in Python run it themselves.
+        if _checks.DEBUG:
             self.check(*arguments, check_range=True)
         guard = None
         try:
@@ -104,7 +104,7 @@ class Op(NamedTuple):
                 return self.autograd(overload, *arguments)
             guard = torch._C._AutoDispatchBelowAutograd()
             return overload(*arguments)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, AttributeError):
             self.check(*arguments, check_range=True)
             raise
         finally:
@@ -137,12 +137,13 @@ def define(
     check
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
+    reference, triton = _checked(reference, check), _checked(triton, check)
     for overload in ("", ".triton"):
         _library.define(f"{name}{overload}{signature}", tags=TAGS)
         qualified = f"{name}{overload}"
         kernels = {"CPU": triton, "CUDA": triton}
         if not overload:
-            kernels = _default_kernels(qualified, _checked(reference, check), triton)
+            kernels = _default_kernels(qualified, reference, triton)
         for key, kernel in kernels.items():
             _library.impl(qualified, kernel, key)
         torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
@@ -164,14 +165,21 @@ def define(
     return op
 
 
-def _checked(reference: Callable, check: Callable | None) -> Callable:
-    """The reference as a kernel, which refuses what a compiled kernel's binding refuses."""
+def refuse_float64(op: str, *inputs: torch.Tensor | torch.dtype | None) -> None:
+    """For Triton kernels, which compute in float32."""
+    for x in inputs:
+        if torch.float64 in (x, getattr(x, "dtype", None)):
+            raise RuntimeError(f"{op}: there are no float64 Triton kernels")
+
+
+def _checked(implementation: Callable, check: Callable | None) -> Callable:
+    """An implementation in Python as a kernel, which refuses what a compiled one's binding does."""
     if check is None:
-        return reference
+        return implementation
 
     def kernel(*arguments: object) -> object:
         check(*arguments, check_range=True)
-        return reference(*arguments)
+        return implementation(*arguments)
 
     return kernel
 

@@ -87,7 +87,11 @@ def call(
         _checks.as_int64(name, "stream", stream),
         return_pred_x0,
     )
-    backend = select_backend(name, x_t, unsupported(x_t, table, noise, seed))
+    try:
+        backend = select_backend(name, x_t, unsupported(x_t, table, noise, seed))
+    except AttributeError:  # not a tensor
+        op.check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         op.check(*arguments, check_range=True)
         x_s, pred_x0 = run_reference(name, Arguments(*arguments))
@@ -113,6 +117,13 @@ def unsupported(
 
 def check(name: str, a: Arguments, check_range: bool) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
+    for tensor_name in ("x_t", "model_output", "step", "table"):
+        _checks.check_tensor(name, tensor_name, getattr(a, tensor_name))
+    _checks.check_position(name, "prediction", a.prediction, PREDICTIONS)
+    _checks.check_flags(
+        name, clip=a.clip, return_pred_x0=a.return_pred_x0, **{_FLAGS[name]: a.flag}
+    )
+    _checks.check_exclusive(name, noise=a.noise, keys=a.keys, seed=a.seed)
     device = a.x_t.device
     channels = a.x_t.shape[1] if a.x_t.dim() > 1 else 0
     two_heads = (2 * channels,)
@@ -120,6 +131,7 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
     _checks.check_float(name, "x_t", a.x_t.dtype)
     for tensor_name in ("model_output", "uncond", "noise"):
         if (tensor := getattr(a, tensor_name)) is not None:
+            _checks.check_tensor(name, tensor_name, tensor)
             _checks.check_float(name, tensor_name, tensor.dtype)
     check_step(
         name,
@@ -149,6 +161,8 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
         _checks.check_per_sample(name, "seed", a.keys, torch.int64, a.x_t.shape[0], device)
     if name == DDPM and a.noise is None and a.keys is None and a.seed is None:
         raise ValueError(f"{name}: pass either noise or seed; neither was given")
+    if not isinstance(a.guidance_scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: guidance_scale is {a.guidance_scale!r}, expected a number")
     if not 0 <= a.guidance_scale < math.inf:  # false for NaN
         raise ValueError(
             f"{name}: guidance_scale is {a.guidance_scale}, expected a finite number >= 0"
@@ -198,7 +212,7 @@ def empty_results(a: Arguments) -> tuple[Tensor, Tensor]:
 def run_triton(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
     from fastdiff.triton_kernels import sampler_step as kernels
 
-    check(name, a, check_range=False)
+    _library.refuse_float64(name, a.x_t, a.table)
     x_s, pred_x0 = empty_results(a)
     memory_format = memory_format_of(a.x_t)
 

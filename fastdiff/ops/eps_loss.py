@@ -87,7 +87,11 @@ def eps_loss(
         REDUCTIONS.index(reduction),
         LOSS_KINDS.index(kind),
     )
-    backend = select_backend("eps_loss", prediction, _unsupported(prediction, noise))
+    try:
+        backend = select_backend("eps_loss", prediction, _unsupported(prediction, noise))
+    except AttributeError:  # not a tensor
+        _check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         _check(*arguments, check_range=True)
         return _reference(*arguments)

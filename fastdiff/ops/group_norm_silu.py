@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 from fastdiff import reference
 from fastdiff._backends import select_backend
 from fastdiff.ops import _checks, _library
+from fastdiff.ops._group_norm_silu_checks import check as _check
+from fastdiff.ops._group_norm_silu_checks import check_backward as _check_backward
 from fastdiff.reference.group_norm_silu import ACTIVATIONS, compute_dtype_of, group_statistics
 from fastdiff.reference.layout import memory_format_of
 
@@ -78,59 +80,23 @@ def group_norm_silu(
     >>> y = fastdiff.ops.group_norm_silu(x, 32, weight, bias, channel_bias=time)
     >>> y.sum().backward()
     """
-    number = _ACTIVATION_NUMBER.get(activation)
+    number = _ACTIVATION_NUMBER.get(activation) if isinstance(activation, str) else None
     if number is None:
         raise ValueError(
             f"group_norm_silu: unknown activation {activation!r}; choose from "
             f"{', '.join(ACTIVATIONS)}"
         )
     arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)
-    backend = select_backend("group_norm_silu", x, _unsupported(x))
+    try:
+        backend = select_backend("group_norm_silu", x, _unsupported(x))
+    except AttributeError:  # not a tensor
+        _check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.group_norm_silu(*arguments[:-1], activation)
     differentiable = (x, weight, bias, channel_bias, scale, shift)
     return _op.call(backend, arguments, differentiable)[0]
-
-
-def _check(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channel_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: int,
-    *,
-    check_range: bool,
-) -> None:
-    """Everything that can be wrong with the arguments, with the clear message."""
-    op = "group_norm_silu"
-    _checks.check_float(op, "x", x.dtype)
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}, expected (B, C, *spatial) with 1 to 3 spatial "
-            "dimensions"
-        )
-    batch, channels = x.shape[:2]
-    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
-        raise TypeError(f"{op}: num_groups is {num_groups!r}, expected an int")
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"{op}: num_groups is {num_groups}, expected a divisor of the {channels} channels of x"
-        )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
-        raise TypeError(f"{op}: eps is {eps!r}, expected a float")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps is {eps}, expected a positive number")
-    for name, operand in (("weight", weight), ("bias", bias)):
-        if operand is not None:
-            _checks.check_operand(op, name, operand, (channels,), "(C,)", x.device)
-    for name, operand in (("channel_bias", channel_bias), ("scale", scale), ("shift", shift)):
-        if operand is not None:
-            _checks.check_operand(op, name, operand, (batch, channels), "(B, C)", x.device)
 
 
 def _unsupported(x: Tensor) -> str | None:
@@ -204,6 +170,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastdiff.triton_kernels import group_norm_silu as kernels
 
+    _library.refuse_float64("group_norm_silu", x)
     results = _fake(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation)
     kernels.group_norm_silu(
         *results,
@@ -287,6 +254,7 @@ def _backward_triton(
 ) -> _Gradients:
     from fastdiff.triton_kernels import group_norm_silu as kernels
 
+    _library.refuse_float64("group_norm_silu", x)
     operands = weight, bias, channel_bias, scale, shift
     results = _empty_gradients(x, operands, needs)
     memory_format = memory_format_of(x)
@@ -396,4 +364,5 @@ _backward_op = _library.define(
     autograd=None,
     reference=_backward_reference,
     triton=_backward_triton,
+    check=_check_backward,
 )

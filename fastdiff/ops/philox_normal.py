@@ -65,10 +65,16 @@ def philox_normal(
     True
     """
     op = "philox_normal"
-    shape = tuple(shape)
+    if isinstance(shape, (int, str)) or not hasattr(shape, "__iter__"):
+        raise TypeError(f"{op}: shape is {shape!r}, expected a sequence of ints")
+    shape = tuple(_checks.as_int64(op, "shape", size) for size in shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{op}: shape is {shape}, expected sizes >= 0")
     if not shape:
         raise ValueError(f"{op}: shape is (), expected (B, ...)")
     _checks.check_float(op, "dtype", dtype)
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"{op}: memory_format is {memory_format!r}, expected a torch.memory_format")
     dims = _CHANNELS_LAST_DIMS.get(memory_format)
     if dims is None and memory_format != torch.contiguous_format:
         raise ValueError(

@@ -56,10 +56,15 @@ def posterior_mean(x0: Tensor, x_t: Tensor, t: Tensor, coef_x0: Tensor, coef_x_t
     ...     x0, x_t, t, tables.posterior_coef_x0, tables.posterior_coef_x_t
     ... )
     """
+    _checks.check_tensor("posterior_mean", "x_t", x_t)
     if not x_t.dtype.is_floating_point:  # before its dtype is asked for as that of the result
         _checks.check_float("posterior_mean", "x_t", x_t.dtype)
     arguments = (x0, t, coef_x0, coef_x_t, x_t, None, None, 0, None, x_t.dtype)
-    backend = select_backend("posterior_mean", x_t, _unsupported(*arguments))
+    try:
+        backend = select_backend("posterior_mean", x_t, _unsupported(*arguments))
+    except AttributeError:  # not a tensor
+        _check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.posterior_mean(x0, x_t, t, coef_x0, coef_x_t)
@@ -114,6 +119,7 @@ def posterior_mean_variance(
     0.0
     """
     op = "posterior_mean_variance"
+    _checks.check_tensor(op, "x_t", x_t)
     num = _checks.check_tables(
         op, x_t.device, coef_x0=coef_x0, variance=variance, log_variance=log_variance
     )
@@ -144,6 +150,7 @@ def _check(
 ) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
     op = "posterior_mean"
+    _checks.check_tensor(op, "x0", x0)
     if x0.dtype != torch.uint8:
         _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
     if x0.dim() == 0:

@@ -90,7 +90,11 @@ def q_sample(
         flip,
         dtype,
     )
-    backend = select_backend("q_sample", x0, _unsupported(*arguments))
+    try:
+        backend = select_backend("q_sample", x0, _unsupported(*arguments))
+    except AttributeError:  # not a tensor
+        _check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         _check(*arguments, check_range=True)
         return reference.q_sample(
@@ -124,6 +128,7 @@ def _check(
     """Everything that can be wrong with the arguments, with the clear message."""
     op = "q_sample"
     _checks.check_exclusive(op, noise=noise, keys=keys, seed=seed)
+    _checks.check_tensor(op, "x0", x0)
     if x0.dtype != torch.uint8:
         _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
     if dtype is not None:
@@ -236,19 +241,7 @@ def _triton(
 ) -> Tensor:
     from fastdiff.triton_kernels import q_sample as kernels
 
-    _check(
-        x0,
-        t,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        noise,
-        keys,
-        seed,
-        stream,
-        flip,
-        dtype,
-        check_range=False,
-    )
+    _library.refuse_float64("q_sample", x0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, dtype)
     out = _fake(
         x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip, dtype
     )
@@ -289,11 +282,18 @@ class _QSample(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         t, a, b, flip = ctx.saved_tensors
+        wide = torch.float64 in (ctx.x0_dtype, ctx.out_dtype)
+
+        def scaled(table: Tensor, other: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+            # Rounded once, to the operand's dtype; float64 is for arithmetic in float64 alone.
+            narrow = torch.float32 if dtype == torch.float64 and not wide else dtype
+            return ctx.op(grad, t, table, other, None, None, None, 0, flip, narrow).to(dtype)
+
         grad_x0 = grad_noise = None
         if ctx.needs_input_grad[1]:
-            grad_x0 = ctx.op(grad, t, a, b, None, None, None, 0, flip, None).to(ctx.x0_dtype)
+            grad_x0 = scaled(a, b, flip, ctx.x0_dtype)
         if ctx.needs_input_grad[5]:
-            grad_noise = ctx.op(grad, t, b, a, None, None, None, 0, None, None).to(ctx.noise_dtype)
+            grad_noise = scaled(b, a, None, ctx.noise_dtype)
         return None, grad_x0, None, None, None, grad_noise, None, None, None, None, None
 
     @staticmethod

@@ -8,8 +8,10 @@ from torch import Tensor
 from fastdiff import reference
 from fastdiff._backends import select_backend
 from fastdiff.ops import _checks, _library
+from fastdiff.ops._vlb_terms_checks import check as _check
+from fastdiff.ops._vlb_terms_checks import check_backward as _check_backward
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import NUM_STEP_COLUMNS, PREDICTIONS
+from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
 
 
@@ -124,63 +126,17 @@ def vlb_terms(
         clip,
         detach_mean,
     )
-    unsupported = _unsupported(x0, x_t, model_output, table, noise)
-    backend = select_backend("vlb_terms", x_t, unsupported)
+    try:
+        unsupported = _unsupported(x0, x_t, model_output, table, noise)
+        backend = select_backend("vlb_terms", x_t, unsupported)
+    except AttributeError:  # not a tensor
+        _check(*arguments, check_range=False)
+        raise
     if backend == "reference":
         _check(*arguments, check_range=True)
         return _reference(*arguments).unbind()
     found = _op.call(backend, arguments, (model_output,))
     return found.unbind() if isinstance(found, Tensor) else found
-
-
-def _check(
-    x0: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    prediction: int,
-    learned: bool,
-    clip: bool,
-    detach_mean: bool,
-    *,
-    check_range: bool,
-) -> None:
-    """Everything that can be wrong with the arguments, with the clear message."""
-    op = "vlb_terms"
-    _checks.check_float(op, "x_t", x_t.dtype)
-    if x_t.dim() < 2:
-        raise ValueError(f"{op}: x_t has shape {tuple(x_t.shape)}, expected (B, C, ...)")
-    _checks.check_like(op, "x0", x0, "x_t", x_t)
-    _checks.check_float(op, "model_output", model_output.dtype)
-    batch, channels, *rest = x_t.shape
-    expected = (batch, 2 * channels if learned else channels, *rest)
-    if tuple(model_output.shape) != expected:
-        kind = "with" if learned else "without"
-        raise ValueError(
-            f"{op}: model_output has shape {tuple(model_output.shape)}, expected {expected}, "
-            f"{kind} variance channels, for x_t of shape {tuple(x_t.shape)}"
-        )
-    _checks.check_device(op, "model_output", model_output.device, x_t.device)
-    if noise is not None:
-        _checks.check_like(op, "noise", noise, "x_t", x_t)
-    if keys is not None:
-        _checks.check_per_sample(op, "seed", keys, torch.int64, batch, x_t.device)
-    if table.dim() != 2 or table.shape[1] != NUM_STEP_COLUMNS:
-        raise ValueError(
-            f"{op}: table has shape {tuple(table.shape)}, expected (T, {NUM_STEP_COLUMNS}) from "
-            "NoiseSchedule.ddpm_table"
-        )
-    if table.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: table has dtype {table.dtype}, expected torch.float32")
-    _checks.check_device(op, "table", table.device, x_t.device)
-    _checks.check_per_sample(op, "t", t, torch.int64, batch, x_t.device)
-    if check_range:
-        _checks.check_timestep_range(op, t, table.shape[0])
 
 
 def _unsupported(
@@ -283,6 +239,7 @@ def _dense(
 def _triton(*arguments: object) -> Tensor:
     from fastdiff.triton_kernels import vlb_terms as kernels
 
+    _library.refuse_float64("vlb_terms", *arguments[:3], arguments[4])
     out = _fake(*arguments)
     kernels.vlb_terms(out, *_dense(*arguments))
     return out
@@ -321,8 +278,9 @@ def _backward_reference(
 def _backward_triton(grad: Tensor, *arguments: object) -> Tensor:
     from fastdiff.triton_kernels import vlb_terms as kernels
 
+    _library.refuse_float64("vlb_terms", *arguments[:3], arguments[4])
     out = _backward_fake(grad, *arguments)
-    kernels.vlb_terms_backward(out, grad.contiguous(), *_dense(*arguments))
+    kernels.vlb_terms_backward(out, grad.float().contiguous(), *_dense(*arguments))
     return out
 
 
@@ -381,4 +339,5 @@ _backward_op = _library.define(
     autograd=None,
     reference=_backward_reference,
     triton=_backward_triton,
+    check=_check_backward,
 )

@@ -14,9 +14,9 @@ def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
-def pixels_from_uint8(x: Tensor) -> Tensor:
-    """Levels 0..255 to float32 pixels in [-1, 1]: (2 x - 255) / 255."""
-    return (2 * x.to(torch.float32) - 255) / 255
+def pixels_from_uint8(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Levels 0..255 to pixels in [-1, 1]: (2 x - 255) / 255."""
+    return (2 * x.to(dtype) - 255) / 255
 
 
 def flip_samples(x: Tensor, flip: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ def q_sample(
 ) -> Tensor:
     """See `fastdiff.ops.q_sample`. Without noise and seed: the mean sqrt(abar_t) x0 alone.
 
-    Computes in float32, or in float64 if x0 or a table is float64.
+    Computes in float32, or in float64 if x0, a table or the result is float64.
     """
     if dtype is None:
         dtype = x0.dtype if x0.is_floating_point() else torch.float32
-    wide = torch.float64 in (x0.dtype, dtype, sqrt_alpha_bar.dtype)
+    tables = sqrt_alpha_bar.dtype, sqrt_one_minus_alpha_bar.dtype
+    wide = torch.float64 in (x0.dtype, dtype, *tables)
     compute = torch.float64 if wide else torch.float32
-    x = pixels_from_uint8(x0) if x0.dtype == torch.uint8 else x0
-    x = x.to(compute)
+    x = pixels_from_uint8(x0, compute) if x0.dtype == torch.uint8 else x0.to(compute)
     if flip is not None:
         x = flip_samples(x, flip)
     out = per_sample(sqrt_alpha_bar, t, x) * x

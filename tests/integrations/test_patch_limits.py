@@ -279,14 +279,14 @@ def test_what_is_left_and_why():
 def test_where_patch_is_called_does_not_matter(monkeypatch):
     """Autocast, and a backend that does not run on the CPU, are for the network's own calls."""
     monkeypatch.setattr(patching, "_verdicts", {})
-    monkeypatch.setattr(_backends, "_forced", "cuda")
+    monkeypatch.setattr(_backends, "_environment", "cuda")
     model, run, x = make("UNet2DConditionModel")
     expected = run(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         report = fastdiff.patch(model)
     assert "channel_bias + group_norm + silu" in report.replaced.values()
     assert all(patching._verdicts.values())
-    monkeypatch.setattr(_backends, "_forced", None)
+    monkeypatch.setattr(_backends, "_environment", None)
     torch.testing.assert_close(run(model, x), expected, rtol=1e-5, atol=1e-5)
 
 

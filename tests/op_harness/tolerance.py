@@ -18,6 +18,7 @@ def assert_close(
     magnitude: Tensor,
     operations: int,
     implementation: str = "",
+    compute: torch.dtype | None = None,
 ) -> None:
     """|actual - expected| <= float32 error of the arithmetic + one rounding to the result's dtype.
 
@@ -30,11 +31,14 @@ def assert_close(
         to those and not to the (possibly cancelling) result.
     operations
         Roundings on the way to the result, counting a float32 function of k ulps as 2 k.
+    compute
+        Dtype of the arithmetic; default: float64 for a float64 result, else float32.
     """
     assert actual.shape == expected.shape
     assert not actual.isnan().any(), "an element was not written"
     dtype = actual.dtype
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    if compute is None:
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
     bound = operations * unit_roundoff(compute) * magnitude
     if dtype != compute:
         # Triton's interpreter truncates to bfloat16, which costs a whole gap instead of half of it.

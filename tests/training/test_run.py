@@ -217,9 +217,9 @@ def test_devices_that_cannot_train_are_refused(name):
 
 
 def test_a_forced_backend_that_cannot_run_is_an_error_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(_backends, "_forced", "cuda")
-    monkeypatch.setattr(_backends, "_forced_problem", None)
+    monkeypatch.setattr(_backends, "_environment", "cuda")
+    monkeypatch.setattr(_backends, "_environment_problem", None)
     with pytest.raises(UserError, match=r"--device cpu: backend 'cuda' .* on cuda tensors"):
         choose_device("cpu")
-    monkeypatch.setattr(_backends, "_forced", "reference")
+    monkeypatch.setattr(_backends, "_environment", "reference")
     assert choose_device("cpu") == torch.device("cpu")
