@@ -84,7 +84,12 @@ def group_norm_silu(
         # standard deviation 0.01 it is off by 10. The op does not see a constant added to a
         # group, so the mean is taken away first, and needs no gradient for the same reason.
         h = h - per_channel(_group_mean(h.detach(), num_groups))
-    y = torch.group_norm(h, num_groups, cast(weight), cast(bias), eps, torch.backends.cudnn.enabled)
+    if h.numel() == 0:  # of which torch.group_norm takes some
+        y = h if weight is None else h * cast(weight).reshape(-1, *[1] * (x.dim() - 2))
+        y = y if bias is None else y + cast(bias).reshape(-1, *[1] * (x.dim() - 2))
+    else:
+        cudnn = torch.backends.cudnn.enabled
+        y = torch.group_norm(h, num_groups, cast(weight), cast(bias), eps, cudnn)
     if scale is not None:
         y = y * (1 + per_channel(scale))
     if shift is not None:

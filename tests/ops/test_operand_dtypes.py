@@ -268,7 +268,7 @@ PAIRS = {
 @pytest.mark.parametrize("op", OPS)
 def test_pairs_of_dtypes_on_gpu_kernels(op: str, implementation: str) -> None:
     """The first operand, which decides about the result, and another one."""
-    pairs = list(itertools.product(FLOATS[:3], FLOATS[:3]))
+    pairs = list(itertools.permutations(FLOATS[:3], 2))  # equal ones are in the ops' own tests
     pairs += [(torch.uint8, torch.bfloat16)] if op == "q_sample" else []
     for pair in pairs:
         chosen = dict(zip(PAIRS[op], pair, strict=True))
