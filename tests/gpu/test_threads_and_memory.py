@@ -39,8 +39,8 @@ def test_two_threads_on_one_device(streams: str, backend: str) -> None:
         try:
             stream = torch.cuda.Stream() if streams != "one stream" else torch.cuda.current_stream()
             stream.wait_stream(torch.cuda.default_stream())
-            with torch.cuda.stream(stream):
-                barrier.wait()
+            with torch.cuda.stream(stream), fastdiff.use_backend(backend):
+                barrier.wait(60)
                 for _ in range(20):
                     results[index].append(calls[index]())
             stream.synchronize()
@@ -50,11 +50,12 @@ def test_two_threads_on_one_device(streams: str, backend: str) -> None:
     with fastdiff.use_backend(backend):
         expected = [call() for call in calls]
         torch.cuda.synchronize()
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+        assert not thread.is_alive(), "a thread hangs"
     assert not errors, errors
     for found, wanted in zip(results, expected, strict=True):
         assert len(found) == 20
