@@ -174,6 +174,7 @@ def trees(numbers: random.Random, folder: Path) -> None:
     folders, names = [root, folder / "outside"], ["a", "b", "train", ".hid", "__MACOSX", "@eaDir"]
     for made in folders:
         made.mkdir()
+    Image.new("L", (8, 8)).save(folder / "outside/0.png")
     for k in range(numbers.randrange(25)):
         parent = numbers.choice(folders)
         name = numbers.choice((*names, f"{numbers.choice(_ODD)}{k}", os.fsdecode(b"\xff%d" % k)))
@@ -184,11 +185,11 @@ def trees(numbers: random.Random, folder: Path) -> None:
         if kind < 3:
             path.mkdir()
             folders.append(path)
-        elif kind == 3:
+        elif kind in (3, 4):
             target = numbers.choice((*folders, folder / "nowhere", Path("loop"), path))
             relative = numbers.random() < 0.5 and target.is_absolute()
             path.symlink_to(os.path.relpath(target, parent) if relative else target)
-        elif kind == 4 and numbers.random() < 0.3:
+        elif kind == 5 and numbers.random() < 0.3:
             os.mkfifo(parent / f"pipe{k}.png")
         else:
             suffix = numbers.choice((".png", ".PNG", ".bmp", ".txt", "", ".heic"))
