@@ -9,16 +9,24 @@ The first two use only LibTorch's stable ABI, so they run under any torch >= 2.1
 loaded only under the torch that it was built with, and its failure does not fail the build.
 
 Environment
-    FASTDIFF_BUILD         cpu: no CUDA; cuda: a missing nvcc is an error; none: pure Python
+    FASTDIFF_BUILD         cpu: no CUDA; cuda: CUDA too (what is missing is an error); none: pure
+                           Python; default: what the machine can build
     CUDA_HOME              the CUDA toolkit; default: that of the nvcc on the PATH
     CXX                    the C++ compiler; default: c++, g++ or clang++ on the PATH
     CXXFLAGS               more options for it
-    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: 8.0 to 12.0 as far as nvcc knows them
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX", "Ampere" or "native"; default: 7.5 to 12.0 as far
+                           as nvcc knows them
     MAX_JOBS               compilers at a time; default: one per core and per 3 GB of free memory
+
+A build in place (pip install -e, build_ext --inplace) works in build/ and replaces fastdiff/*.so at
+its end. Any other one (pip wheel, pip install) works in a temporary folder and leaves the checkout
+alone.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import pathlib
 import platform
@@ -28,14 +36,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+sys.path.insert(0, str(ROOT))  # build isolation does not
+
+import cuda_archs  # noqa: E402
+
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with all that the bindings use
-DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -83,33 +96,6 @@ def find_cuda_home() -> pathlib.Path | None:
     return home if (home / "bin/nvcc").exists() else None
 
 
-def cuda_archs(nvcc: pathlib.Path) -> list[str]:
-    """Entries such as "8.0" or "9.0+PTX"."""
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return [arch for arch in re.split(r"[;,\s]+", chosen) if arch]
-    listed = subprocess.run(
-        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
-    ).stdout
-    known = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in listed.split()]
-    if not known:
-        raise SystemExit("fastdiff: this nvcc knows none of " + ", ".join(DEFAULT_ARCHS))
-    return [*known[:-1], f"{known[-1]}+PTX"]
-
-
-def gencode(archs: list[str]) -> list[str]:
-    flags = []
-    for arch in archs:
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not re.fullmatch(r"\d{2,3}[af]?", number):
-            raise SystemExit(
-                f"fastdiff: TORCH_CUDA_ARCH_LIST has {arch!r}; expected such as 8.0 or 9.0+PTX"
-            )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
 def max_jobs() -> int:
     if jobs := os.environ.get("MAX_JOBS"):
         if not jobs.isdigit():
@@ -117,6 +103,67 @@ def max_jobs() -> int:
         return max(1, int(jobs))
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, memory // (3 << 30)))
+
+
+def stem(name: str) -> str:
+    """_C_cpu of fastdiff._C_cpu."""
+    return name.rpartition(".")[2]
+
+
+@contextlib.contextmanager
+def build_folder(kept: bool) -> Iterator[tuple[pathlib.Path, int]]:
+    """A folder for one build at a time, and its lock; the kept one has what the last build left."""
+    import fcntl
+
+    if kept:
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = pathlib.Path(tempfile.mkdtemp(dir=scratch()))
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"another build is at work in {folder}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder, lock.fileno()
+
+
+_scratch: list[str] = []
+
+
+def scratch() -> str:
+    """A temporary folder that goes away with this process."""
+    if not _scratch:
+        _scratch.append(tempfile.mkdtemp(prefix="fastdiff-build-"))
+        atexit.register(shutil.rmtree, _scratch[0], ignore_errors=True)
+    return _scratch[0]
+
+
+def replace_libraries(package: pathlib.Path, built: list[pathlib.Path], planned: set[str]) -> None:
+    """Put new libraries into a package, and take away those of an earlier, larger build.
+
+    Until all new ones are there under other names, nothing changes. Then each old one gives way to
+    a new file: a running process may have mapped the old one.
+    """
+    package.mkdir(parents=True, exist_ok=True)
+    new = {file.name: package / f".{file.name}.{os.getpid()}" for file in built}
+    try:
+        for file in built:
+            shutil.copy(file, new[file.name])
+        for name, file in new.items():
+            file.replace(package / name)
+    finally:
+        for file in new.values():
+            file.unlink(missing_ok=True)
+    stems = {name.partition(".")[0] for name in new}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for old in package.glob("*.so"):
+        name = old.name.partition(".")[0]
+        # Those of another Python stay, as long as this build has their like.
+        failed = name not in stems and old.name.endswith(suffix)
+        if name not in planned or failed:
+            old.unlink()
 
 
 def escaped(path: object) -> str:
@@ -135,13 +182,15 @@ class Plan:
             )
         self.cxx = None if self.wanted == "none" else find_cxx()
         self.cuda_home = None
-        if sys.platform != "linux" and self.cxx is not None:
-            say("native kernels are built on Linux only: pure Python here")
-            self.cxx = None
+        missing = "no C++ compiler found (CXX, PATH)"
+        if sys.platform != "linux":
+            missing, self.cxx = "native kernels are built on Linux only", None
         if self.wanted == "none":
             say("FASTDIFF_BUILD=none: pure Python, every op runs on the PyTorch reference")
-        elif self.cxx is None and sys.platform == "linux":
-            say("no C++ compiler found: pure Python, every op runs on the PyTorch reference")
+        elif self.cxx is None and self.wanted == "auto":
+            say(f"{missing}: pure Python, every op runs on the PyTorch reference")
+        elif self.cxx is None:
+            raise SystemExit(f"fastdiff: FASTDIFF_BUILD={self.wanted}, but {missing}")
         elif self.cxx is not None and self.wanted != "cpu":
             self.cuda_home = find_cuda_home()
             if self.cuda_home is None:
@@ -164,37 +213,34 @@ class Plan:
 
 
 class NinjaBuild(build_ext):
-    """Compiles all extensions in one ninja run under build/, where later ones find the objects."""
+    """Compiles all extensions in one ninja run; under build/ later ones find the objects."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.rpartition(".")[2].startswith("_C_"):
+        if stem(fullname).startswith("_C_"):
             # Loaded by torch, not by Python: no interpreter tag.
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        # Libraries of an earlier, larger build would still be loaded, and without any extension
-        # setuptools does not call build_extensions.
-        planned = {ext.name.rpartition(".")[2] for ext in self.extensions or []}
-        for old in (ROOT / "fastdiff").glob("*.so"):
-            if old.name.partition(".")[0] not in planned:
-                old.unlink()
-        super().run()
+        """Build everything, then put it where it belongs: in place only if that was asked for."""
+        package = ROOT / "fastdiff" if self.inplace else pathlib.Path(self.build_lib) / "fastdiff"
+        if not self.extensions:
+            replace_libraries(package, [], set())
+            return
+        with build_folder(kept=self.inplace) as (folder, lock):
+            built = self.compile(folder, lock)
+            replace_libraries(package, built, {stem(ext.name) for ext in self.extensions})
 
-    def build_extensions(self) -> None:
+    def compile(self, folder: pathlib.Path, lock: int) -> list[pathlib.Path]:
+        """The new libraries in the build folder; without those that are optional and failed."""
         import ninja
         import pybind11
         import torch
 
-        if not self.extensions:
-            return
-        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
-        folder.mkdir(parents=True, exist_ok=True)
         # Build isolation puts torch somewhere else every time; behind a link the commands stay the
         # same, and ninja recompiles only what changed.
         torch_link = folder / "torch"
-        if torch_link.is_symlink() or torch_link.exists():
-            torch_link.unlink()
+        torch_link.unlink(missing_ok=True)
         torch_link.symlink_to(pathlib.Path(torch.__file__).parent)
         text = self.ninja_text(folder, torch.__version__, pybind11.get_include())
         (folder / "build.ninja").write_text(text)
@@ -203,25 +249,26 @@ class NinjaBuild(build_ext):
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
         if self.verbose:
             command.append("-v")
+
+        def ninja_fails(*arguments: str) -> bool:
+            # It has the lock too: killed alone, this process leaves it behind at work.
+            return bool(subprocess.run([*command, *arguments], pass_fds=[lock]).returncode)
+
         # -k 0: what an optional library fails at does not keep the others from being built.
-        failed = subprocess.run([*command, "-k", "0"], check=False).returncode != 0
+        failed = ninja_fails("-k", "0")
+        built = []
         for ext in self.extensions:
             file = pathlib.Path(self.get_ext_filename(ext.name)).name
-            target = pathlib.Path(self.get_ext_fullpath(ext.name))
-            target.unlink(missing_ok=True)
-            if failed and subprocess.run([*command, file], check=False).returncode:
-                if ext.optional:
-                    for old in (ROOT / "fastdiff").glob(file):
-                        old.unlink()
-                    say(f"{file} could not be built, see above; Python does what it would do")
-                    continue
+            if not failed or not ninja_fails(file):
+                built.append(folder / file)
+            elif ext.optional:
+                say(f"{file} could not be built, see above; Python does what it would do")
+            else:
                 raise SystemExit(
                     "fastdiff: the native build failed, see above. FASTDIFF_BUILD=cpu leaves the "
                     "CUDA kernels out, FASTDIFF_BUILD=none everything."
                 )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # A new file, not new bytes in an old one that a running process may have mapped.
-            shutil.copy(folder / file, target)
+        return built
 
     def ninja_text(self, folder: pathlib.Path, torch_version: str, pybind11_include: str) -> str:
         include = [f"-I{CSRC / 'include'}"]
@@ -258,15 +305,19 @@ class NinjaBuild(build_ext):
             lines.append(f"  libs = {libs}")
 
         torch_libs = "-Ltorch/lib -ltorch_cpu -ltorch"
-        names = {ext.name.rpartition(".")[2] for ext in self.extensions}
+        names = {stem(ext.name) for ext in self.extensions}
+        # Torch's headers are no dependencies for ninja: with another torch its users compile anew.
+        uses_torch = shlex.join([f"-DFASTDIFF_TORCH={torch_version}"])
         archs: list[str] = []
         cuda_version = ""
         if "_C_cpu" in names:
             objects = [compile_(s) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
-            link("_C_cpu.so", [*objects, compile_(CSRC / "bindings/cpu.cpp")], torch_libs)
+            objects.append(compile_(CSRC / "bindings/cpu.cpp", uses_torch))
+            link("_C_cpu.so", objects, torch_libs)
         if "_C_cuda" in names:
             nvcc = PLAN.cuda_home / "bin/nvcc"
-            archs = cuda_archs(nvcc)
+            chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+            archs = cuda_archs.choose(chosen, cuda_archs.known_to(nvcc))
             version = subprocess.run(
                 [nvcc, "--version"], capture_output=True, text=True, check=True
             )
@@ -279,7 +330,7 @@ class NinjaBuild(build_ext):
                 "-ccbin",
                 shlex.split(PLAN.cxx)[-1],
             ]
-            nvcc_flags += ["--threads", "2", *include, *gencode(archs)]
+            nvcc_flags += ["--threads", "2", *include, *cuda_archs.gencode(archs)]
             lines += [
                 f"nvcc = {shlex.quote(str(nvcc))}",
                 f"nvccflags = {shlex.join(nvcc_flags)}",
@@ -291,7 +342,7 @@ class NinjaBuild(build_ext):
             ]
             objects = [compile_(s, rule="nvcc") for s in sorted((CSRC / "cuda").glob("*.cu"))]
             cuda_include = shlex.join(["-isystem", str(PLAN.cuda_home / "include")])
-            objects.append(compile_(CSRC / "bindings/cuda.cpp", cuda_include))
+            objects.append(compile_(CSRC / "bindings/cuda.cpp", f"{cuda_include} {uses_torch}"))
             # The static runtime: no dependency on the CUDA version that torch was built with.
             lib = next(
                 (d for d in ("lib64", "lib", "targets/x86_64-linux/lib")
@@ -306,7 +357,7 @@ class NinjaBuild(build_ext):
         if "_dispatch" in names:
             # All of torch's headers, where the others may see only the stable ones.
             flags = ["-UTORCH_TARGET_VERSION", "-UUSE_CUDA", *python_include]
-            object_ = compile_(CSRC / "bindings/dispatch.cpp", shlex.join(flags))
+            object_ = compile_(CSRC / "bindings/dispatch.cpp", f"{shlex.join(flags)} {uses_torch}")
             name = pathlib.Path(self.get_ext_filename("fastdiff._dispatch")).name
             link(name, [object_], f"{torch_libs} -lc10 -ltorch_python")
         if "_build_info" in names:
@@ -350,5 +401,16 @@ def compiler_version() -> str:
     ]
 
 
+def outside_of_checkout() -> dict[str, dict[str, str]]:
+    """Options of setuptools' commands under which a build that is not in place writes elsewhere."""
+    if not {"bdist_wheel", "build", "egg_info", "install"} & set(sys.argv):
+        return {}
+    return {"build": {"build_base": scratch()}, "egg_info": {"egg_base": scratch()}}
+
+
 PLAN = Plan()
-setup(ext_modules=PLAN.extensions(), cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=PLAN.extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+    options=outside_of_checkout(),
+)

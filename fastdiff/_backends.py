@@ -1,8 +1,8 @@
 """Which backends exist here, and which one an op call uses.
 
-Default: CUDA tensors -> cuda if built, else triton, else reference; CPU tensors -> cpu if built,
-else reference. `FASTDIFF_BACKEND` and `use_backend` override; a backend that was asked for and
-cannot run the input is an error, never a silent fallback.
+Default: CUDA tensors -> cuda if built and built for that GPU, else triton, else reference; CPU
+tensors -> cpu if built, else reference. `FASTDIFF_BACKEND` and `use_backend` override; a backend
+that was asked for and cannot run the input is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdiff import _native
+from fastdiff import _gpus, _native
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -55,6 +55,14 @@ def _missing(backend: str) -> str | None:
     return reason
 
 
+def _runs_nowhere(backend: str) -> str | None:
+    """Why none of the GPUs here runs the backend, or None. Asking them initializes CUDA."""
+    if backend != "cuda":
+        return None
+    reasons = [_gpus.why_no_binary(index) for index in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and None not in reasons else None
+
+
 def backends() -> dict[str, BackendStatus]:
     """The backends by name, with `available` and, for those that are not, `reason`.
 
@@ -64,7 +72,7 @@ def backends() -> dict[str, BackendStatus]:
     >>> fastdiff.backends()["reference"].available
     True
     """
-    reasons = {name: _missing(name) for name in BACKENDS}
+    reasons = {name: _missing(name) or _runs_nowhere(name) for name in BACKENDS}
     return {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
 
 
@@ -77,13 +85,14 @@ def _problem(name: str, source: str) -> Exception | None:
     return None
 
 
+_without_kernels = "triton" if importlib.util.find_spec("triton") else "reference"
+
+
 def _default_backends() -> dict[str, str]:
     """By device type; whether there is a device at all is known once there is a tensor on it."""
-    cuda_kernels = _native.load("cuda") is None
-    has_triton = importlib.util.find_spec("triton") is not None
     return {
         "cpu": "cpu" if _native.load("cpu") is None else "reference",
-        "cuda": "cuda" if cuda_kernels else "triton" if has_triton else "reference",
+        "cuda": "cuda" if _native.load("cuda") is None else _without_kernels,
     }
 
 
@@ -100,9 +109,36 @@ _forced: ContextVar[str | None] = ContextVar("fastdiff backend", default=None)
 _traced: str | None = None
 
 
+_of_gpus: dict[int, str] = {}
+
+
+def _of_gpu(index: int) -> str:
+    """The default backend on one GPU, which is asked when it first has a tensor."""
+    found = _of_gpus.get(index)
+    if found is None:
+        found = _defaults["cuda"]
+        if found == "cuda" and _gpus.why_no_binary(index):
+            found = _without_kernels
+        _of_gpus[index] = found
+    return found
+
+
+def _why_no_binary(index: int) -> str | None:
+    return _gpus.why_no_binary(index)
+
+
+# What torch.compiler.assume_constant_result does, which would load Dynamo.
+_of_gpu._dynamo_marked_constant = _why_no_binary._dynamo_marked_constant = True
+
+
 def default_backend(device_type: str) -> str:
-    """The backend that ops on "cpu", "cuda", ... tensors use when none is asked for."""
-    return _defaults.get(device_type, "reference")
+    """The backend that ops on "cpu", "cuda", "cuda:1", ... tensors use when none is asked for."""
+    if not device_type.startswith("cuda"):
+        return _defaults.get(device_type, "reference")
+    if not torch.cuda.is_available():
+        return _defaults["cuda"]
+    index = torch.device(device_type).index
+    return _of_gpu(torch.cuda.current_device() if index is None else index)
 
 
 @contextlib.contextmanager
@@ -165,6 +201,7 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     ValueError, RuntimeError
         The backend that was asked for does not exist, or cannot run this input.
     """
+<<<<<<< HEAD
     forced = _traced or _forced.get()
     if forced is None:
         forced = _environment
@@ -177,8 +214,23 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     if forced == "reference":
         return forced
     home = ("cpu" if triton_interpreted() else "cuda") if forced == "triton" else forced
+=======
+    if _forced is None:
+        if unsupported is not None:
+            return "reference"
+        if x.is_cpu:  # the cheapest test
+            return _defaults["cpu"]
+        return _of_gpu(x.device.index) if x.device.type == "cuda" else "reference"
+    if _forced_problem is not None:
+        raise _forced_problem
+    if _forced == "reference":
+        return _forced
+    home = ("cpu" if triton_interpreted() else "cuda") if _forced == "triton" else _forced
+>>>>>>> acf5cc4 (WIP gpu faults)
     if unsupported is None and x.device.type != home:
         unsupported = f"it runs on {home} tensors, these are on {x.device.type}"
+    if unsupported is None and _forced == "cuda":
+        unsupported = _why_no_binary(x.device.index)
     if unsupported is not None:
         raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {unsupported}")
     return forced

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastdiff
-from fastdiff import _native
+from fastdiff import _gpus, _native
 
 _PACKAGES = ("numpy", "triton", "diffusers")
 
@@ -42,13 +42,16 @@ def collect() -> dict[str, Any]:
         "devices": {
             "platform": f"{platform.system()} {platform.machine()}",
             "CPU threads": torch.get_num_threads(),
-            "CUDA": _cuda_devices(),
+            **_gpu_facts(),
         },
         "backends": {
             name: "available" if status else f"not available: {status.reason}"
             for name, status in fastdiff.backends().items()
         },
-        "default backend": {device: fastdiff.default_backend(device) for device in ("cpu", "cuda")},
+        "default backend": {
+            device: fastdiff.default_backend(device)
+            for device in ("cpu", *(_gpu_names() or ["cuda"]))
+        },
     }
 
 
@@ -59,16 +62,34 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cuda_devices() -> str:
-    if torch.version.cuda is None:
-        return "none: this torch is built without CUDA"
+def _gpu_names() -> list[str]:
+    return (
+        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+
+
+def _gpu_facts() -> dict[str, str]:
+    """What torch is built for, and a line per GPU."""
+    if torch.version.hip is not None:
+        built_for = f"ROCm {torch.version.hip}"
+    elif torch.version.cuda is not None:
+        built_for = f"CUDA {torch.version.cuda}"
+    else:
+        return {"CUDA": "none: this torch is built without CUDA"}
     if not torch.cuda.is_available():
-        return f"none visible (torch is built for CUDA {torch.version.cuda})"
-    names = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        names.append(f"{properties.name} (sm_{properties.major}{properties.minor})")
-    return ", ".join(names)
+        return {"CUDA": f"none visible (torch is built for {built_for})"}
+    lines = {"CUDA": f"torch is built for {built_for}"}
+    for index, name in enumerate(_gpu_names()):
+        lines[name] = (
+            f"{torch.cuda.get_device_name(index)} ({_gpus.architecture(index)}), "
+            f"this GPU has a binary: {_binary(index)}"
+        )
+    return lines
+
+
+def _binary(index: int) -> str:
+    without = _native.load("cuda") is not None or _gpus.why_no_binary(index) is not None
+    return f"no, using {fastdiff.default_backend(f'cuda:{index}')}" if without else "yes"
 
 
 def _table(facts: dict[str, dict[str, Any]]) -> str:

@@ -19,9 +19,14 @@ def compiles_clusters(version: str) -> bool:
     return tuple(map(int, version.split(".")[:2])) >= (3, 8)
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """ROCm's devices are "cuda" too, and gfx942 has the capability 9.4: it is no Hopper."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def max_blocks(device: torch.device) -> int:
     """Blocks that can work on one program: those of a cluster, from sm_90 and Triton 3.8 on."""
-    if device.type != "cuda" or not compiles_clusters(triton.__version__):
+    if not is_nvidia(device) or not compiles_clusters(triton.__version__):
         return 1
     gpu = torch.cuda.get_device_properties(device)
     # A slice of a GPU can have too few multiprocessors for a cluster.
@@ -32,11 +37,14 @@ def max_blocks(device: torch.device) -> int:
 def holds_pairs(*arrays: Tensor | None) -> bool:
     """Whether elements of 16 bits can be held in pairs: if read as 32 bits, in 32-bit registers.
 
-    From compute capability 10 on the compiler takes more registers for pairs than for single ones.
+    From compute capability 10 on the compiler takes more registers for pairs than for single ones;
+    what AMD's does nobody has looked at, so there they are single.
     """
     given = [array for array in arrays if array is not None]
     device = given[0].device
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 10:
+    if device.type == "cuda" and (
+        not is_nvidia(device) or torch.cuda.get_device_properties(device).major >= 10
+    ):
         return False
     return all(array.data_ptr() % 4 == 0 for array in given)
 

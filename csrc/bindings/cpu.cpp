@@ -13,13 +13,13 @@ namespace fastdiff {
 
 int64_t cpu::num_threads() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  bindings::check(torch_get_num_threads(&threads), "torch_get_num_threads");
   return threads;
 }
 
 void cpu::parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                           void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+  bindings::check(torch_parallel_for(begin, end, grain, function, context), "torch_parallel_for");
 }
 
 namespace bindings {

@@ -17,10 +17,11 @@ namespace {
 template <typename Launcher, typename Args>
 void launch_on(const Tensor& x, const char* op, Launcher launcher, const Args& args) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  check(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream), "the current stream");
   const cudaError_t error = launcher(&args, static_cast<cudaStream_t>(stream));
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, once: who looks next would take it for their own
+  STD_TORCH_CHECK(false, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
 Tensor q_sample_cuda(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,

@@ -38,7 +38,7 @@ struct EpsLossCall {
       check_same_shape(*noise_in, prediction, op, "noise");
       check_float(*noise_in, op, "noise");
       const bool keep = noise_in->scalar_type() == type;
-      noise = in_format(keep ? *noise_in : torch::stable::to(*noise_in, compute), channels_last);
+      noise = in_format(keep ? *noise_in : converted(*noise_in, compute), channels_last);
     }
     keys = checked_keys(keys_in, prediction, op);
     if (weight_in) weight = values(*weight_in, false, "weight");
@@ -63,7 +63,7 @@ struct EpsLossCall {
     }
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                     op, ": ", name, " must be float32 or float64");
-    const Tensor ready = x.scalar_type() == compute ? x : torch::stable::to(x, compute);
+    const Tensor ready = x.scalar_type() == compute ? x : converted(x, compute);
     return in_format(ready, false);
   }
 };
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> eps_loss_backward(
     launch(call.args);
   }
   if (noise && grad_noise.scalar_type() != noise->scalar_type()) {
-    grad_noise = torch::stable::to(grad_noise, noise->scalar_type());
+    grad_noise = converted(grad_noise, noise->scalar_type());
   }
   return {grad_prediction, grad_noise};
 }

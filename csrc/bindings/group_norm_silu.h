@@ -31,7 +31,7 @@ struct ChannelOperand {
     const bool keep =
         type == x.scalar_type() || (type == ScalarType::Float && x.scalar_type() != wide);
     ready = keep ? *given
-                 : torch::stable::to(*given, x.scalar_type() == wide ? wide : ScalarType::Float);
+                 : converted(*given, x.scalar_type() == wide ? wide : ScalarType::Float);
     if (ready->size(-1) > 1 && ready->stride(-1) != 1) ready = in_format(*ready, false);
   }
 
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
   check_same_shape(grad, x, op, "grad");
   const ScalarType type = call.x.scalar_type();
   const Tensor grad_ready = in_format(
-      grad.scalar_type() == type ? grad : torch::stable::to(grad, type), call.channels_last);
+      grad.scalar_type() == type ? grad : converted(grad, type), call.channels_last);
   const Tensor mean_ready = call.statistic(mean, "mean"), rstd_ready = call.statistic(rstd, "rstd");
 
   auto args = call.args<GroupNormSiluBackwardArgs>(activation);
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
   // An operand in a dtype that kernels do not take was converted, and so is its gradient.
   const auto restored = [](const Tensor& out, bool needed, const ChannelOperand& operand) {
     const bool same = !needed || out.scalar_type() == operand.given->scalar_type();
-    return same ? out : torch::stable::to(out, operand.given->scalar_type());
+    return same ? out : converted(out, operand.given->scalar_type());
   };
   return {grad_x,
           restored(grad_weight, need_weight, call.weight),

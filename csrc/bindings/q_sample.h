@@ -48,7 +48,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
   const auto prepared = [&](const Tensor& x) {
     const ScalarType type = x.scalar_type();
     const bool keep = !wide && (type == out_type || type == ScalarType::Byte);
-    return in_format(keep || type == compute ? x : torch::stable::to(x, compute), channels_last);
+    return in_format(keep || type == compute ? x : converted(x, compute), channels_last);
   };
   const Tensor x0_ready = prepared(x0);
   const std::optional<Tensor> noise_ready = noise ? std::optional(prepared(*noise)) : std::nullopt;
@@ -75,7 +75,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
     args.x0_type = dtype_of(x0_ready.scalar_type(), op, "x0");
     launch(args);
   }
-  return kernel_type == out_type ? out : torch::stable::to(out, out_type);
+  return kernel_type == out_type ? out : converted(out, out_type);
 }
 
 }  // namespace fastdiff::bindings

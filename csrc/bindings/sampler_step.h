@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> sampler_step(
 
   const bool channels_last = is_channels_last(x_t);
   const auto ready = [&](const Tensor& x, ScalarType wanted) {
-    return in_format(x.scalar_type() == wanted ? x : torch::stable::to(x, wanted), channels_last);
+    return in_format(x.scalar_type() == wanted ? x : converted(x, wanted), channels_last);
   };
   const Tensor x_ready = ready(x_t, x_type), output_ready = ready(model_output, output_type);
   const Tensor uncond_ready = uncond ? ready(*uncond, output_type) : output_ready;
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> sampler_step(
     launch(op, args);
   }
   const auto finished = [&](const Tensor& x) {
-    return x.scalar_type() == type ? x : torch::stable::to(x, type);
+    return x.scalar_type() == type ? x : converted(x, type);
   };
   return {finished(x_s), finished(pred_x0)};
 }

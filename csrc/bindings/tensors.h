@@ -5,11 +5,7 @@
 // The public Python functions check their arguments with fuller messages; these checks keep the raw
 // operators memory-safe.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <vector>
@@ -17,11 +13,11 @@
 #include "fastdiff/layout.h"
 #include "fastdiff/philox.h"
 
+#include "memory.h"
+
 namespace fastdiff::bindings {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline DType dtype_of(ScalarType type, const char* op, const char* name) {
   switch (type) {
@@ -101,7 +97,8 @@ inline Tensor in_format(const Tensor& x, bool channels_last) {
   const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
                               : x.dim() == 4 ? MemoryFormat::ChannelsLast
                                              : MemoryFormat::ChannelsLast3d;
-  return torch::stable::contiguous(x, format);
+  return with_memory(x.numel(), x.scalar_type(), x,
+                     [&] { return torch::stable::contiguous(x, format); });
 }
 
 // A dense tensor of other sizes on the device of `like`.
@@ -110,13 +107,18 @@ Tensor empty_of(const Sizes& sizes, const Tensor& like, ScalarType type,
                 bool channels_last = false) {
   std::vector<int64_t> strides(sizes.size());
   for_dense_strides(sizes, channels_last, [&](int64_t d, int64_t s) { strides[d] = s; });
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
-      like.get_device_index(), &handle));
-  return Tensor(handle);
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return with_memory(numel, type, like, [&] {
+    AtenTensorHandle handle;
+    check(aoti_torch_empty_strided(
+              static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+              torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+              torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device().type())),
+              like.get_device_index(), &handle),
+          "an allocation");
+    return Tensor(handle);
+  });
 }
 
 inline Tensor empty_of(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {

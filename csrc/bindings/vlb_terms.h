@@ -54,7 +54,7 @@ struct VlbTermsCall {
     channels_last = is_channels_last(x_t_in);
     const auto ready = [&](const Tensor& x) {
       const bool convert = x.scalar_type() != data_type;
-      return in_format(convert ? torch::stable::to(x, data_type) : x, channels_last);
+      return in_format(convert ? converted(x, data_type) : x, channels_last);
     };
     x0 = ready(x0_in);
     x_t = ready(x_t_in);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "fastdiff/launch.cuh"
 #include "fastdiff/layout.h"
 
 namespace fastdiff::cuda {

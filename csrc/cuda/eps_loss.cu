@@ -58,9 +58,9 @@ struct Forward {
     if (args.layout.batch * plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
       const bool whole = whole_samples(args, plan);
-      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(
-          args, plan, whole, static_cast<float>(args.scale()));
-      const cudaError_t error = cudaGetLastError();
+      const cudaError_t error =
+          launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                        stream, args, plan, whole, static_cast<float>(args.scale()));
       if (whole || error != cudaSuccess) return error;
     }
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
@@ -75,9 +75,8 @@ struct Forward {
     const auto kernel = vector_elements(args) > 1 ? eps_loss_small_fwd_kernel<Prediction, Noise, V>
                                                   : eps_loss_small_fwd_kernel<Prediction, Noise, 1>;
     const int64_t blocks = small_blocks(args, samples);
-    kernel<<<static_cast<unsigned>(blocks), kElementwiseThreads, plan.shared_bytes(), stream>>>(
-        args, plan, samples);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = launch_kernel(kernel, blocks, kElementwiseThreads,
+                                            plan.shared_bytes(), stream, args, plan, samples);
     if (error != cudaSuccess) return error;
     return finish_sums(static_cast<float*>(args.out), static_cast<const float*>(args.partials),
                        nullptr, 1, blocks, args.scale(), true, stream);
@@ -94,9 +93,9 @@ struct Backward {
     if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
     const auto kernel = vector > 1 ? eps_loss_bwd_kernel<Prediction, Noise, V>
                                    : eps_loss_bwd_kernel<Prediction, Noise, 1>;
-    kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(
-        args, plan, static_cast<float>(args.scale()));
-    return cudaGetLastError();
+    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads,
+                         plan.shared_bytes(), stream, args, plan,
+                         static_cast<float>(args.scale()));
   }
 };
 

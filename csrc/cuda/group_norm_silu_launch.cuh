@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <mutex>
+#include <set>
+#include <tuple>
 
 #include "dispatch.cuh"
 #include "fastdiff/group_norm_silu_plan.cuh"
@@ -70,16 +73,39 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
+// Gives an attribute of a kernel the largest value that the current device allows, once per device.
+// Attributes belong to the kernel, not to a launch: of two threads with different plans one would
+// take away what the other has just asked for.
+inline cudaError_t set_to_maximum(const void* kernel, cudaFuncAttribute attribute) {
+  static std::mutex mutex;
+  static std::set<std::tuple<const void*, cudaFuncAttribute, int>> done;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  if (done.count({kernel, attribute, device})) return cudaSuccess;
+  int value = 1;  // clusters of any size are allowed
+  cudaError_t error = cudaSuccess;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    cudaFuncAttributes kernel_attributes{};
+    error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel_attributes, kernel);
+    value -= static_cast<int>(kernel_attributes.sharedSizeBytes);
+  }
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
+  if (error == cudaSuccess) done.insert({kernel, attribute, device});
+  return error;
+}
+
 template <typename Args>
 cudaError_t opt_in(GroupNormKernel<Args> kernel, int64_t shared_bytes, int cluster) {
   constexpr int64_t kWithoutOptIn = 48 << 10;
+  const auto* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kWithoutOptIn) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+    error = set_to_maximum(function, cudaFuncAttributeMaxDynamicSharedMemorySize);
   }
   if (error == cudaSuccess && cluster > kPortableCluster) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = set_to_maximum(function, cudaFuncAttributeNonPortableClusterSizeAllowed);
   }
   return error;
 }
@@ -119,7 +145,7 @@ cudaError_t choose_plan(GroupNormPlan& plan, const GroupNormLayout& layout, int 
   if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
   plan = plan_group_norm(layout, vector, size_of(type), pass, limits);
   if (plan.cluster > kPortableCluster && !fits(plan)) {
-    cudaGetLastError();  // a failed question is no error
+    cudaGetLastError();  // of the question
     limits.max_cluster = kPortableCluster;
     plan = plan_group_norm(layout, vector, size_of(type), pass, limits);
   }

@@ -14,8 +14,7 @@ extern "C" cudaError_t fastdiff_philox_normal(const fastdiff::PhiloxNormalArgs* 
     const ChunkPlan plan = plan_chunks(args->layout, vectors ? V : 1, true);
     if (!plan.fits(args->layout)) return cudaErrorInvalidConfiguration;
     const auto kernel = vectors ? philox_normal_kernel<Out, V> : philox_normal_kernel<Out, 1>;
-    kernel<<<plan.blocks(args->layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(*args,
-                                                                                            plan);
-    return cudaGetLastError();
+    return launch_kernel(kernel, plan.blocks(args->layout), kElementwiseThreads,
+                         plan.shared_bytes(), stream, *args, plan);
   });
 }

@@ -18,9 +18,8 @@ cudaError_t launch(const QSampleArgs& args, cudaStream_t stream) {
   if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
   const auto kernel = vectors ? q_sample_fwd_kernel<Out, X0, Noise, V>
                               : q_sample_fwd_kernel<Out, X0, Noise, 1>;
-  kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
-                                                                                         plan);
-  return cudaGetLastError();
+  return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                       stream, args, plan);
 }
 
 template <typename Out, typename X0>

@@ -36,9 +36,8 @@ cudaError_t launch_step(const SamplerStepArgs& args, cudaStream_t stream, const 
   const auto kernel = plan.head_bytes > 0 ? with(std::true_type{}, vector_of<V>{})
                       : vectors           ? with(std::false_type{}, vector_of<V>{})
                                           : with(std::false_type{}, vector_of<1>{});
-  kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
-                                                                                         plan);
-  return cudaGetLastError();
+  return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                       stream, args, plan);
 }
 
 // kernel_of(type_is<X>{}, type_is<Output>{}, tiled, vector_of<V>{}) is the op's kernel. A float32

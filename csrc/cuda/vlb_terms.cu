@@ -37,9 +37,10 @@ struct Forward {
                                                     : vlb_terms_fwd_kernel<Data, Output, false, 1>;
     if (plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-      kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
-                                                                                             plan);
-      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+      const cudaError_t error =
+          launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                        stream, args, plan);
+      if (error != cudaSuccess) return error;
     }
     const int64_t sums = 3 * args.layout.batch;
     const double scale = 1.0 / static_cast<double>(args.layout.numel);
@@ -58,9 +59,8 @@ struct Backward {
     const auto kernel = plan.head_bytes > 0 ? vlb_terms_bwd_kernel<Data, Output, true, V>
                         : vector > 1        ? vlb_terms_bwd_kernel<Data, Output, false, V>
                                             : vlb_terms_bwd_kernel<Data, Output, false, 1>;
-    kernel<<<plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(), stream>>>(args,
-                                                                                           plan);
-    return cudaGetLastError();
+    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads,
+                         plan.shared_bytes(), stream, args, plan);
   }
 };
 

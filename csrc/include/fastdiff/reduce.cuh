@@ -5,6 +5,9 @@
 // sample's own shape, so its sum does not change with the batch around it.
 
 #include "fastdiff/elementwise.cuh"
+#if defined(__CUDACC__)
+#include "fastdiff/launch.cuh"
+#endif
 
 namespace fastdiff {
 
@@ -80,9 +83,8 @@ inline cudaError_t finish_sums(float* out, const float* partials, const float* w
   const int threads = total ? kFinishThreads : kElementwiseThreads;
   const int64_t warps = threads / 32;
   const int64_t blocks = total ? 1 : (batch + warps - 1) / warps;
-  finish_sums_kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-      out, partials, weight, batch, per_sample, static_cast<float>(scale), total);
-  return cudaGetLastError();
+  return launch_kernel(finish_sums_kernel, blocks, threads, 0, stream, out, partials, weight, batch,
+                       per_sample, static_cast<float>(scale), total);
 }
 
 #endif  // __CUDACC__
