@@ -368,8 +368,9 @@ class NinjaBuild(build_ext):
                 "FASTDIFF_CUDA_VERSION": cuda_version,
                 "FASTDIFF_CUDA_ARCHS": " ".join(archs),
             }
-            # Quoted once for C++ and once for the shell.
-            flags = [f'-D{name}="{value}"' for name, value in facts.items()]
+            # Quoted once for C++ and once for the shell. Torch brings a pybind11 too, which some
+            # torches close to users of the stable ABI.
+            flags = ["-UTORCH_TARGET_VERSION", *(f'-D{k}="{v}"' for k, v in facts.items())]
             flags += ["-isystem", pybind11_include, *python_include]
             name = pathlib.Path(self.get_ext_filename("fastdiff._build_info")).name
             source = compile_(

@@ -56,14 +56,20 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
-    """The compiled kernel (`.asm["cubin"]`, `.metadata`) of a launch, for an `arch` like sm_90."""
+    """The compiled kernel (`.asm["cubin"]`, `.metadata`) of a launch, for an `arch` like sm_90.
+
+    Or like gfx942, for AMD's GPUs (`.asm["hsaco"]`).
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     kernel = launch.kernel
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if arch.startswith("gfx"):
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -248,7 +254,8 @@ def _largest_group(pairs: bool, channels_last: bool, backward: bool) -> tuple[in
 
 def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
     """Launcher calls by name: each public use of a kernel in the dtypes and layouts that matter."""
-    clusters, pairs = int(arch.removeprefix("sm_")) >= 90, int(arch.removeprefix("sm_")) < 100
+    number = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
+    clusters, pairs = number >= 90, 0 < number < 100  # as _launch.py has it: none of AMD's
     calls: dict[str, Callable[[], None]] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for layout, channels_last in (("nchw", False), ("channels_last", True)):

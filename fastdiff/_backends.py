@@ -128,7 +128,8 @@ def _why_no_binary(index: int) -> str | None:
 
 
 # What torch.compiler.assume_constant_result does, which would load Dynamo.
-_of_gpu._dynamo_marked_constant = _why_no_binary._dynamo_marked_constant = True
+for _function in (_of_gpu, _runs_nowhere, _why_no_binary):
+    _function._dynamo_marked_constant = True
 
 
 def default_backend(device_type: str) -> str:
@@ -164,6 +165,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if (problem := _problem(name, "use_backend")) is not None:
         raise problem
+    if (reason := _runs_nowhere(name)) is not None:
+        raise RuntimeError(f"use_backend: backend {name!r} is not available: {reason}")
     if torch.compiler.is_dynamo_compiling():
         global _traced
         outer = _traced
@@ -201,35 +204,23 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     ValueError, RuntimeError
         The backend that was asked for does not exist, or cannot run this input.
     """
-<<<<<<< HEAD
     forced = _traced or _forced.get()
     if forced is None:
         forced = _environment
         if forced is None:
             if unsupported is not None:
                 return "reference"
-            return default_backend("cpu" if x.is_cpu else x.device.type)  # the test is the cheaper
+            if x.is_cpu:  # the cheapest test
+                return _defaults["cpu"]
+            return _of_gpu(x.device.index) if x.device.type == "cuda" else "reference"
         if _environment_problem is not None:
             raise _environment_problem
     if forced == "reference":
         return forced
     home = ("cpu" if triton_interpreted() else "cuda") if forced == "triton" else forced
-=======
-    if _forced is None:
-        if unsupported is not None:
-            return "reference"
-        if x.is_cpu:  # the cheapest test
-            return _defaults["cpu"]
-        return _of_gpu(x.device.index) if x.device.type == "cuda" else "reference"
-    if _forced_problem is not None:
-        raise _forced_problem
-    if _forced == "reference":
-        return _forced
-    home = ("cpu" if triton_interpreted() else "cuda") if _forced == "triton" else _forced
->>>>>>> acf5cc4 (WIP gpu faults)
     if unsupported is None and x.device.type != home:
         unsupported = f"it runs on {home} tensors, these are on {x.device.type}"
-    if unsupported is None and _forced == "cuda":
+    if unsupported is None and forced == "cuda":
         unsupported = _why_no_binary(x.device.index)
     if unsupported is not None:
         raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {unsupported}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from op_harness.inputs import tables
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import _backends, _gpus, _native, info, ops
 
 
 def _call(**arguments: object) -> torch.Tensor:
@@ -118,8 +120,6 @@ fastdiff.ops.q_sample(torch.ones(1, 2), torch.tensor([10]), table, table, seed=0
 
 
 def test_info_prints_a_table_and_json() -> None:
-    from fastdiff import info
-
     facts = info.collect()
     assert facts["versions"]["fastdiff"] == fastdiff.__version__
     assert set(facts["backends"]) == set(fastdiff.backends())
@@ -128,3 +128,173 @@ def test_info_prints_a_table_and_json() -> None:
     for name, status in fastdiff.backends().items():
         assert name in table
         assert status.reason in table
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 0), "8.0 9.0", True),
+        ((8, 9), "8.0 9.0", True),  # a later minor version
+        ((8, 0), "8.6 9.0", False),
+        ((7, 5), "8.0 9.0+PTX", False),  # T4
+        ((7, 5), "7.5 8.0", True),
+        ((11, 0), "8.0 9.0 10.0 12.0+PTX", False),  # Thor: 12.0 is newer
+        ((11, 0), "8.0 9.0+PTX", True),
+        ((12, 1), "12.0", True),
+        ((13, 0), "12.0", False),
+        ((13, 0), "12.0+PTX", True),
+        ((9, 0), "9.0a", True),
+        ((10, 3), "10.0a", False),
+        ((10, 3), "10.0a+PTX", False),
+        ((10, 3), "10.0f", True),
+        ((11, 0), "10.0f+PTX", False),
+    ],
+)
+def test_which_gpus_have_a_binary(capability, architectures, runs) -> None:
+    """CUDA's rules: machine code within a major version, PTX for everything newer."""
+    assert _gpus.has_binary(capability, architectures) == runs
+
+
+@dataclasses.dataclass
+class Gpu:
+    """What torch says of a GPU."""
+
+    name: str
+    major: int
+    minor: int
+    multi_processor_count: int = 100
+    gcnArchName: str = ""
+
+
+T4, A100, THOR = Gpu("T4", 7, 5), Gpu("A100", 8, 0), Gpu("Thor", 11, 0)
+# Capabilities as ROCm's torch reports them.
+MI300, RX7900 = (
+    Gpu("MI300X", 9, 4, gcnArchName="gfx942:sramecc+"),
+    Gpu("RX 7900", 11, 0, 48, "gfx1100"),
+)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(*of, archs=..., hip=...): a machine with these GPUs and a build for these."""
+
+    def install(*of: Gpu, archs: str = "8.0 9.0", hip: str | None = None) -> None:
+        properties = {"is_available": lambda: bool(of), "device_count": lambda: len(of)}
+        properties["get_device_properties"] = lambda device: of[torch.device(device).index or 0]
+        properties["get_device_name"] = lambda index: of[index].name
+        properties["get_device_capability"] = lambda index: (of[index].major, of[index].minor)
+        properties["current_device"] = lambda: 0
+        for name, function in properties.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+        build = types.SimpleNamespace(**{**vars(_native.build_info()), "cuda_arch_list": archs})
+        monkeypatch.setattr(_native, "build_info", lambda: build)
+        missing = "this torch is built without CUDA" if hip else None
+        load = _native.load
+        monkeypatch.setattr(_native, "load", lambda kind: missing if kind == "cuda" else load(kind))
+        monkeypatch.setattr(_backends, "_without_kernels", "triton")
+        monkeypatch.setattr(_backends, "_defaults", _backends._default_backends())
+        monkeypatch.setattr(_backends, "_of_gpus", {})
+        for cached in (_gpus.why_no_binary, _backends._missing):
+            cached.cache_clear()
+
+    yield install
+    for cached in (_gpus.why_no_binary, _backends._missing):
+        cached.cache_clear()
+
+
+needs_build = pytest.mark.skipif(_native.build_info() is None, reason="pure Python")
+
+
+@needs_build
+@pytest.mark.parametrize("gpu", [T4, THOR], ids=lambda gpu: gpu.name)
+def test_a_gpu_without_a_binary_uses_triton(gpus, gpu) -> None:
+    gpus(gpu, archs="8.0 8.6 9.0 10.0 12.0+PTX")
+    assert fastdiff.default_backend("cuda") == "triton"
+    status = fastdiff.backends()["cuda"]
+    assert not status
+    assert f"no binary for {gpu.name} (sm_{gpu.major}{gpu.minor})" in status.reason
+    assert "12.0+PTX" in status.reason
+    with pytest.raises(RuntimeError, match="no binary for"), fastdiff.use_backend("cuda"):
+        pass
+    facts = info.collect()
+    assert "this GPU has a binary: no, using triton" in facts["devices"]["cuda:0"]
+    assert facts["default backend"]["cuda:0"] == "triton"
+
+
+@needs_build
+def test_every_gpu_has_its_own_default(gpus) -> None:
+    gpus(A100, T4)
+    names = ["cuda", "cuda:0", "cuda:1"]
+    assert [fastdiff.default_backend(name) for name in names] == ["cuda", "cuda", "triton"]
+    assert fastdiff.backends()["cuda"]  # one of them runs it
+    devices = info.collect()["devices"]
+    assert devices["cuda:0"].endswith("this GPU has a binary: yes")
+    assert devices["cuda:1"].endswith("this GPU has a binary: no, using triton")
+
+    class On(torch.Tensor):
+        """A tensor as select_backend sees it."""
+
+        is_cpu = False
+        device = torch.device("cuda:1")
+
+    x = torch.ones(2).as_subclass(On)
+    assert _backends.select_backend("op", x, None) == "triton"
+    with (
+        fastdiff.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"no binary for T4 \(sm_75"),
+    ):
+        _backends.select_backend("op", x, None)
+
+
+@needs_build
+def test_a_compiled_call_asks_once(monkeypatch) -> None:
+    """torch.compile takes a GPU's default as a constant: no graph break, no recompilation."""
+    asked, graphs = [], []
+    monkeypatch.setattr(_gpus, "why_no_binary", lambda index: asked.append(index) or "no binary")
+    monkeypatch.setattr(_backends, "_defaults", {"cpu": "cpu", "cuda": "cuda"})
+    monkeypatch.setattr(_backends, "_of_gpus", {})
+    monkeypatch.setattr(_backends, "_without_kernels", "triton")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def f(x):
+        missing = _backends._why_no_binary(0)
+        return x + 1 if _backends._of_gpu(0) == "triton" and missing else x - 1
+
+    x = torch.zeros(2)
+    assert [f(x)[0].item() for _ in range(3)] == [1, 1, 1]
+    assert len(graphs) == 1
+    assert set(asked) == {0}
+
+
+@needs_build
+@pytest.mark.parametrize("gpu", [MI300, RX7900], ids=lambda gpu: gpu.name)
+def test_rocm_is_not_taken_for_nvidia(gpus, gpu) -> None:
+    """gfx942 has the "capability" 9.4 and gfx1100 11.0: neither has clusters, nor pairs tried."""
+    pytest.importorskip("triton")
+    from fastdiff.triton_kernels import _launch
+
+    device = torch.device("cuda:0")
+    array = types.SimpleNamespace(device=device, data_ptr=lambda: 64)
+    gpus(Gpu("H100", 9, 0))
+    assert _launch.max_blocks(device) == (8 if _launch.compiles_clusters(triton_version()) else 1)
+    assert _launch.holds_pairs(array)
+    gpus(gpu, hip="7.0")
+    assert _launch.max_blocks(device) == 1
+    assert not _launch.holds_pairs(array)
+    assert fastdiff.default_backend("cuda") == "triton"
+    name = gpu.gcnArchName.partition(":")[0]
+    devices = info.collect()["devices"]
+    assert devices["CUDA"] == "torch is built for ROCm 7.0"
+    assert devices["cuda:0"] == f"{gpu.name} ({name}), this GPU has a binary: no, using triton"
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__

@@ -194,7 +194,7 @@ def test_two_builds_in_place_take_turns(checkout):
 
 
 def test_another_torch_compiles_its_users_anew(checkout):
-    """ninja does not watch torch's headers, and _dispatch serves only the torch it was built with."""
+    """ninja does not watch torch's headers, and _dispatch serves only the torch of its build."""
     assert checkout.build("editable", FASTDIFF_BUILD="cpu")[0] == 0
     (folder,) = (checkout.root / "build").glob("native-*")
     rules = (folder / "build.ninja").read_text()

@@ -13,6 +13,9 @@ import pytest
 import fastdiff
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # cuda_archs.py is beside setup.py and not installed
+
+import cuda_archs  # noqa: E402
 
 
 def _pyproject() -> dict:
@@ -88,3 +91,60 @@ def test_kernel_libraries_use_torch_through_its_stable_abi_alone() -> None:
         needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "aoti_torch_" in needed
         assert not re.findall(r"\b(?:at|c10|torch)::.*", needed)
+
+
+KNOWN = ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "architectures"),
+    [
+        ("", "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
+        ("Common", "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
+        ("All", " ".join(KNOWN)),
+        ("8.0", "8.0"),
+        ("9.0+PTX 8.0", "8.0 9.0+PTX"),
+        ("8.0;9.0, 9.0+PTX;", "8.0 9.0+PTX"),
+        ("8.0;9.0a", "8.0 9.0a"),
+        ("12.0f+PTX", "12.0f+PTX"),
+        ("90", "9.0"),
+        ("Turing", "7.5+PTX"),
+        ("Ampere", "8.0 8.6+PTX"),
+        ("Ampere+Tegra", "8.7"),
+        ("hopper", "9.0+PTX"),
+        ("Ampere;Hopper", "8.0 8.6+PTX 9.0+PTX"),
+        ("Blackwell", "10.0 10.3 12.0 12.1+PTX"),
+        ("Blackwell+Tegra", "11.0"),
+    ],
+)
+def test_architectures_as_torch_spells_them(chosen, architectures) -> None:
+    assert cuda_archs.choose(chosen, KNOWN) == architectures.split()
+
+
+@pytest.mark.parametrize("chosen", ["Pascal", "Volta", "7.0", "13.0", "H100", "sm_90", "8.0;x"])
+def test_architectures_that_cannot_be_built(chosen) -> None:
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+        cuda_archs.choose(chosen, KNOWN)
+
+
+def test_architectures_of_this_machine(monkeypatch) -> None:
+    """Of a GPU that is newer than nvcc, the newest that nvcc knows."""
+    import torch
+
+    gpus = [(8, 6), (13, 0), (8, 6)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    assert cuda_archs.choose("native", KNOWN) == ["8.6", "12.1+PTX"]
+    gpus.clear()
+    with pytest.raises(SystemExit, match="torch sees no GPU here"):
+        cuda_archs.choose("native", KNOWN)
+
+
+def test_architectures_agree_with_torch(monkeypatch) -> None:
+    """The same options for nvcc as torch's own extensions get, for what both know."""
+    from torch.utils import cpp_extension
+
+    for chosen in ("8.0;9.0+PTX", "Turing", "Ampere", "Ada", "Hopper", "Ampere+Tegra;8.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
+        ours = cuda_archs.gencode(cuda_archs.choose(chosen, KNOWN))
+        assert sorted(ours) == sorted(cpp_extension._get_cuda_arch_flags())

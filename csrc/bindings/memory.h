@@ -85,9 +85,4 @@ Tensor with_memory(int64_t numel, ScalarType type, const Tensor& like, const Mak
   return make();  // it was something else, or there is memory now
 }
 
-// `x` in another dtype.
-inline Tensor converted(const Tensor& x, ScalarType type) {
-  return with_memory(x.numel(), type, x, [&] { return torch::stable::to(x, type); });
-}
-
 }  // namespace fastdiff::bindings

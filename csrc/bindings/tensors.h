@@ -5,8 +5,6 @@
 // The public Python functions check their arguments with fuller messages; these checks keep the raw
 // operators memory-safe.
 
-#include <torch/headeronly/core/MemoryFormat.h>
-
 #include <optional>
 #include <vector>
 
@@ -16,8 +14,6 @@
 #include "memory.h"
 
 namespace fastdiff::bindings {
-
-using torch::headeronly::MemoryFormat;
 
 inline DType dtype_of(ScalarType type, const char* op, const char* name) {
   switch (type) {
@@ -91,16 +87,6 @@ inline bool is_channels_last(const Tensor& x) {
   return is_dense(x, true) || (x.stride(1) == 1 && x.size(1) > 1);
 }
 
-// `x` itself if it is dense in the format, else a copy that is.
-inline Tensor in_format(const Tensor& x, bool channels_last) {
-  if (is_dense(x, channels_last)) return x;
-  const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
-                              : x.dim() == 4 ? MemoryFormat::ChannelsLast
-                                             : MemoryFormat::ChannelsLast3d;
-  return with_memory(x.numel(), x.scalar_type(), x,
-                     [&] { return torch::stable::contiguous(x, format); });
-}
-
 // A dense tensor of other sizes on the device of `like`.
 template <typename Sizes>
 Tensor empty_of(const Sizes& sizes, const Tensor& like, ScalarType type,
@@ -127,6 +113,23 @@ inline Tensor empty_of(std::initializer_list<int64_t> sizes, const Tensor& like,
 
 inline Tensor empty(const Tensor& like, ScalarType type, bool channels_last) {
   return empty_of(like.sizes(), like, type, channels_last);
+}
+
+// A dense copy. Its memory is asked for here, for the error where there is none: see memory.h.
+inline Tensor copied(const Tensor& x, ScalarType type, bool channels_last) {
+  Tensor out = empty(x, type, channels_last);
+  torch::stable::copy_(out, x);
+  return out;
+}
+
+// `x` itself if it is dense in the format, else a copy that is.
+inline Tensor in_format(const Tensor& x, bool channels_last) {
+  return is_dense(x, channels_last) ? x : copied(x, x.scalar_type(), channels_last);
+}
+
+// `x` in another dtype.
+inline Tensor converted(const Tensor& x, ScalarType type) {
+  return copied(x, type, is_channels_last(x));
 }
 
 // Floats for a kernel to keep partial results in; no tensor for none.

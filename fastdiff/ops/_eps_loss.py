@@ -346,7 +346,7 @@ def _makes_gradient(
         and prediction.is_cpu
         and prediction.dtype != torch.float64
         and default_backend("cpu") == "cpu"
-        and not torch.compiler.is_compiling()
+        and type(prediction) in (Tensor, torch.nn.Parameter)  # no stand-in for one, as in a trace
     )
 
 

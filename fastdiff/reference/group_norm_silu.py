@@ -88,8 +88,11 @@ def group_norm_silu(
         y = h if weight is None else h * cast(weight).reshape(-1, *[1] * (x.dim() - 2))
         y = y if bias is None else y + cast(bias).reshape(-1, *[1] * (x.dim() - 2))
     else:
-        cudnn = torch.backends.cudnn.enabled
-        y = torch.group_norm(h, num_groups, cast(weight), cast(bias), eps, cudnn)
+        factors, terms = cast(weight), cast(bias)
+        if factors is None and terms is not None:
+            # Torch 2.10 cannot differentiate it with a bias alone: "tensor does not have a device".
+            factors = torch.ones_like(terms)
+        y = torch.group_norm(h, num_groups, factors, terms, eps, torch.backends.cudnn.enabled)
     if scale is not None:
         y = y * (1 + per_channel(scale))
     if shift is not None:
