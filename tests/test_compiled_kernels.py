@@ -283,6 +283,7 @@ def test_triton_group_norm_silu_in_pairs(name, loads, stores, arch):
 )
 def test_triton_group_norm_silu_of_clusters(name, loads, stores, arch):
     import triton
+
     from fastdiff.triton_kernels import _launch
 
     if not _launch.compiles_clusters(triton.__version__):

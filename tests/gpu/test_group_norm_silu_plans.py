@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from gpu.launches import Launch, recorded
-from gpu.needs import GPU
+from gpu.needs import GPU, two_devices
 from op_harness import assert_close, available, evaluate
 from op_harness.group_norm_plan import Device, Plan, device_limits, plan
 from op_harness.group_norm_silu import (
@@ -27,6 +28,8 @@ from op_harness.group_norm_silu import (
     grad_output,
     operations,
 )
+
+import fastdiff
 
 pytestmark = GPU
 
@@ -188,3 +191,21 @@ def test_cuda(kind: str, layout: str, which: str, backend: str, monkeypatch) -> 
     expected += expected_launches(backward, shape[0], "backward")
     print(f"{shape}, {groups} groups, {layout}: {[launch.name for launch in launches]}")
     assert_launched(launches, expected)
+
+
+@two_devices
+@pytest.mark.skipif(available("cuda") is not None, reason=f"cuda: {available('cuda')}")
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("kind", ["more than 48 KB", "cluster 16"])
+def test_kernels_opt_in_on_each_device(kind: str, backend: str) -> None:
+    """More shared memory, and clusters of more than 8 blocks, are asked for on every device."""
+    skip_where_impossible(kind, device_limits(torch.cuda.get_device_properties()))
+    shape, groups = find(kind, "contiguous", "forward")
+    x = torch.linspace(-1, 1, math.prod(shape)).view(shape).bfloat16()
+    with fastdiff.use_backend(backend):
+        one, two = (
+            fastdiff.ops.group_norm_silu(x.to(f"cuda:{index}"), groups, None, None)
+            for index in range(2)
+        )
+    assert torch.equal(one.cpu(), two.cpu())
+    assert one.isfinite().all()

@@ -64,13 +64,19 @@ class ProjectCopy:
         for library in ROOT.glob("fastdiff/*.so"):
             shutil.copy(library, self.folder / "fastdiff")
 
-    def run(self, *tests: str, timeout: float = 600) -> Outcome:
-        """Run these tests in the copy, until the first failure."""
+    def run(self, *tests: str, timeout: float = 600, own_kernels: bool = True) -> Outcome:
+        """Run these tests in the copy, until the first failure.
+
+        own_kernels: False spares compiling csrc again for the software CUDA device.
+        """
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        if not own_kernels:
+            environment["SOFTWARE_CUDA_SOURCES"] = str(ROOT)
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
         with subprocess.Popen(
             [*command, *tests],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

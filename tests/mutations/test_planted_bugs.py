@@ -7,28 +7,11 @@ Every mutant changes one place of a copy of the project and runs the tests that 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 
 import pytest
 
+from .mutant import Mutant, assert_caught, mutants
 from .project_copy import ProjectCopy
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` becomes `new` in `file`; `tests` (arguments of pytest) must fail, saying `message`."""
-
-    bug: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    message: str
-    quick: bool = False
-    build: bool = False  # the CPU library, in the copy
-
-    def __str__(self) -> str:
-        return self.bug
 
 
 def cuda(op: str, expression: str) -> tuple[str, ...]:
@@ -258,19 +241,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectCopy:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA mutants need nvcc")
-@pytest.mark.parametrize(
-    "mutant",
-    [pytest.param(m, marks=[] if m.quick else [pytest.mark.slow], id=str(m)) for m in MUTANTS],
-)
+@mutants(MUTANTS)
 def test_planted_bug_is_caught(project: ProjectCopy, mutant: Mutant) -> None:
-    project.replace(mutant.file, mutant.old, mutant.new)
-    try:
-        if mutant.build:
-            project.build_cpu()
-        outcome = project.run(*mutant.tests)
-    finally:
-        project.restore(mutant.file)
-        if mutant.build:
-            project.restore_libraries()
-    assert outcome.failed, f"nothing failed (exit code {outcome.code}):\n{outcome.output[-3000:]}"
-    assert mutant.message in outcome.output, outcome.output[-3000:]
+    assert_caught(project, mutant)

@@ -11,8 +11,9 @@ from typing import Any
 import ptx_emulator
 import pytest
 import torch
-from fastdiff.triton_kernels import _launch
 from torch import Tensor
+
+from fastdiff.triton_kernels import _launch
 
 _TYPES = {
     torch.float32: "fp32",

@@ -20,6 +20,7 @@ from ptx_emulator.counters import Requests
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
+
 from fastdiff.triton_kernels import _launch
 from fastdiff.triton_kernels import group_norm_silu_plan as plans
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from ptx_emulator.compile import host_compiler, run_compiler
 from ptx_emulator.nvcc import compile_cached, require_nvcc
 
 _SOURCES = Path(__file__).parent / "csrc"
-_PROJECT = Path(__file__).parents[2]
+# Whose kernels: another checkout's where a test runs a copy of this one with the same kernels.
+_PROJECT = Path(os.environ.get("SOFTWARE_CUDA_SOURCES") or Path(__file__).resolve().parents[2])
 _FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall"]
 _RUNTIME_PARTS = ("locks", "streams", "graphs", "memory", "device", "kernels")
 # The libraries of torch that use the CUDA runtime.
@@ -60,8 +62,8 @@ def _symbols(library: Path, *flags: str) -> set[str]:
 def _compiled(source: Path, *flags: str) -> Path:
     """An object file; the headers of this folder count as part of the source."""
     headers = [path.read_bytes() for path in sorted(_SOURCES.glob("*.h"))]
-    command = [*host_compiler().split(), *_FLAGS, f"-I{_SOURCES}", *flags, "-c", str(source)]
-    key = digest(*command, source.read_bytes(), *headers)
+    command = [*host_compiler().split(), *_FLAGS, *flags, f"-I{_SOURCES}", "-c", str(source)]
+    key = digest(*command[:-3], source.read_bytes(), *headers)  # wherever the sources lie
     target = cache_directory() / f"software-cuda-{source.stem}-{key}.o"
     return build_once(target, lambda path: run_compiler([*command, "-o", str(path)]))
 
