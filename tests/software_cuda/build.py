@@ -140,7 +140,18 @@ def _kernels(sources: Sequence[Path], arch: str, *flags: str) -> list[Path]:
     options = ["-c", "-O3", "-std=c++17", "-lineinfo", "--no-compress", "-cudart", "none"]
     options += ["-gencode", f"arch={virtual},code={virtual}", "-Xcompiler", "-fPIC", *flags]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda path: compile_cached(path, options, ".o"), sources))
+        return list(pool.map(lambda path: _object(path, options), sources))
+
+
+def _object(source: Path, options: list[str]) -> Path:
+    """Compiled by nvcc. Where lines are counted, in the folder that gcov will look into."""
+    if not (folder := os.environ.get("SOFTWARE_CUDA_COVERAGE")):
+        return compile_cached(source, options, ".o")
+    target = Path(folder) / f"{source.parent.name}_{source.stem}.o"
+    if not target.exists():
+        command = [str(require_nvcc()), *options, "-Xcompiler", "--coverage", str(source)]
+        run_compiler([*command, "-o", str(target)])
+    return target
 
 
 def small_library(source: Path, arch: str) -> Path:
@@ -160,10 +171,11 @@ def cuda_library(arch: str) -> Path:
     binding = ["-c", "-std=c++20", "-O1", "-cudart", "none", "-Xcompiler", "-fPIC"]
     binding += [f"-I{csrc / 'include'}", "-isystem", f"{torch}/include"]
     binding += [f"-DTORCH_TARGET_VERSION={version}", "-DUSE_CUDA"]
-    objects.append(compile_cached(csrc / "bindings/cuda.cpp", binding, ".o"))
+    objects.append(_object(csrc / "bindings/cuda.cpp", binding))
     libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-ltorch_cuda"]
     inputs = [*objects, fake_runtime()]
-    return _linked("_C_cuda.so", inputs, *libraries, f"-Wl,-rpath-link,{torch}/lib")
+    options = ["--coverage"] if os.environ.get("SOFTWARE_CUDA_COVERAGE") else []
+    return _linked("_C_cuda.so", inputs, *libraries, f"-Wl,-rpath-link,{torch}/lib", *options)
 
 
 def all_libraries(arch: str) -> None:
