@@ -2,10 +2,10 @@
 
     python -m tests.software_cuda.line_coverage --out FOLDER [PYTEST ARGUMENT ...]
 
-Counts the lines of csrc/bindings and of the host code in csrc/cuda with gcov, and those of fastdiff/
-and triton_kernels/ with coverage.py (`pip install coverage`). Prints a table and the lines that were
-not reached. FOLDER keeps a copy of the project and the counts: run it twice with different arguments and they
-add up.
+gcov counts the lines of csrc/bindings and of the host code in csrc/cuda, coverage.py (`pip install
+coverage`) those of fastdiff/ and triton_kernels/. Prints a table with the lines that were not
+reached. FOLDER keeps a copy of the project and the counts: two runs with different arguments add
+up.
 """
 
 from __future__ import annotations
