@@ -25,7 +25,7 @@ export ASAN_OPTIONS=detect_leaks=0:log_path=$copy/report
 export UBSAN_OPTIONS=print_stacktrace=1:log_path=$copy/report
 # This copy, not the package that is installed.
 export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
-if [ $# -eq 0 ]; then set -- tests/ops; fi
+if [ $# -eq 0 ]; then set -- tests/ops tests/fuzz/test_ops.py; fi
 python -c "import fastdiff, sys; sys.exit(not fastdiff.__file__.startswith('$copy'))"
 if ! python -m pytest -n 0 -q -k "cpu or bad or strides" "$@"; then
   unset LD_PRELOAD

@@ -27,7 +27,7 @@ def _dtype_error(op: str, name: str, given: torch.dtype, expected: str) -> TypeE
 def check_float(
     op: str, name: str, dtype: torch.dtype, expected: str = "a floating-point dtype"
 ) -> None:
-    if dtype not in FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise _dtype_error(op, name, dtype, expected)
 
 

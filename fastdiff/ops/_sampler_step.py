@@ -64,7 +64,7 @@ def call(
     return_pred_x0: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The public function's body."""
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ValueError(
             f"{name}: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
         )

@@ -69,11 +69,11 @@ def eps_loss(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"eps_loss: pass either noise or seed; {given} was given")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"eps_loss: unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}"
         )
-    if kind not in LOSS_KINDS:
+    if not isinstance(kind, str) or kind not in LOSS_KINDS:
         raise ValueError(f"eps_loss: unknown kind {kind!r}; choose from {', '.join(LOSS_KINDS)}")
     keys, integer = _checks.split_seed("eps_loss", seed)
     stream = _checks.as_int64("eps_loss", "stream", stream)

@@ -175,7 +175,7 @@ def _unsupported(
             return "only the reference differentiates the tables"
     if _library.in_functorch_transform():
         return "only the reference runs under torch.func's transforms"
-    if x0.dtype == torch.float64 or dtype == torch.float64:
+    if x0.dtype == torch.float64 or dtype is torch.float64:
         if x0.device.type != "cpu" or noise is None:
             return "float64 kernels exist on the CPU only, and for given noise only"
         if x0.dtype == torch.uint8:

@@ -101,11 +101,11 @@ def vlb_terms(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"vlb_terms: pass either noise or seed; {given} was given")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ValueError(
             f"vlb_terms: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
         )
-    if variance not in VARIANCES:
+    if not isinstance(variance, str) or variance not in VARIANCES:
         raise ValueError(
             f"vlb_terms: unknown variance {variance!r}; choose from {', '.join(VARIANCES)}"
         )

@@ -151,8 +151,8 @@ def spoil(numbers: random.Random, op: str, args: dict[str, Any]) -> tuple[str, d
     kinds = ["dtype", "list", "numpy", "text"]
     # Of some ops the first operand has no other one that it has to fit to.
     if name != next(iter(args)) or op in ("vlb_terms", DDIM, DDPM):
-        kinds += ["dims", "size"]
-    kinds += ["meta", "sparse"] if x.numel() else []
+        kinds += ["dims", "size", "meta"]
+    kinds += ["sparse"] if x.numel() else []
     kinds += ["range"] if name in ("t", "step") and x.numel() else []
     required = name not in ("noise", "keys", "flip", "uncond", *group_norm_silu.OPERANDS)
     kinds += ["none"] if required else []
@@ -229,6 +229,10 @@ def _plain(x: Any) -> Any:
     return x.detach().contiguous().resolve_neg() if isinstance(x, Tensor) else x
 
 
+def name_of_main(args: dict[str, Any]) -> str:
+    return f"{next(iter(args))} "
+
+
 def refusal(way: str, op: str, args: dict[str, Any], description: str) -> str:
     """The message of the error that this call raises."""
     try:
@@ -255,7 +259,7 @@ def one_call(numbers: random.Random) -> None:
         named = (what.split()[0], "seed")
         if way == "raw":  # the dispatcher speaks of the schema
             named = (op, "fastdiff::", "arguments are on")
-        if "(meta)" in what:  # which of two devices is the wrong one?
+        if name_of_main(args) in what or "(meta)" in what:  # which of two is the wrong one?
             named = (op, "arguments are on")
         if way == "raw" and "(none)" in what:
             named = ("",)  # an undefined tensor, of which the stable ABI says nothing better

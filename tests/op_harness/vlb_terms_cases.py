@@ -162,7 +162,7 @@ class Magnitudes:
         w = row[c.POSTERIOR_LOG_VARIANCE] - log_variance
         w_size = row[c.POSTERIOR_LOG_VARIANCE].abs() + log_size
         kl = z.abs() * z_size + w.expm1().abs() * w_size + w.expm1() - w
-        kl_v = w.exp() * w_size + z.abs() * z_size
+        kl_v = 1 + w.exp() * w_size + z.abs() * z_size  # 1: the slope of w itself
 
         h = BIN_HALF_WIDTH * inverse
         edge = (x0 > EDGE).double() - (x0 < -EDGE).double()

@@ -206,7 +206,7 @@ def arguments_of(op: str, layout: str) -> dict[str, Any]:
     ("way", "layout"),
     [("public", "channels_last"), ("raw", "contiguous"), ("reference", "contiguous")],
 )
-def test_every_combination(way: str, layout: str, op: str) -> None:
+def test_every_combination_cpu(way: str, layout: str, op: str) -> None:
     if way == "raw" and available("cpu") is not None:
         pytest.skip("the CPU library is not built")
     failures = {}
@@ -241,7 +241,7 @@ def allowed(op: str, name: str) -> tuple[torch.dtype, ...]:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("way", ["public", "raw", "reference"])
-def test_other_dtypes_are_refused(way: str, op: str) -> None:
+def test_other_dtypes_are_bad(way: str, op: str) -> None:
     """With the operand's name, by the raw operators too."""
     if way == "raw" and available("cpu") is not None:
         pytest.skip("the CPU library is not built")
