@@ -24,6 +24,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "tests/ptx_emulator/README.md": "ptx_emulator.md",
+    "tests/software_cuda/README.md": "software_cuda.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 
