@@ -37,9 +37,9 @@ from fastdiff.images import image_grid, to_uint8
 from fastdiff.metrics import frechet_distance
 from fastdiff.samplers import DDIM
 from fastdiff.training import RunFolder, TrainConfig, TrainedRun, Trainer, UserError, load_run
-from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.data import ArrayDataset, has_files, load_dataset
 from fastdiff.training.features import FeatureClassifier, features, train_classifier
+from fastdiff.training.files import write_atomic
 from fastdiff.training.run import newest_checkpoint
 
 

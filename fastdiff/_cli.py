@@ -1,24 +1,49 @@
 """What the command lines share: one line per error on stderr, exit codes, missing extras.
 
-Exit codes: 0 done; 1 the run failed on its way; 2 wrong input, nothing was written; 130 Ctrl-C.
+Exit codes: 0 done; 1 the run failed on its way; 2 wrong input, nothing was written; 130 Ctrl-C;
+128 + N another signal. A reader that leaves (``| head``) loses the output, not the work: the code
+is that of the work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import io
-import os
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from fastdiff.training.errors import RunError, UserError, one_line, printable, printable_lines
+from fastdiff import _streams
+from fastdiff.training.errors import (
+    RunError,
+    UserError,
+    is_out_of_memory,
+    one_line,
+    printable,
+    printable_lines,
+)
 
 Config = TypeVar("Config")
 
 INTERRUPTED = 130  # the shell's convention for a process ended by SIGINT: 128 + 2
+
+# Errors of the system that another name or another permission mends.
+_OF_THE_USER = frozenset(
+    (
+        errno.EACCES,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
 
 
 def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] = ()) -> NoReturn:
@@ -35,32 +60,37 @@ def run(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...] =
     """
     # What Pillow finds odd in a file that it reads all the same; what it cannot read is counted.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    with _streams.standard() as (out, _):
+        code = _guarded(program, main, needs)
+        out.flush()
+        if out.error is not None:
+            say(f"{program}: error: cannot write to standard output: {out.error.strerror}")
+            code = code or RunError.exit_code
+    sys.exit(code)
+
+
+def _guarded(program: str, main: Callable[[list[str]], int], needs: tuple[str, ...]) -> int:
+    """The exit code of ``main``, and a line on stderr for what it raises."""
     try:
         _require(needs)
-        try:
-            code = main(sys.argv[1:])
-        except SystemExit as stopped:  # --help
-            code = stopped.code
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return main(sys.argv[1:])
+    except SystemExit as stopped:  # --help
+        return stopped.code
     except (UserError, RunError) as error:
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
-        code = error.exit_code
-    except PermissionError as error:
-        name = printable(error.filename)
-        print(f"{program}: error: {name}: {error.strerror}", file=sys.stderr)
-        code = UserError.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        say(f"{program}: error: {one_line(error)}")
+        return error.exit_code
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if is_out_of_memory(error):
+            say(f"{program}: error: out of memory ({_first_line(error)})")
+            return RunError.exit_code
+        if not isinstance(error, OSError):
             raise
-        print(f"{program}: error: out of memory ({_first_line(error)})", file=sys.stderr)
-        code = RunError.exit_code
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+        name = f"{printable(error.filename)}: " if error.filename is not None else ""
+        say(f"{program}: error: {name}{error.strerror or one_line(error)}")
+        return UserError.exit_code if error.errno in _OF_THE_USER else RunError.exit_code
+    except KeyboardInterrupt as error:
+        say(f"\n{program}: interrupted{f'; {one_line(error)}' if str(error) else ''}")
+        return INTERRUPTED
 
 
 def parse(kind: type[Config], argv: list[str], program: str, **options: Any) -> Config:
@@ -95,15 +125,6 @@ def _unboxed(box: str) -> str:
 def say(message: str) -> None:
     """Tell the user something; stderr, because stdout is for results."""
     print(printable_lines(message), file=sys.stderr)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch has a type for GPUs alone; its CPU allocator says it in words.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _first_line(error: Exception) -> str:

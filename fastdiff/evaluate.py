@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,17 +28,18 @@ from fastdiff import _cli
 from fastdiff.evaluation import METRICS, Task, unsuited
 from fastdiff.samplers import SAMPLERS
 from fastdiff.training import report
-from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.config import check_numbers
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError, printable
+from fastdiff.training.files import write_atomic
 from fastdiff.training.run import RunFolder, choose_device, use_threads
 from fastdiff.training.trained import load_run
 
 PROGRAM = "python -m fastdiff.evaluate"
-NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
 
-# Images that a metric looks at if nobody says how many.
-_NUM = 64
+# What is evaluated, as far as there are so many images.
+_NUM, _SAMPLES, _STEPS = 64, 500, (10, 20, 50, 100)
+NEEDS = ("tyro", "yaml", "tqdm", "safetensors", "PIL", "matplotlib", "sklearn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,12 @@ class EvaluateConfig:
     """--likelihood: random probes of the divergence per image; more of them less noise."""
     tolerance: float = 1e-4
     """--likelihood: relative and absolute error that the solver allows per step."""
-    steps: tuple[int, ...] = (10, 20, 50, 100)
-    """--reconstruction: numbers of DDIM steps, as far as the run has as many timesteps."""
-    samples: int = 500
-    """--frechet: number of images drawn, and of real ones held against the others as the floor."""
+    steps: tuple[int, ...] | None = None
+    """--reconstruction: numbers of DDIM steps, as far as the run has as many timesteps; None: 10,
+    20, 50 and 100, or all that it has."""
+    samples: int | None = None
+    """--frechet: number of images drawn, and of real ones held against the others as the floor;
+    None: 500, or half of the images."""
     sampler: str = "ddim"
     """--frechet: how to sample, as --sampler of fastdiff.sample."""
     sample_steps: int | None = None
@@ -128,13 +132,14 @@ def _evaluate(task: Task, say: Callable[[str], None]) -> None:
         if not task.world.is_first:
             continue
         values = {"metric": name, **_settings(task), **result.values}
-        _write(task.folder / f"{name}.json", (json.dumps(values, indent=2) + "\n").encode())
+        text = json.dumps(_finite(name, values), indent=2) + "\n"
+        _write(task.folder / f"{name}.json", text.encode())
         for title, content in result.pictures.items():
             _write(task.folder / f"{title}.png", content)
         for title, value in result.rows:
-            print(f"{title:48}{value}", flush=True)
+            print(printable(f"{title:48}{value}"), flush=True)
     if task.world.is_first:
-        path = report.write(RunFolder(Path(config.run)))
+        path = report.write(RunFolder(Path(config.run)), say)
         say(
             f"step {task.run.step} of {printable(config.run)} (--ema {task.run.ema}), images of "
             f"{printable(task.data)}{' (which it was trained on)' if _seen(config) else ''}: "
@@ -143,6 +148,7 @@ def _evaluate(task: Task, say: Callable[[str], None]) -> None:
 
 
 def _validate(config: EvaluateConfig) -> None:
+    check_numbers(config)
     least = {"num": 1, "batch_size": 2, "probes": 1, "samples": 2, "sample_steps": 1}
     for name, smallest in least.items():
         value = getattr(config, name)
@@ -153,7 +159,7 @@ def _validate(config: EvaluateConfig) -> None:
         raise UserError(f"--sampler {config.sampler!r}: give one of {', '.join(SAMPLERS)}")
     if not 0 < config.tolerance < 1:
         raise UserError(f"--tolerance {config.tolerance}: give a number between 0 and 1")
-    if not config.steps or min(config.steps) < 1:
+    if config.steps is not None and (not config.steps or min(config.steps) < 1):
         raise UserError(f"--steps {' '.join(map(str, config.steps))}: give numbers of at least 1")
 
 
@@ -165,6 +171,9 @@ def _prepare(
     run = load_run(config.run, device, say, config.ema)
     use_threads(run.config)
     timesteps = run.diffusion.num_timesteps
+    if config.steps is None:
+        steps = tuple(s for s in _STEPS if s <= timesteps) or (timesteps,)
+        config = dataclasses.replace(config, steps=steps)
     if min(config.steps) > timesteps:
         raise UserError(
             f"--steps {min(config.steps)}: {config.run} has timesteps for 1..{timesteps}"
@@ -185,9 +194,11 @@ def _prepare(
         )
     if config.num is None or _frechet_alone(config):
         config = dataclasses.replace(config, num=min(config.num or _NUM, len(dataset)))
+    if config.samples is None:
+        config = dataclasses.replace(config, samples=min(_SAMPLES, len(dataset) // 2))
     if config.num > len(dataset):
         raise UserError(f"--num {config.num}: there are {len(dataset)} images")
-    if config.num < world.size:
+    if config.num < world.size and not _frechet_alone(config):
         raise UserError(f"--num {config.num}: give at least one per process, {world.size}")
     chosen = np.random.default_rng(config.seed).permutation(len(dataset))[: config.num]
     x0 = torch.from_numpy(dataset.read(chosen)).permute(0, 3, 1, 2).contiguous().to(device)
@@ -221,6 +232,19 @@ def _seen(config: EvaluateConfig) -> bool:
 
 def _say_nothing(message: str) -> None:
     """What rank 0 says, the other processes need not repeat."""
+
+
+def _finite(metric: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if every number is finite: others are no result."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        bad = sum(isinstance(v, float) and not math.isfinite(v) for v in numbers)
+        if bad:
+            raise RunError(
+                f"--{metric}: {bad} of {len(numbers)} numbers of its {name} are not finite; the "
+                "result was not written"
+            )
+    return values
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdiff import _cli, ops
 from fastdiff.bound import BitsPerDim
-from fastdiff.images import image_grid
+from fastdiff.images import image_grid, not_finite
 from fastdiff.likelihood import flow_likelihood
 from fastdiff.metrics import frechet_distance
 from fastdiff.training.distributed import World
@@ -62,12 +62,25 @@ class Task:
         kwargs = {name: value[here] for name, value in self.model_kwargs.items()}
         return self.x0[here], keys[here], kwargs, here
 
-    def whole(self, values: Tensor, here: Tensor) -> Tensor:
-        """On rank 0, all processes' values (n, ...) in the order of the images, on the CPU."""
+    def whole(self, metric: str, values: Tensor, here: Tensor) -> Tensor:
+        """On rank 0, all processes' values (n, ...) in the order of the images, on the CPU.
+
+        Raises
+        ------
+        RunError
+            On rank 0, if some of them are not finite.
+        """
         values = values.cpu()
         everything = values.new_zeros(len(self.x0), *values.shape[1:])
         everything[here.cpu()] = values
-        return self.world.assemble(everything)
+        everything = self.world.assemble(everything)
+        bad = int(not_finite(everything.view(len(everything), -1)).sum())
+        if bad and self.world.is_first:
+            raise RunError(
+                f"{metric}: {bad} of {len(everything)} images have a result that is not finite; "
+                "nothing was written. The weights may have diverged (train with a lower --lr)"
+            )
+        return everything
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ def bpd(task: Task) -> Result:
         progress=task.world.is_first,
     )
     names = ("total", "prior", "vb", "x0_mse", "eps_mse")
-    bits = BitsPerDim(*(task.whole(getattr(part, name), here) for name in names))
+    bits = BitsPerDim(*(task.whole("--bpd", getattr(part, name), here) for name in names))
     curve = bits.rate_distortion()
     picture = io.BytesIO()
     curve.plot(picture)
@@ -151,17 +164,22 @@ def likelihood(task: Task) -> Result:
     except RuntimeError as error:
         raise RunError(f"--likelihood: {error} (--tolerance)") from error
     names = ("bits_per_dim", "standard_error", "evaluations")
-    bits, of_probes, evaluations = (task.whole(getattr(flow, name), here) for name in names)
+    results = {name: getattr(flow, name) for name in names}
+    if config.probes == 1:  # has no error that could be known
+        results["standard_error"] = torch.zeros_like(flow.standard_error)
+    bits, of_probes, evaluations = (
+        task.whole("--likelihood", values, here) for values in results.values()
+    )
     mean, error = _mean_and_error(bits)
     # Independent between images, so that the error of the mean falls with their number too.
-    probes = float(of_probes.square().sum().sqrt()) / len(task.x0)
+    probes = float(of_probes.square().sum().sqrt()) / len(task.x0) if config.probes > 1 else None
     values = {
         "bits_per_dim": mean,
         "standard_error": error,
-        "standard_error_of_the_probes": None if math.isnan(probes) else probes,
+        "standard_error_of_the_probes": probes,
         "evaluations": float(evaluations.double().mean()),
     }
-    noise = "unknown from one" if math.isnan(probes) else f"{probes:.4f}"
+    noise = "unknown from one" if probes is None else f"{probes:.4f}"
     rows = [
         ("bits/dim, probability flow", f"{mean:.4f} +- {error:.4f}"),
         ("  of that noise of the probes", noise),
@@ -189,7 +207,9 @@ def reconstruction(task: Task) -> Result:
             x_T = sampler.encode(model, x0, model_kwargs=kwargs)
             again = sampler.sample(model, x_T=x_T, model_kwargs=kwargs)
             squares.append(((again - x0) / 2).square().flatten(1).mean(1))
-        errors[steps] = float(task.whole(torch.cat(squares), here).double().mean())
+        errors[steps] = float(
+            task.whole("--reconstruction", torch.cat(squares), here).double().mean()
+        )
     rows = [("reconstruction error per dimension", "")]
     rows += [(f"  {steps} steps", f"{error:.2e}") for steps, error in errors.items()]
     return Result(rows, {"steps": list(errors), "mse": list(errors.values())})
@@ -254,7 +274,7 @@ def frechet(task: Task) -> Result:
     rows = [
         (
             f"Frechet distance, {num} samples",
-            f"{distance:.4g} ({distance / floor:.3g} x the floor)",
+            f"{distance:.4g} ({'no floor' if ratio is None else f'{ratio:.3g} x the floor'})",
         ),
         (f"  the floor: {num} real images", f"{floor:.4g}"),
         (f"  both to {len(reference)} other real images", "pixels rounded to uint8"),

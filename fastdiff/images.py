@@ -16,8 +16,24 @@ if TYPE_CHECKING:
 _MIN_TILE = 32
 
 
+def not_finite(images: Tensor) -> Tensor:
+    """Which of the images (N, ...) have a pixel that is not finite, bool (N,)."""
+    return ~images.isfinite().flatten(1).all(1)
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """Round pixels in [-1, 1] to the nearest of the 256 levels, uint8 on the CPU."""
+    """Round pixels in [-1, 1] to the nearest of the 256 levels, uint8 on the CPU.
+
+    Raises
+    ------
+    ValueError
+        Some are not finite, which would look like black ones.
+    """
+    if not images.isfinite().all():
+        parts = images.unsqueeze(0) if images.dim() < 2 else images
+        raise ValueError(
+            f"{int(not_finite(parts).sum())} of {len(parts)} images have pixels that are not finite"
+        )
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 

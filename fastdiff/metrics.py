@@ -18,7 +18,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        The samples are not 2-d, of different D, or of fewer than 2 rows.
+        The samples are not 2-d, of different D, of fewer than 2 rows, or not finite.
 
     Examples
     --------
@@ -32,6 +32,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(
             f"a has shape {a.shape}, b {b.shape}, expected (N, D) and (M, D) with 2 or more rows"
         )
+    for name, x in (("a", a), ("b", b)):
+        bad = int((~np.isfinite(x)).any(1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(x)} rows of {name} are not finite")
     cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     # tr (C_a C_b)^(1/2) from the symmetric R C_b R with R^2 = C_a: real whatever the rank
     # (some pixels are always black), where the root of the product is ill-conditioned.

@@ -7,7 +7,9 @@ processes, which draw the same images bit for bit. (The -- keeps torchrun from r
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +20,21 @@ import torch
 
 from fastdiff import _cli, ops
 from fastdiff.guidance import ClassifierFree, DynamicThresholding, Guidance
-from fastdiff.images import image_grid, to_uint8
+from fastdiff.images import image_grid, not_finite, to_uint8
 from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
-from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.archives import memory_bytes
+from fastdiff.training.config import check_numbers
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError, naming, printable
+from fastdiff.training.files import write_atomic
 from fastdiff.training.run import choose_device, use_threads
 from fastdiff.training.trained import TrainedRun, load_run
 
 PROGRAM = "python -m fastdiff.sample"
 NEEDS = ("tyro", "tqdm", "safetensors", "PIL")
+
+# Timesteps visited, unless somebody says how many.
+STEPS = 50
 
 _INNER_STEPS = {"annealed_langevin": "inner_steps", "predictor_corrector": "corrector_steps"}
 
@@ -43,8 +50,9 @@ class SampleConfig:
     sampler: str = "ddim"
     """How to sample: ddim, ddpm, probability_flow, heun, dpm_solver_pp, reverse_sde,
     annealed_langevin or predictor_corrector."""
-    steps: int = 50
-    """Number of timesteps visited, out of those the run was trained with."""
+    steps: int | None = None
+    """Number of timesteps visited, out of those the run was trained with; None: 50, or all that
+    it has."""
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
     spacing: str | None = None
@@ -92,11 +100,15 @@ def main(argv: list[str]) -> int:
         config=(tyro.conf.PositionalRequiredArgs,),  # RUN is the only one
     )
     _validate(config)
-    out = _output(config)
+    _check_suffix(config)
     world = World.from_environment()
     device = choose_device(config.device, world)
-    run = load_run(config.run, device, _cli.say, config.ema)
+    run = load_run(config.run, device, _cli.say if world.is_first else _say_nothing, config.ema)
+    if config.steps is None:
+        config = dataclasses.replace(config, steps=min(STEPS, run.diffusion.num_timesteps))
+    out = _output(config)
     use_threads(run.config)
+    _check_memory(config, run)
     sampler = _sampler(config, run)
     labels = _labels(config, run)
     guidance = _guidance(config, run)
@@ -144,6 +156,11 @@ def generate(
 
     Of several processes each draws every world.size-th batch, and rank 0 gets all images.
 
+    Raises
+    ------
+    RunError
+        On rank 0, if pixels are not finite.
+
     Parameters
     ----------
     labels : Tensor, optional
@@ -158,13 +175,18 @@ def generate(
     device = next(run.unet.parameters()).device
     keys = ops.sample_keys(seed, num, device=device)
     drawn = torch.zeros(num, *run.image_shape, dtype=torch.uint8)
+    bad = torch.zeros(num, dtype=torch.uint8)
     batches = world.batches(num, batch_size)
     total = sum(map(len, batches)) * sampler.steps
 
     def watch(step: int, t: int, x_t: torch.Tensor, pred_x0: torch.Tensor) -> None:
         bar.update(len(x_t))
-        if frames is not None:
+        if frames is None:
+            return
+        try:
             frames(step, t, x_t, pred_x0)
+        except ValueError as error:
+            raise RunError(f"t = {t}: {error}; nothing was written") from error
 
     with tqdm(total=total, unit="image step", unit_scale=True, disable=not world.is_first) as bar:
         for part in batches:
@@ -180,15 +202,28 @@ def generate(
                 progress=False,
                 callback=watch,
             )
-            drawn[part] = to_uint8(images)
+            bad[part] = not_finite(images).to(bad)
+            drawn[part] = to_uint8(images.nan_to_num())
+    found = int(world.assemble(bad).sum())
+    if found and world.is_first:
+        raise RunError(
+            f"{found} of {num} images have pixels that are not finite; nothing was written. The "
+            "weights may have diverged (train with a lower --lr)"
+        )
     return world.assemble(drawn)
 
 
+def _say_nothing(message: str) -> None:
+    """What rank 0 says, the other processes need not repeat."""
+
+
 def _validate(config: SampleConfig) -> None:
+    check_numbers(config)
     for name in ("steps", "num", "batch_size"):
-        if getattr(config, name) < 1:
+        value = getattr(config, name)
+        if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(config, name)}: give a number of at least 1")
+            raise UserError(f"{flag} {value}: give a number of at least 1")
     if config.sampler not in SAMPLERS:
         raise UserError(f"--sampler {config.sampler!r}: give one of {', '.join(SAMPLERS)}")
     if config.sampler != "ddim" and config.eta != 0:
@@ -204,13 +239,27 @@ def _validate(config: SampleConfig) -> None:
         raise UserError(f"--guidance-rescale {config.guidance_rescale} needs --guidance-scale")
 
 
+def _check_suffix(config: SampleConfig) -> None:
+    kinds = (".png", ".jpg", ".jpeg", ".gif", ".npz")
+    if config.out is not None and Path(config.out).suffix.lower() not in kinds:
+        raise UserError(f"--out {config.out}: give a name that ends in .png, .jpg, .gif or .npz")
+
+
+def _check_memory(config: SampleConfig, run: TrainedRun) -> None:
+    """What is drawn is kept; that it does not fit should be known before the first image."""
+    keys, pixels, there = 8 * config.num, config.num * math.prod(run.image_shape), memory_bytes()
+    if there is not None and keys + pixels > there:
+        raise RunError(
+            f"out of memory (--num {config.num}: {keys} bytes for the keys of the noise, {pixels} "
+            f"for the images; there are {there}); draw them in parts, each with another --seed"
+        )
+
+
 def _output(config: SampleConfig) -> Path:
     if config.out is None:
         out = Path(config.run) / "samples" / _default_name(config)
     else:
         out = Path(config.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".gif", ".npz"):
-        raise UserError(f"--out {out}: give a name that ends in .png, .jpg, .gif or .npz")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give the name of a file")
     if out.exists() and not config.force:

@@ -8,8 +8,10 @@ and model/ (diffusers' format). Ctrl-C saves a checkpoint; ``--resume`` continue
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 from typing import Any
 
@@ -39,11 +41,16 @@ def main(argv: list[str]) -> int:
     say = _cli.say if world.is_first else _say_nothing
     folder = RunFolder(config.run_folder)
     shown = printable(folder.path)
+    quoted = printable(shlex.quote(str(folder.path)))
     device = choose_device(config.device, world)
     use_threads(config)
     watchers.check(config)
-    with world.joined(device):
-        if not config.resume:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(world.joined(device))
+        if config.resume:
+            # From here on nobody else changes what is in the folder.
+            world.first(lambda: stack.enter_context(folder.locked(say)))
+        else:
             world.first(folder.check_new)
         if config.download:
             world.first(lambda: download(config.data, config.data_dir))
@@ -69,6 +76,8 @@ def main(argv: list[str]) -> int:
             else:
                 trainer.restore(newest)
                 say(f"continuing {shown} at step {trainer.step}")
+        if not config.resume:
+            world.first(lambda: stack.enter_context(folder.locked(say)))
         world.first(lambda: folder.create(config))
 
         parameters = sum(p.numel() for p in trainer.unet.parameters())
@@ -83,14 +92,13 @@ def main(argv: list[str]) -> int:
     if not finished:
         say(
             f"stopped at step {trainer.step} of {config.steps}; continue with\n"
-            f"  {PROGRAM} --out {shown} --resume"
+            f"  {PROGRAM} --out {quoted} --resume"
         )
         # A process that had no signal of its own stops because another had.
         return 128 + (interrupt.signum or signal.SIGTERM)
     say(
-        f"done: look at {printable(folder.samples)}/step-{trainer.step:08d}.png (drawn with --ema "
-        f"{config.ema[0]}); draw more with\n"
-        f"  python -m fastdiff.sample {shown}"
+        f"done: look at {printable(folder.grid(trainer.step))} (drawn with --ema {config.ema[0]}); "
+        f"draw more with\n  python -m fastdiff.sample {quoted}"
     )
     return 0
 

@@ -276,12 +276,19 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
     ------
     UnsupportedByDiffusersError
         UNet2DModel cannot express the network (see `unet2d_config`); nothing is written.
+    ValueError
+        Weights are not finite; nothing is written.
     ModuleNotFoundError
         safetensors is not installed (it comes with ``pip install fastdiff[train]``).
     """
     from safetensors.torch import save_file
 
     settings = unet2d_config(unet.config)
+    weights = unet.state_dict().values()
+    bad = sum(int((~w.detach().isfinite()).sum()) for w in weights)
+    if bad:
+        total = sum(w.numel() for w in weights)
+        raise ValueError(f"{bad} of {total} weights are not finite; nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors stores row-major tensors only; a channels_last weight is not one.

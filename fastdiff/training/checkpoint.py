@@ -5,7 +5,8 @@ A checkpoint is a folder ``checkpoints/step-00001000`` with
 - ``model.safetensors``, ``ema.safetensors``, ``ema-2.safetensors`` ...: the weights and their
   averages, in the order of ``--ema``,
 - ``state.pt``: optimizer, counters and random states, loadable with ``weights_only=True``,
-- ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files.
+- ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files and, as
+  ``checksum``, of what it says itself (older versions wrote none, and are still read).
 
 It is written under a temporary name, synced to disk and then renamed, so a folder with the final
 name is complete; older checkpoints are deleted only after that.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -28,10 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAME = re.compile(r"step-(\d{8,})")
-TEMPORARY = ".tmp-"
+from fastdiff.training.files import (
+    TEMPORARY,
+    read_file,
+    remove_leftovers,
+    sync_folder,
+    write_synced,
+)
+
+_NAME = re.compile(r"step-([0-9]{8,})")
 _MANIFEST = "checkpoint.json"
 _AVERAGE = re.compile(r"ema(-\d+)?\.safetensors")
+
+# From 2 on, checkpoint.json has a checksum.
+_FORMAT = 2
+_LARGEST_MANIFEST = 1 << 28
+_OWN = ("checksum", "format", "sha256", "step")
 
 
 class DamagedCheckpoint(ValueError):
@@ -76,8 +88,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     import safetensors.torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    name = f"step-{checkpoint.step:08d}"
+    remove_leftovers(folder)
+    name = _folder_name(checkpoint.step)
     temporary, final = folder / (TEMPORARY + name), folder / name
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
@@ -92,10 +104,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "state.pt": buffer.getbuffer(),
     }
     manifest = {
+        "format": _FORMAT,
         "step": checkpoint.step,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         **checkpoint.meta,
     }
+    manifest["checksum"] = checksum(json.loads(json.dumps(manifest)))
     contents[_MANIFEST] = json.dumps(manifest, indent=2).encode()
     try:
         temporary.mkdir()
@@ -110,15 +124,26 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    prune(folder, checkpoint.step, keep)
+    return final
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Delete all checkpoints but that of ``step`` and the ``keep - 1`` before it, and leftovers."""
     # Later steps are what the run left behind when it went back here: damaged, or of a future it
     # no longer has. They must not count as the newest.
     listed = _listed(folder)
-    abandoned = [path for step, path in listed if step > checkpoint.step]
-    reached = [path for step, path in listed if step <= checkpoint.step]
+    abandoned = [path for found, path in listed if found > step]
+    reached = [path for found, path in listed if found <= step]
     for old in abandoned + reached[max(1, keep) :]:
         old.rename(folder / (TEMPORARY + old.name))
-    _remove_leftovers(folder)
-    return final
+    remove_leftovers(folder)
+
+
+def checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of what a JSON object says, but for its own ``checksum``; spaces do not count."""
+    rest = {name: value for name, value in values.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
@@ -132,24 +157,25 @@ def load(path: Path) -> Checkpoint:
     import safetensors.torch
 
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = json.loads(read_file(path / _MANIFEST, _LARGEST_MANIFEST))
+        _check_manifest(manifest, path)
         # No other name than these is opened, whatever the manifest says.
         averages = [_average(i) for i in range(sum(map(_is_average, manifest["sha256"])))]
         names = ("model.safetensors", *averages, "state.pt")
-        contents = {name: (path / name).read_bytes() for name in names}
+        contents = {name: read_file(path / name) for name in names}
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != manifest["sha256"][name]:
                 raise DamagedCheckpoint(f"{path / name} does not match its checksum")
         return Checkpoint(
-            step=int(manifest.pop("step")),
+            step=manifest["step"],
             model=safetensors.torch.load(contents["model.safetensors"]),
             emas=[safetensors.torch.load(contents[name]) for name in averages],
             state=torch.load(
                 io.BytesIO(contents["state.pt"]), map_location="cpu", weights_only=True
             ),
-            meta={key: value for key, value in manifest.items() if key != "sha256"},
+            meta={key: value for key, value in manifest.items() if key not in _OWN},
         )
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, MemoryError):
         raise
     except OSError as error:
         raise DamagedCheckpoint(f"{error.filename or path}: {error.strerror}") from error
@@ -164,80 +190,47 @@ def load(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
 
 
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Compare checkpoint.json with itself and with its folder's name."""
+    if "checksum" in manifest or "format" in manifest:
+        if manifest.get("checksum") != checksum(manifest):
+            raise DamagedCheckpoint(f"{path / _MANIFEST} does not match its checksum")
+        if manifest["format"] != _FORMAT:
+            raise DamagedCheckpoint(
+                f"{path / _MANIFEST} is of format {manifest['format']}, not {_FORMAT}"
+            )
+    step = manifest["step"]
+    if type(step) is not int or step < 0:
+        raise DamagedCheckpoint(f"{path / _MANIFEST} has no step")
+    if _NAME.fullmatch(path.name) and path.name != _folder_name(step):
+        raise DamagedCheckpoint(f"{path / _MANIFEST} is of step {step}, unlike its folder's name")
+
+
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest good checkpoint in ``folder``; None if there is none at all.
 
-    Damaged ones are passed over, with a message to ``warn`` for each.
+    Damaged ones are passed over, with a message to ``warn`` for each. One that the run itself
+    deletes meanwhile is not damaged: there is a newer one by then.
 
     Raises
     ------
     DamagedCheckpoint
         When there are checkpoints and every one is damaged.
     """
-    listed = _listed(folder)
-    for _, path in listed:
-        try:
-            return load(path)
-        except DamagedCheckpoint as error:
-            warn(f"skipping the damaged checkpoint {path.name}: {error}")
-    if listed:
-        raise DamagedCheckpoint(f"every checkpoint in {folder} is damaged")
+    told: set[Path] = set()
+    while listed := _listed(folder):
+        for _, path in listed:
+            try:
+                return load(path)
+            except DamagedCheckpoint as error:
+                if not path.exists() and _listed(folder) != listed:
+                    break
+                if path not in told:
+                    warn(f"skipping the damaged checkpoint {path.name}: {error}")
+                told.add(path)
+        else:
+            raise DamagedCheckpoint(f"every checkpoint in {folder} is damaged")
     return None
-
-
-def write_synced(path: Path, data: bytes | memoryview) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either the old one or the new one at any moment."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, and that one process alone succeeds in.
-
-    Raises
-    ------
-    FileExistsError
-        When it is there already.
-    """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        write_synced(temporary, data)
-        try:
-            os.link(temporary, path)  # fails if there is one, which a rename does not
-        except FileExistsError:
-            raise
-        except OSError:
-            # Some file systems have no links (FAT, mounted cloud storage). Two processes that get
-            # here in the same instant are not told apart.
-            if path.exists():
-                raise FileExistsError(path) from None
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk (a no-op where folders cannot be opened)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _average(index: int) -> str:
@@ -249,17 +242,16 @@ def _is_average(name: str) -> bool:
     return _AVERAGE.fullmatch(name) is not None
 
 
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _listed(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints in ``folder`` as (step, path), newest first."""
     if not folder.is_dir():
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(TEMPORARY + "*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

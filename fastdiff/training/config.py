@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import reprlib
@@ -16,7 +17,15 @@ from typing import Any, Literal
 from fastdiff.training.errors import UserError
 
 # More than anybody needs; what a run folder from somebody else claims must not fill the machine.
-_MOST = {"timesteps": 1_000_000, "threads": 1024}
+_MOST = {
+    "timesteps": 1_000_000,
+    "threads": 1024,
+    "image_size": 1 << 14,
+    "batch_size": 1 << 20,
+    "num_samples": 1 << 16,
+    **dict.fromkeys(("steps", "warmup", "keep"), 10**12),
+    **dict.fromkeys(("log_every", "sample_every", "checkpoint_every"), 10**12),
+}
 
 BUILT_IN_DATA = ("digits", "fashion-mnist", "cifar10")
 
@@ -138,7 +147,7 @@ class TrainConfig:
     num_samples: int = 64
     """Images per sample grid."""
     sample_steps: int = 50
-    """DDIM steps per sample grid."""
+    """DDIM steps per sample grid; the default as far as there are so many timesteps."""
     tensorboard: bool = False
     """Write what metrics.jsonl holds, and the sample grids, for TensorBoard too (needs its
     package); look with: tensorboard --logdir runs."""
@@ -183,12 +192,16 @@ class TrainConfig:
                 f'--data "": give one of {", ".join(BUILT_IN_DATA)}, a folder of images, or an '
                 ".npz file"
             )
+        check_numbers(self)
+        for name in ("data", "data_dir", "out"):
+            if "\0" in (getattr(self, name) or ""):
+                raise UserError(f"{_flag(name)}: a name cannot hold the character 0")
         _at_least(1, self, "timesteps", "steps", "batch_size", "grad_accum", "log_every")
         _at_least(1, self, "sample_every", "checkpoint_every", "keep", "num_samples")
         _at_least(1, self, "sample_steps", "image_size")
         _at_least(0, self, "threads", "warmup", "weight_decay", "seed")
         for name, most in _MOST.items():
-            if getattr(self, name) > most:
+            if (getattr(self, name) or 0) > most:
                 raise UserError(f"{_flag(name)} {getattr(self, name)}: give at most {most}")
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -200,15 +213,14 @@ class TrainConfig:
         if not distinct or not all(0 <= decay < 1 for decay in self.ema):
             given = " ".join(map(str, self.ema))
             raise UserError(f"--ema {given}: give different numbers in [0, 1)")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed}: give a number below 2**63")
         if self.batch_size % self.grad_accum:
             raise UserError(
                 f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}"
             )
         if self.fsdp and self.compile:
             raise UserError("--fsdp does not go with --compile; leave one of them out")
-        if self.sample_steps > self.timesteps:
+        # Nobody asked for the default, which grids.draw cuts down.
+        if self.sample_steps > self.timesteps and self.sample_steps != TrainConfig.sample_steps:
             raise UserError(
                 f"--sample-steps {self.sample_steps} is more than --timesteps {self.timesteps}"
             )
@@ -325,6 +337,19 @@ _FREE_ON_RESUME = frozenset(
         "wandb",
     }
 )
+
+
+def check_numbers(config: Any) -> None:
+    """Raise `UserError` for numbers of a command that no machine counts to, or that are none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise UserError(f"{_flag(field.name)}: give a number below 2**63")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{_flag(field.name)} {number}: give a finite number")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: give a number of at least 0")
 
 
 def _possible(name: str) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST = 2000
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+    "failed to map segment",
+)
 
 
 class UserError(ValueError):
@@ -46,6 +55,18 @@ def naming(argument: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{argument}: {one_line(error)}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, or no room for it in the addresses."""
+    # torch has a type for GPUs alone; its CPU allocator, and whoever starts threads or maps
+    # libraries, say it in words.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.training.checkpoint import write_atomic
 from fastdiff.training.data import Batches, Dataset
 from fastdiff.training.errors import UserError, one_line
+from fastdiff.training.files import write_atomic
 
 FEATURES = 32
 CLASSIFIER_STEPS = 600

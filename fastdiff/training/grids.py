@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.images import image_grid, to_uint8
+from fastdiff.images import image_grid, not_finite, to_uint8
+from fastdiff.training.files import read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,18 +22,32 @@ if TYPE_CHECKING:
 _BATCH = 32
 
 
-def draw(trainer: Trainer) -> Image:
+def is_whole(path: Path) -> bool:
+    """Whether there is a picture, not cut off."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(read_file(path)), formats=("PNG",)) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def draw(trainer: Trainer) -> tuple[Image | None, int]:
     """Draw the grid from the first average of the weights: always from the same noise.
 
-    All processes must call it; rank 0 gets the whole grid.
+    All processes must call it; rank 0 gets the whole grid. None if pixels of it are not finite;
+    and the number of images that have such.
     """
     from fastdiff.samplers import DDIM
 
     config, device, averaged = trainer.config, trainer.device, trainer.averaged()
     height, width, channels = trainer.dataset.shape
-    sampler = DDIM(trainer.diffusion, steps=config.sample_steps)
+    sampler = DDIM(trainer.diffusion, steps=min(config.sample_steps, config.timesteps))
     keys = ops.sample_keys(trainer.seed_grid, config.num_samples, device=device)
     grid = torch.zeros(config.num_samples, channels, height, width, dtype=torch.uint8)
+    bad = torch.zeros(config.num_samples, dtype=torch.uint8)
 
     def predict(x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
         with trainer.autocast():
@@ -51,5 +68,8 @@ def draw(trainer: Trainer) -> Image:
             progress=False,
             device=device,
         )
-        grid[indices] = to_uint8(images)
-    return image_grid(trainer.world.assemble(grid))
+        bad[indices] = not_finite(images).to(bad)
+        grid[indices] = to_uint8(images.nan_to_num())
+    bad, grid = trainer.world.assemble(bad), trainer.world.assemble(grid)
+    found = int(bad.sum())
+    return None if found else image_grid(grid), found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.files import read_file, write_atomic
 from fastdiff.training.watchers import Watcher, watchers
 
 if TYPE_CHECKING:
@@ -21,16 +24,40 @@ if TYPE_CHECKING:
     from fastdiff.training.run import RunFolder
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, up to one that was cut off while it was written."""
-    entries: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+def read_metrics(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, without one that was cut off while it was written.
+
+    Lines that are no log entries are left out, and ``warn`` is told how many.
+    """
+    if not path.exists():
+        return []
+    # What follows the last line's end was cut off.
+    lines = read_file(path).decode(errors="replace").split("\n")[:-1]
+    entries = [entry for entry in map(_entry, lines) if entry is not None]
+    if len(entries) < len(lines):
+        warn(
+            f"{path}: {len(lines) - len(entries)} of {len(lines)} lines are no log entries, or "
+            "hold numbers that are not finite; they are left out"
+        )
     return entries
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """What a line says, if it has the shape of a log entry."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or "loss" not in entry:
+        return None
+    numbers: list[Any] = [entry["step"], entry["loss"]]
+    for value in entry.values():
+        numbers += value if isinstance(value, list) else [value]
+    return entry if all(value is None or _is_finite(value) for value in numbers) else None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class Metrics:
@@ -45,19 +72,49 @@ class Metrics:
         dropped, so that the file reads as if the run had never stopped.
     watchers : sequence of Watcher
         Are told the same, until the context ends.
+    warn : callable
+        Is told of lines that cannot be read.
+    known : dict, optional
+        `digest` when the checkpoint of ``last_step`` was written: ``warn`` is told if the lines up
+        to there are others now.
     """
 
-    def __init__(self, path: Path, last_step: int, watchers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        last_step: int,
+        watchers: Sequence[Watcher] = (),
+        warn: Callable[[str], None] = warnings.warn,
+        known: dict[str, Any] | None = None,
+    ) -> None:
         self.path = path
         self.watchers = watchers
-        self.entries = [e for e in read_metrics(path) if e["step"] <= last_step]
+        self.entries = [e for e in read_metrics(path, warn) if e["step"] <= last_step]
+        if known is not None and known != self.digest():
+            warn(
+                f"{path} is damaged or was changed: it has {len(self.entries)} lines up to step "
+                f"{last_step}, the checkpoint knows of {known.get('lines')}, not all of them the "
+                "same; weights and samples do not depend on it"
+            )
         write_atomic(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
 
     @classmethod
-    def of_run(cls, config: TrainConfig, folder: RunFolder, last_step: int) -> Metrics:
+    def of_run(
+        cls,
+        config: TrainConfig,
+        folder: RunFolder,
+        last_step: int,
+        warn: Callable[[str], None],
+        known: dict[str, Any] | None,
+    ) -> Metrics:
         """Those of a run, with the watchers that its settings ask for."""
         path = folder.path / "metrics.jsonl"
-        return cls(path, last_step, watchers(config, folder.path, last_step))
+        return cls(path, last_step, watchers(config, folder.path, last_step), warn, known)
+
+    def digest(self) -> dict[str, Any]:
+        """Number of lines so far, and a checksum of what they say."""
+        text = json.dumps(self.entries, sort_keys=True)
+        return {"lines": len(self.entries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def write(self, **entry: Any) -> None:
         """Append one line."""
@@ -67,9 +124,11 @@ class Metrics:
         for watcher in self.watchers:
             watcher.write(entry)
 
-    def save_grid(self, grid: Image.Image, folder: Path, step: int) -> None:
+    def save_grid(self, grid: Image.Image, path: Path, step: int) -> None:
         """Write the sample grid of a step, and show it to the watchers."""
-        grid.save(folder / f"step-{step:08d}.png")
+        picture = io.BytesIO()
+        grid.save(picture, "PNG")
+        write_atomic(path, picture.getvalue())
         for watcher in self.watchers:
             watcher.picture(grid, step)
 
@@ -98,7 +157,9 @@ class Metrics:
         axes.set(xlabel="step", ylabel="training loss", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format="png")
+        write_atomic(path, picture.getvalue())
 
 
 def memory_mib(device: torch.device) -> int:

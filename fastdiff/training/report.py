@@ -6,12 +6,15 @@ import base64
 import html
 import io
 import json
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdiff.training.checkpoint import write_atomic
+from fastdiff.training.files import read_file, write_atomic
 from fastdiff.training.logging import read_metrics
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 # Grids shown, spread evenly over the run; more would make the page large, not clearer.
 _MAX_GRIDS = 9
+_GRID = re.compile(r"step-[0-9]+\.png")
 
 # Title, unit of the vertical axis, logarithmic.
 _CURVES = {
@@ -61,13 +65,14 @@ td { overflow-wrap: anywhere } td:first-child { color: #666; white-space: nowrap
 """
 
 
-def write(folder: RunFolder) -> Path:
+def write(folder: RunFolder, warn: Callable[[str], None] = warnings.warn) -> Path:
     """Write report.html into a run folder, from the files that are in it, and return its path.
 
     The page is self-contained: pictures are in it, nothing is loaded from elsewhere.
     """
-    entries = read_metrics(folder.path / "metrics.jsonl")
-    settings = json.loads(folder.config.read_text())
+    entries = read_metrics(folder.path / "metrics.jsonl", warn)
+    settings = json.loads(read_file(folder.config))
+    settings.pop("checksum", None)
     evaluation = _evaluated(folder.path / "evaluation")
     title = html.escape(folder.path.resolve().name)
     parts = [
@@ -120,12 +125,12 @@ def _summary(
 
 def _grids(folder: Path) -> str:
     # Those of training, by step; a user's own samples have other names.
-    paths = sorted(folder.glob("step-*.png"))
+    paths = sorted(path for path in folder.glob("step-*.png") if _GRID.fullmatch(path.name))
     if not paths:
         return "<p>None yet.</p>"
     shown = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _MAX_GRIDS)).round())
     figures = [
-        _figure(paths[int(i)].read_bytes(), f"step {int(paths[int(i)].stem[5:]):,}") for i in shown
+        _figure(read_file(paths[int(i)]), f"step {int(paths[int(i)].stem[5:]):,}") for i in shown
     ]
     return f'<div class="cards grids">{"".join(figures)}</div>'
 
@@ -174,8 +179,8 @@ def _evaluated(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            values = json.loads(path.read_text())
-        except (ValueError, RecursionError):
+            values = json.loads(read_file(path))
+        except (OSError, ValueError, RecursionError):
             continue  # cut off, or not ours
         if isinstance(values, dict):
             found[path.stem] = values
@@ -192,7 +197,7 @@ def _evaluation(evaluation: dict[str, dict[str, Any]], folder: Path) -> str:
         picture = ""
         file, caption = _PICTURES.get(name, (None, ""))
         if file is not None and (folder / f"{file}.png").is_file():
-            picture = _figure((folder / f"{file}.png").read_bytes(), caption)
+            picture = _figure(read_file(folder / f"{file}.png"), caption)
         title = html.escape(_EVALUATIONS.get(name, name))
         sections.append(f'<h3>{title}</h3><div class="side">{_table(single)}{picture}</div>')
     return "<h2>Evaluation</h2>" + "".join(sections) if sections else ""

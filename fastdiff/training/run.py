@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastdiff._backends import select_backend
+from fastdiff.training import lock
 from fastdiff.training.checkpoint import (
-    TEMPORARY,
     Checkpoint,
     DamagedCheckpoint,
+    checksum,
     load_newest,
-    write_atomic,
-    write_new,
+    prune,
 )
 from fastdiff.training.config import COLORS, TrainConfig
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import UserError, naming
+from fastdiff.training.files import (
+    TEMPORARY,
+    read_file,
+    remove_leftovers,
+    write_atomic,
+    write_new,
+)
 
 if TYPE_CHECKING:
     from fastdiff.gaussian import GaussianDiffusion
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
 
 # With or without an index. Others, such as meta, cannot train or sample.
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_LARGEST_CONFIG = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,39 @@ class RunFolder:
         """The averaged model in diffusers' format."""
         return self.path / "model"
 
+    def grid(self, step: int) -> Path:
+        """The grid that training draws at a step."""
+        return self.samples / f"step-{step:08d}.png"
+
+    @contextmanager
+    def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
+        """Make the folder if it is not there, and keep other processes from training in it.
+
+        Raises
+        ------
+        UserError
+            One does already, or nothing can be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot write there: {error.strerror}") from error
+        with lock.locked(self.path, warn):
+            yield
+
+    def tidy(self, step: int | None, keep: int) -> None:
+        """Remove what a killed process left: temporary files, and checkpoints beyond `keep`.
+
+        Parameters
+        ----------
+        step : int, optional
+            That of the checkpoint which the run goes on from.
+        """
+        for folder in (self.path, self.samples, self.path / "evaluation", self.checkpoints):
+            remove_leftovers(folder)
+        if step is not None:
+            prune(self.checkpoints, step, keep)
+
     def check_new(self) -> None:
         """Raise `UserError` if something is there already or the folder cannot be made.
 
@@ -65,7 +108,7 @@ class RunFolder:
         """
         if self.path.is_dir():
             found = (path for path in self.path.rglob("*") if not path.is_dir())
-            if not all(path.name.startswith(TEMPORARY) for path in found):
+            if not all(path.name.startswith((TEMPORARY, lock.NAME)) for path in found):
                 raise UserError(
                     f"--out {self.path} exists and is not empty; continue that run with --resume, "
                     "or give another folder with --out"
@@ -89,7 +132,9 @@ class RunFolder:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             try:
-                write(self.config, config.to_json().encode())
+                values = json.loads(config.to_json())
+                values["checksum"] = _checksum(values)
+                write(self.config, (json.dumps(values, indent=2) + "\n").encode())
             except FileExistsError as error:
                 raise UserError(
                     f"--out {self.path}: another process has started a run there; give another "
@@ -109,13 +154,20 @@ class RunFolder:
         """
         self._refuse_links(argument)
         try:
-            values = json.loads(self.config.read_text())
+            values = json.loads(read_file(self.config, _LARGEST_CONFIG))
         except OSError as error:
             raise UserError(
                 f"{argument}: {self.path} holds no run ({self.config.name}: {error.strerror})"
             ) from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{argument}: {self.config} is not valid JSON: {error}") from error
+        if isinstance(values, dict) and "checksum" in values:
+            if values["checksum"] != _checksum(values):
+                raise UserError(
+                    f"{argument}: {self.config} does not match its checksum: it is damaged, or was "
+                    "changed by hand; in that case take its line `checksum` out"
+                )
+            del values["checksum"]
         return TrainConfig().updated(values, f"{argument}: {self.config}")
 
     def _refuse_links(self, argument: str) -> None:
@@ -133,6 +185,11 @@ class RunFolder:
                             f"{argument}: {path} is a link that leads out of the run folder, to "
                             f"{target}; put the file itself there"
                         )
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """That of config.json. Where the run is, the folder knows better, which may have been moved."""
+    return checksum({name: value for name, value in values.items() if name != "out"})
 
 
 def build_unet(config: TrainConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:

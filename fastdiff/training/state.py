@@ -8,12 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.nn.config import UNetConfig
 from fastdiff.training import identity, shards
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.errors import UserError, naming, printable
+from fastdiff.training.errors import UserError, naming, one_line, printable
+from fastdiff.training.files import TEMPORARY, sync_tree
 
 if TYPE_CHECKING:
     from fastdiff.training.data import Dataset
@@ -39,6 +41,8 @@ def snapshot(trainer: Trainer) -> Checkpoint:
             "loss_scaler": trainer.scaler.state_dict(),
             "timesteps": trainer.timesteps.state_dict(),
             "random": random,
+            "meter": trainer.meter.state(trainer.world),
+            "metrics": None if trainer.metrics is None else trainer.metrics.digest(),
         },
     )
 
@@ -81,22 +85,70 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"--resume: the checkpoint in {trainer.folder.path} is of another run: "
             f"{'; '.join(_differences(there, here))}; train anew with another --out"
         )
+    try:
+        _put_back(trainer, checkpoint)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        # Its checksums are right, so that somebody made it so.
+        raise UserError(
+            f"--resume: the checkpoint of step {checkpoint.step} in {trainer.folder.path} does not "
+            f"hold the state of such a run: {one_line(error)[:300]}"
+        ) from error
+
+
+def _put_back(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Load everything, after a look at the shapes of what nobody else compares."""
+    state, parameters = checkpoint.state, list(trainer.unet.parameters())
+    _check_shapes("model", checkpoint.model, trainer.unet.state_dict())
+    for average in checkpoint.emas:
+        _check_shapes("average", average, trainer.unet.state_dict())
+    _check_optimizer(state["optimizer"], parameters)
+    seen = checkpoint.step * trainer.config.batch_size
+    if state["samples_seen"] != seen:
+        raise ValueError(f"{state['samples_seen']} images were seen, expected {seen}")
     trainer.step = checkpoint.step
     shards.load(trainer.unet, checkpoint.model)
     for ema, average in zip(trainer.emas, checkpoint.emas, strict=True):
         shards.load(ema.model, average)
-        ema.num_updates = checkpoint.state["ema_updates"]
+        ema.num_updates = int(state["ema_updates"])
+    # What is in its groups are settings, which are compared already.
+    groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict(
-        shards.scatter_optimizer(checkpoint.state["optimizer"], list(trainer.unet.parameters()))
+        shards.scatter_optimizer({**state["optimizer"], "param_groups": groups}, parameters)
     )
-    trainer.scaler.load_state_dict(checkpoint.state["loss_scaler"])
-    trainer.timesteps.load_state_dict(checkpoint.state["timesteps"])
+    trainer.scaler.load_state_dict(state["loss_scaler"])
+    trainer.timesteps.load_state_dict(state["timesteps"])
     # One random state per process; processes that were not there before keep their own.
-    rank, random = trainer.world.rank, checkpoint.state["random"]
+    rank, random = trainer.world.rank, state["random"]
     if rank < len(random["cpu"]):
         torch.set_rng_state(random["cpu"][rank])
     if trainer.device.type == "cuda" and rank < len(random.get("cuda", ())):
         torch.cuda.set_rng_state(random["cuda"][rank], trainer.device)
+    if "meter" in state:  # older versions had none
+        trainer.meter.restore(state["meter"], rank)
+    trainer.known_metrics = state.get("metrics")
+
+
+def _check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in found.keys() ^ expected.keys():
+        raise ValueError(f"the {what} lacks {name}, or has too much of it")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise ValueError(
+                f"the {what} has {name} of shape {tuple(tensor.shape)} and {tensor.dtype}, "
+                f"expected {tuple(expected[name].shape)} and {expected[name].dtype}"
+            )
+
+
+def _check_optimizer(state: dict[str, Any], parameters: list[Tensor]) -> None:
+    """Its fused kernels trust that what belongs to a parameter has its shape."""
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            shape = () if name == "step" else parameters[index].shape
+            if tuple(value.shape) != tuple(shape) or value.dtype != torch.float32:
+                raise ValueError(
+                    f"the optimizer has {name} of shape {tuple(value.shape)} and {value.dtype} for "
+                    f"a parameter of {tuple(parameters[index].shape)}"
+                )
 
 
 def save_model(trainer: Trainer) -> None:
@@ -117,15 +169,17 @@ def save_model(trainer: Trainer) -> None:
             trainer.diffusion.schedule.betas, config.prediction, config.variance
         )
         # Beside the old one first, so that there is a whole model/ at any moment but one.
-        fresh = folder.path / ".tmp-model"
+        fresh, old = folder.path / f"{TEMPORARY}model", folder.path / f"{TEMPORARY}old-model"
         diffusers_format.save_pretrained(averaged, fresh, scheduler)
+        sync_tree(fresh)
     except diffusers_format.UnsupportedByDiffusersError as error:
         # Above the progress bar.
         tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)
         return
     if folder.model.exists():
-        shutil.rmtree(folder.model)
+        folder.model.rename(old)
     fresh.rename(folder.model)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _facts_of_model(trainer: Trainer) -> dict[str, Any]:

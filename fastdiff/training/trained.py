@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdiff.training import finite
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.errors import UserError, naming
+from fastdiff.training.errors import RunError, UserError, naming
 from fastdiff.training.run import RunFolder, build_diffusion, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def load_run(
     ------
     UserError
         The folder holds no run, or no usable checkpoint, or the run has no such average.
+    RunError
+        Its weights are not finite.
     """
     run = RunFolder(Path(folder))
     config = run.saved_config("RUN")
@@ -84,6 +87,12 @@ def load_run(
     with naming(what):
         unet = _described(newest.meta, averages[ema])
         image_shape = tuple(newest.meta["image_shape"])
+    bad, total = finite.count(averages[ema].values())
+    if bad:
+        raise RunError(
+            f"{what}: {bad:,} of {total:,} weights are not finite: training has diverged; train "
+            "anew with a lower --lr"
+        )
     unet.load_state_dict(averages[ema])
     unet.eval().requires_grad_(False).to(device)
     return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)

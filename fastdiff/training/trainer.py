@@ -6,8 +6,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import grids, optimization, report, shards, state
+from fastdiff.training import endings, finite, grids, optimization, report, shards, state
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Batches, Dataset
@@ -95,7 +95,9 @@ class Trainer:
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
         if world.rank:
             torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
-        self.meter = Meter(device, config.log_every, config.timesteps)
+        self.meter = Meter(device, min(config.log_every, config.steps), config.timesteps)
+        self.metrics: Metrics | None = None  # of rank 0, while it trains
+        self.known_metrics: dict[str, Any] | None = None  # by the checkpoint that was restored
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Run until the last step, or until ``should_stop()`` after some step.
@@ -114,19 +116,30 @@ class Trainer:
         RunError
             The loss is not finite and stays so, a process is lost, or the run folder cannot be
             written to.
+        UserError
+            Another process trains in the run folder.
         """
-        self._saved = self.step if self.step else None
+        self.saved = self.step if self.step else None
+        self._problem = ""
+        with contextlib.ExitStack() as stack:
+            # Held already where the command line restores a checkpoint.
+            self.world.first(lambda: stack.enter_context(self.folder.locked(self._say)))
+            stack.enter_context(endings.telling(self))
+            finished = self._train_and_repeat(should_stop)
+            if finished and self._problem:
+                raise RunError(self._problem)
+            return finished
+
+    def _train_and_repeat(self, should_stop: Callable[[], bool]) -> bool:
         failed = 0
         while True:
             try:
                 return self._train(should_stop)
             except NotFiniteError as error:
-                if self._saved is None or error.step <= failed:
-                    raise RunError(f"{error}; {self._what_is_left()}") from error
+                if self.saved is None or error.step <= failed:
+                    raise
                 failed = error.step
                 self._go_back(error)
-            except RunError as error:
-                raise RunError(f"{error}; {self._what_is_left()}") from error
 
     def _go_back(self, error: NotFiniteError) -> None:
         """Restore the last checkpoint."""
@@ -135,9 +148,9 @@ class Trainer:
         newest = newest_checkpoint(self.folder, self._say)
         if newest is None:
             raise RunError(f"{error}; {self.folder.checkpoints} has gone") from error
-        self.restore(newest)
         self.meter.clear()
-        self._saved = self.step
+        self.restore(newest)
+        self.saved = self.step
         self._say(f"{error}; going back to step {self.step} to repeat those steps once")
 
     def _train(self, should_stop: Callable[[], bool]) -> bool:
@@ -162,12 +175,16 @@ class Trainer:
         )
         closing = contextlib.ExitStack()
         closing.callback(batches.close)
-        with bar, closing, self._writing(), self.world.peers():
+        with bar, closing, endings.writing(self), self.world.peers():
             if self.world.is_first:
-                self.metrics = closing.enter_context(Metrics.of_run(config, self.folder, self.step))
+                self.folder.tidy(self.saved, config.keep)
+                self.metrics = closing.enter_context(
+                    Metrics.of_run(config, self.folder, self.step, self._say, self.known_metrics)
+                )
+            self._draw_what_is_missing()
             self._restart_clock()
             while self.step < config.steps and not self.world.any(should_stop()):
-                images, labels = next(batches)
+                images, labels = endings.next_batch(batches, self.step + 1)
                 self._train_step(images, labels)
                 bar.update()
 
@@ -179,15 +196,20 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0:
                     self._flush()
                     self.save_checkpoint()
-                    self._saved = self.step
+                    self.saved = self.step
                     self._restart_clock()
                 if self.step % config.sample_every == 0:
                     self._flush()
                     self.save_samples()
                     self._restart_clock()
-            self._flush()
-            if self._saved != self.step:
+            if self.step < config.steps:
+                # A log entry that is not full yet goes on with the run.
+                self._checked_meter()
+            else:
+                self._flush()
+            if self.saved != self.step:
                 self.save_checkpoint()
+                self.saved = self.step
             if self.step < config.steps:
                 return False
             self.save_samples()
@@ -259,11 +281,33 @@ class Trainer:
 
     def save_samples(self) -> None:
         """Draw the grid of this step from the averaged weights: always from the same noise."""
-        grid = grids.draw(self)
+        grid, bad = grids.draw(self)
+        self._problem = ""
+        if grid is None and self.world.is_first:
+            self._problem = (
+                f"step {self.step}: {bad} of {self.config.num_samples} samples have pixels that "
+                "are not finite: their picture was not written (a lower --lr may help)"
+            )
+            if self.step < self.config.steps:
+                self._say(self._problem)
         if self.world.is_first:
-            self.metrics.save_grid(grid, self.folder.samples, self.step)
-            self.metrics.plot(self.folder.path / "loss.png")
-            report.write(self.folder)
+            if grid is not None:
+                self.metrics.save_grid(grid, self.folder.grid(self.step), self.step)
+            self._report()
+
+    def _report(self) -> None:
+        self.metrics.plot(self.folder.path / "loss.png")
+        report.write(self.folder, self._say)
+
+    def _draw_what_is_missing(self) -> None:
+        """Draw the grid that a run which was killed after its checkpoint had no time for."""
+        if self.saved in (None, self.config.steps) or self.saved % self.config.sample_every:
+            return
+        first = self.world.is_first
+        if self.world.any(first and not grids.is_whole(self.folder.grid(self.step))):
+            self.save_samples()
+        elif first:
+            self._report()
 
     def averaged(self) -> UNet:
         """The U-Net with the first average of the weights, whole; all processes must call it."""
@@ -273,6 +317,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write everything that `restore` needs."""
         taken = state.snapshot(self)
+        for weights in (taken.model, *taken.emas):
+            finite.check_weights(self.step, weights.values())
         if self.world.is_first:
             checkpoints.save(self.folder.checkpoints, taken, self.config.keep)
 
@@ -313,19 +359,17 @@ class Trainer:
 
     def _restart_clock(self) -> None:
         """Leave out of the throughput what was done since the last flush."""
-        self._clock = time.perf_counter()
+        self._clock, self._clock_step = time.perf_counter(), self.step
 
     def _flush(self) -> str:
         """Read the pending losses (the only wait for the device), check and log them."""
         if not self.meter.steps:
             return ""
-        rows, loss_by_timestep = self.meter.read(self.world)
-        first = self.step - len(rows) + 1
-        for step, (loss, norm, scale) in enumerate(rows, first):
-            self._check_finite(step, loss, norm, scale)
-        now = time.perf_counter()
-        rate = len(rows) * self.config.batch_size / (now - self._clock)
-        self._clock = now
+        rows, loss_by_timestep = self._checked_meter()
+        self.meter.clear()
+        since, steps = self._clock, self.step - self._clock_step
+        self._restart_clock()
+        rate = steps * self.config.batch_size / (self._clock - since)
         # With --amp fp16 some may have overflowed.
         norms = [norm for _, norm, _ in rows if math.isfinite(norm)]
         loss = sum(row[0] for row in rows) / len(rows)
@@ -343,47 +387,18 @@ class Trainer:
         )
         return f"loss {loss:.4f}, {rate:,.0f} images/s"
 
-    def _check_finite(self, step: int, loss: float, norm: float, scale: float) -> None:
-        advice = "(a lower --lr or --grad-clip may help)"
-        if not math.isfinite(loss):
-            raise NotFiniteError(step, f"the loss is {loss} {advice}")
-        if math.isfinite(norm):
-            return
-        if not self.scaler.enabled:
-            raise NotFiniteError(step, f"the norm of the gradient is {norm} {advice}")
-        if scale <= optimization.SMALLEST_SCALE:
-            raise NotFiniteError(
-                step,
-                f"the norm of the gradient is {norm} in float16 even at the smallest loss scale, "
-                f"{scale:g} (--amp bf16 or off, or a lower --lr, may help)",
-            )
+    def _checked_meter(self) -> tuple[list[list[float]], list[float | None]]:
+        """What the meter holds; `NotFiniteError` if a loss or gradient there is not finite."""
+        rows, loss_by_timestep = self.meter.peek(self.world)
+        for step, (loss, norm, scale) in enumerate(rows, self.step - len(rows) + 1):
+            finite.check_step(step, loss, norm, scale, self.scaler.enabled)
+        return rows, loss_by_timestep
 
     def _say(self, message: str) -> None:
         from tqdm import tqdm
 
         if self.world.is_first:
             tqdm.write(printable_lines(message), file=sys.stderr)  # above the progress bar
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn an error of the disk (full, read-only) into one that says at which step."""
-        from safetensors import SafetensorError
-
-        try:
-            yield
-        except OSError as error:
-            where = error.filename or self.folder.path
-            raise RunError(f"step {self.step}: cannot write {where}: {error.strerror}") from error
-        except SafetensorError as error:
-            raise RunError(f"step {self.step}: cannot write the model: {error}") from error
-
-    def _what_is_left(self) -> str:
-        if self._saved is None:
-            return "no checkpoint had been written yet"
-        return (
-            f"the checkpoint of step {self._saved} is intact, continue from it with "
-            f"--out {self.folder.path} --resume"
-        )
 
 
 def _share(config: TrainConfig, world: World) -> int:

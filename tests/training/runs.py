@@ -1,12 +1,13 @@
 """A small run, made, resumed, and without what draws by the order of memory."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from fastdiff.training import RunFolder, TrainConfig, Trainer
-from fastdiff.training.checkpoint import load_newest
+from fastdiff.training.checkpoint import checksum, load_newest
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -38,6 +39,11 @@ def resumed(path, dataset, config=SMALL, **changes):
     again = trainer(path, dataset, config, resume=True, **changes)
     again.restore(load_newest(again.folder.checkpoints, pytest.fail))
     return again
+
+
+def craft(path, values):
+    """Write a checkpoint.json or config.json as somebody does who knows of its checksum."""
+    path.write_text(json.dumps({**values, "checksum": checksum(values)}))
 
 
 def without_dropout(trainer):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from training.runs import craft
 
 from fastdiff.training import Checkpoint, DamagedCheckpoint
-from fastdiff.training.checkpoint import load, load_newest, save, write_atomic, write_new
+from fastdiff.training.checkpoint import load, load_newest, save
+from fastdiff.training.files import write_atomic, write_new
 
 
 def make(step: int) -> Checkpoint:
@@ -115,7 +117,7 @@ def test_nothing_loaded_runs_code(tmp_path):
     manifest = json.loads((path / "checkpoint.json").read_text())
     digest = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
     manifest["sha256"]["state.pt"] = digest
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    craft(path / "checkpoint.json", manifest)
     with pytest.raises(DamagedCheckpoint, match="refused to load"):
         load(path)
     assert not (tmp_path / "ran").exists()
@@ -159,5 +161,5 @@ def test_no_file_but_those_of_a_checkpoint_is_opened(tmp_path):
     manifest = json.loads((path / "checkpoint.json").read_text())
     for name in ("../../secret", str(secret), "ema-../../../secret.safetensors"):
         manifest["sha256"][name] = hashlib.sha256(b"").hexdigest()
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    craft(path / "checkpoint.json", manifest)
     assert len(load(path).emas) == 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training.runs import trainer
+from training.runs import craft, trainer
 
 from fastdiff.training import (
     Checkpoint,
@@ -70,7 +70,7 @@ def test_a_crafted_checkpoint(tmp_path, ran):
     for content in (buffer.getvalue(), pickle.dumps(Crafted(ran))):
         (path / "state.pt").write_bytes(content)
         manifest["sha256"]["state.pt"] = hashlib.sha256(content).hexdigest()
-        (path / "checkpoint.json").write_text(json.dumps(manifest))
+        craft(path / "checkpoint.json", manifest)
         with pytest.raises(DamagedCheckpoint, match=r"refused to load .*could run code") as error:
             checkpoint.load(path)
         assert "weights_only" not in str(error.value)
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_describes_more_than_its_weights(tmp_path, dataset, mo
     ):
         crafted = json.loads(json.dumps(manifest))
         (crafted if part is None else crafted[part]).update(changes)
-        path.write_text(json.dumps(crafted))
+        craft(path, crafted)
         with pytest.raises(UserError, match=message) as error:
             load_run(tmp_path)
         assert len(str(error.value)) < 3000
