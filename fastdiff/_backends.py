@@ -119,6 +119,8 @@ def _of_gpu(index: int) -> str:
         found = _defaults["cuda"]
         if found == "cuda" and _gpus.why_no_binary(index):
             found = _without_kernels
+        if found == "triton" and _gpus.triton_crashes(index):
+            found = "reference"
         _of_gpus[index] = found
     return found
 

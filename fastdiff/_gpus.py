@@ -23,6 +23,11 @@ def architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def triton_crashes(index: int) -> bool:
+    """Whether Triton's compiler ends the process: 3.8's does on sums for gfx1100, not for gfx942."""
+    return is_rocm() and not architecture(index).startswith("gfx9")
+
+
 def has_binary(capability: tuple[int, int], archs: str) -> bool:
     """Whether a GPU runs code compiled for these architectures, such as "8.0 9.0a 12.0+PTX".
 

@@ -287,11 +287,12 @@ def test_rocm_is_not_taken_for_nvidia(gpus, gpu) -> None:
     gpus(gpu, hip="7.0")
     assert _launch.max_blocks(device) == 1
     assert not _launch.holds_pairs(array)
-    assert fastdiff.default_backend("cuda") == "triton"
+    default = "triton" if gpu is MI300 else "reference"  # gfx1100: the compiler crashes
+    assert fastdiff.default_backend("cuda") == default
     name = gpu.gcnArchName.partition(":")[0]
     devices = info.collect()["devices"]
     assert devices["CUDA"] == "torch is built for ROCm 7.0"
-    assert devices["cuda:0"] == f"{gpu.name} ({name}), this GPU has a binary: no, using triton"
+    assert devices["cuda:0"] == f"{gpu.name} ({name}), this GPU has a binary: no, using {default}"
 
 
 def triton_version() -> str:

@@ -126,9 +126,13 @@ CPU = {"_C_cpu", "_build_info", "_dispatch"}
     [
         ({"FASTDIFF_BUILD": "none"}, set()),
         ({"FASTDIFF_BUILD": "cpu"}, CPU),
-        ({}, {*CPU, "_C_cuda"}),
+        pytest.param({}, {*CPU, "_C_cuda"}, marks=pytest.mark.slow),
         ({"FASTDIFF_BUILD": "cpu", "FAKE_FAILS": "bindings_cpu.o"}, None),
-        ({"FASTDIFF_BUILD": "cpu", "FAKE_FAILS": "bindings_dispatch.o"}, CPU - {"_dispatch"}),
+        pytest.param(
+            {"FASTDIFF_BUILD": "cpu", "FAKE_FAILS": "bindings_dispatch.o"},
+            CPU - {"_dispatch"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["none", "cpu", "cuda", "failing", "optional failing"],
 )
@@ -154,7 +158,13 @@ def test_an_editable_install_replaces_the_libraries(checkout):
     mapped.close()
 
 
-@pytest.mark.parametrize("failing", ["cpu_eps_loss.o", "_C_cuda.so", "bindings_build_info.o"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "failing",
+    ["_C_cuda.so", *(pytest.param(x, marks=slow) for x in ("cpu_eps_loss.o", "_build_info.o"))],
+)
 def test_a_failed_build_in_place_changes_nothing(checkout, failing):
     before = checkout.libraries()
     code, output = checkout.build("editable", FAKE_FAILS=failing)
@@ -163,7 +173,10 @@ def test_a_failed_build_in_place_changes_nothing(checkout, failing):
     assert checkout.libraries() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(x, marks=slow) for x in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_an_interrupted_build_in_place_changes_nothing(checkout, tmp_path, number):
     before = checkout.libraries()
     started = tmp_path / "started"

@@ -1,0 +1,77 @@
+"""A device without room for what a compiled op asks for: raw operators, copies, backward passes.
+
+tests/test_out_of_memory.py has the same on the CPU, test_threads_and_memory.py public functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops
+
+from .needs import GPU
+
+pytestmark = GPU
+
+
+@contextlib.contextmanager
+def room(megabytes: int) -> Iterator[None]:
+    """Inside, torch may have so much more than it holds."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties().total_memory
+    allowed = torch.cuda.memory_reserved() + (megabytes << 20)
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def raw_calls(x: Tensor) -> dict[str, Callable[[], object]]:
+    batch, device, raw = x.shape[0], x.device, torch.ops.fastdiff
+    t = torch.zeros(batch, dtype=torch.long, device=device)
+    table, steps = torch.ones(10, device=device), torch.rand(3, 16, device=device)
+    one, three = torch.ones((), device=device), torch.ones(3, batch, device=device)
+    statistic, noise = torch.ones(batch, 8, device=device), (None, None, 0, 0)
+    step = (t, steps, 0, True, False, None, 1.0, *noise, False)
+    vlb = (x, x, x, t, steps, *noise, 0, False, True, False)
+    return {
+        "q_sample": lambda: raw.q_sample(x, t, table, table, *noise, None, None),
+        "a copy": lambda: raw.q_sample(x.transpose(2, 3), t, table, table, *noise, None, None),
+        "eps_loss_backward": lambda: raw.eps_loss_backward(one, x, *noise, None, 1, 0, True, False),
+        "group_norm_silu": lambda: raw.group_norm_silu(x, 8, None, None, 1e-5, None, None, None, 0),
+        "group_norm_silu_backward": lambda: raw.group_norm_silu_backward(
+            *(x, x, statistic, statistic, 8, None, None, None, None, None, 0),
+            *(True, False, False, False, False, False),
+        ),
+        "ddim_step": lambda: raw.ddim_step(x, x, *step),
+        "ddpm_step": lambda: raw.ddpm_step(x, x, *step),
+        "vlb_terms_backward": lambda: raw.vlb_terms_backward(three, *vlb),
+    }
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_raw_operators_raise_torchs_own_error(mode) -> None:
+    if not fastdiff.backends()["cuda"]:
+        pytest.skip(fastdiff.backends()["cuda"].reason)
+    x = torch.randn(16, 64, 64, 64, device="cuda")  # 16 MB
+    for call in raw_calls(x).values():
+        with room(1), mode(), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            call()
+
+
+def test_backward_passes_raise_torchs_own_error(backend: str) -> None:
+    x = torch.randn(16, 64, 64, 64, device="cuda", requires_grad=True)
+    with fastdiff.use_backend(backend):
+        for output in (ops.eps_loss(x, seed=0), ops.group_norm_silu(x, 8, None, None)):
+            grad = torch.ones_like(output)
+            with room(1), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+                output.backward(grad)
