@@ -24,7 +24,7 @@ def architecture(index: int) -> str:
 
 
 def triton_crashes(index: int) -> bool:
-    """Whether Triton's compiler ends the process: 3.8's does on sums for gfx1100, not for gfx942."""
+    """Whether Triton's compiler ends the process: that of 3.8 does on sums for gfx1100."""
     return is_rocm() and not architecture(index).startswith("gfx9")
 
 

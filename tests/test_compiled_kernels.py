@@ -17,7 +17,7 @@ from ptx_emulator.nvcc import find_nvcc
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks import cubin, inspect_kernels, kernel_budget, triton_aot  # noqa: E402
+from benchmarks import cubin, inspect_kernels, kernel_budget  # noqa: E402
 from benchmarks.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
@@ -345,26 +345,6 @@ def test_planted_defects_are_found(tmp_path):
         assert_wide_loads(kernels["halves"], [16], narrow=5)
     with pytest.raises(AssertionError, match="state here"):
         operands(kernels["halves"])
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["gfx942"])  # gfx1100: the compiler of Triton 3.8 crashes
-def test_triton_kernels_compile_for_amd(arch):
-    """All launches of every launcher, ahead of time: what ROCm would compile."""
-    failed = {}
-    for name, call in triton_aot.representative_calls(arch).items():
-        with triton_aot.recorded_launches() as launches:
-            call()
-        assert launches
-        for launch in launches:
-            try:
-                compiled = triton_aot.compile_launch(launch, arch)
-            except Exception as error:  # whatever a compiler raises: all of them are listed
-                failed[name, launch.kernel.__name__] = f"{type(error).__name__}: {error}"
-            else:
-                assert compiled.asm["hsaco"].startswith(b"\x7fELF"), name
-    assert not failed
 
 
 SASS = """
