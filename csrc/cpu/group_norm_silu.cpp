@@ -14,7 +14,12 @@ int64_t center_elements(const GroupNormLayout& layout) {
 
 // Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean of
 // M of the group's N elements, is within sqrt(N / M) standard deviations of the mean whatever the
-// data: what E[h^2] - E[h]^2 loses for large means is not lost here.
+// data: what E[h^2] - E[h]^2 loses for large means is not lost here. In a constant group the center
+// is within some ulps of the value, and all differences are the same small number of ulps, whose
+// sums are exact: so are mean and variance.
+//
+// Channel biases are taken relative to that of the group's first channel, and centers likewise: the
+// center becomes the group's base (fastdiff/group_norm_silu.h) once the mean is known.
 template <typename F>
 class Forward {
  public:
@@ -38,8 +43,8 @@ class Forward {
     if (one_thread_each(units, numel)) {
       const int64_t block = groups_per_block(layout_);
       parallel_items(units, numel, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(block * (2 * in_count + 8 * depth + 1));
-        F *sums = memory + 8 * depth * block, *squares = sums + in_count * block;
+        F* memory = thread_scratch<F>(block * (2 * in_count + kPerChannel * depth + 1));
+        F *sums = memory + kPerChannel * depth * block, *squares = sums + in_count * block;
         F* centers = squares + in_count * block;
         for_each_block(layout_, begin, end, [&](int64_t unit, int64_t count) {
           const Operands<F> operands = group_operands(unit, count, memory);
@@ -47,9 +52,10 @@ class Forward {
           find_centers(unit, count, in, rows, operands, centers, squares, coefficients);
           sum_pieces(unit, in, 0, in_count * count, coefficients, sums, squares);
           for (int64_t g = 0; g < count; ++g) {
-            finish(unit + g, centers[g], in_count, sums + g * in_count, squares + g * in_count);
+            finish(unit + g, operands.channel_bias[g * depth], centers + g, in_count,
+                   sums + g * in_count, squares + g * in_count);
           }
-          apply_pieces(unit, count, out, 0, out_count * count, operands, coefficients);
+          apply_pieces(unit, count, out, 0, out_count * count, operands, centers, coefficients);
         });
         finish_streaming();
       });
@@ -57,23 +63,28 @@ class Forward {
     }
     std::vector<F> sums(2 * in_count);
     for (int64_t unit = 0; unit < units; ++unit) {
-      F center = 0;
+      F center = 0, added = 0;  // of the first channel
       parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
-        F *memory = thread_scratch<F>(8 * depth), *k = memory + Operands<F>::kCount * depth;
+        F* memory = thread_scratch<F>(kPerChannel * depth);
+        F* k = memory + Operands<F>::kCount * depth;
         F found, square;
-        find_centers(unit, 1, in, rows, group_operands(unit, 1, memory), &found, &square, k);
+        const Operands<F> operands = group_operands(unit, 1, memory);
+        find_centers(unit, 1, in, rows, operands, &found, &square, k);
         sum_pieces(unit, in, begin, end, k, sums.data() + begin, sums.data() + in_count + begin);
-        if (begin == 0) center = found;
+        if (begin == 0) center = found, added = operands.channel_bias[0];
       });
-      finish(unit, center, in_count, sums.data(), sums.data() + in_count);
+      finish(unit, added, &center, in_count, sums.data(), sums.data() + in_count);
       parallel_items(out_count, out.length, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(8 * depth);
-        apply_pieces(unit, 1, out, begin, end, group_operands(unit, 1, memory),
+        F* memory = thread_scratch<F>(kPerChannel * depth);
+        apply_pieces(unit, 1, out, begin, end, group_operands(unit, 1, memory), &center,
                      memory + Operands<F>::kCount * depth);
         finish_streaming();
       });
     }
   }
+
+  // Values per channel: operands and coefficients.
+  static constexpr int64_t kPerChannel = Operands<F>::kCount + 3;
 
   Operands<F> group_operands(int64_t unit, int64_t count, F* memory) const {
     const int64_t depth = layout_.group_channels();
@@ -96,8 +107,10 @@ class Forward {
                       centers, squares);
     for (int64_t g = 0; g < count; ++g) {
       const F* added = operands.channel_bias + g * depth;
-      centers[g] = centers[g] / static_cast<F>(sampled) + added[0];
-      for (int64_t row = 0; row < rows; ++row) k[g * rows + row] = centers[g] - added[row];
+      centers[g] /= static_cast<F>(sampled);
+      for (int64_t row = 0; row < rows; ++row) {
+        k[g * rows + row] = centers[g] - (added[row] - added[0]);
+      }
     }
   }
 
@@ -118,43 +131,47 @@ class Forward {
     }
   }
 
-  // Mean and rstd of a group from sums about its center.
-  void finish(int64_t unit, F center, int64_t count, const F* sums, const F* squares) const {
+  // Mean and rstd of a group from sums about its center, and its base in the center's place.
+  // `added`: the bias of the group's first channel.
+  void finish(int64_t unit, F added, F* center, int64_t count, const F* sums,
+              const F* squares) const {
     double sum = 0, square = 0;
     for (int64_t i = 0; i < count; ++i) {
       sum += sums[i];
       square += squares[i];
     }
-    store_statistics(unit, center, sum, square);
+    store_statistics(unit, added, center, sum, square);
   }
 
-  void store_statistics(int64_t unit, double center, double sum, double square) const {
+  void store_statistics(int64_t unit, double added, F* center, double sum, double square) const {
     const double numel = static_cast<double>(layout_.group_numel());
     const double mean = sum / numel;
     const double variance = std::max(0.0, square / numel - mean * mean);
-    static_cast<F*>(args_.mean)[unit] = static_cast<F>(center + mean);
+    const double base = *center + mean;
+    *center = static_cast<F>(base);
+    static_cast<F*>(args_.mean)[unit] = static_cast<F>(base + added);
     static_cast<F*>(args_.rstd)[unit] = static_cast<F>(1.0 / std::sqrt(variance + args_.eps));
   }
 
-  void set_affine(const Operands<F>& operands, int64_t unit, int64_t groups, F* slope,
-                  F* offset) const {
-    clones<affines_loop<F, false>>(operands, groups, layout_.group_channels(),
-                                   static_cast<const F*>(args_.mean) + unit,
-                                   static_cast<const F*>(args_.rstd) + unit, slope, offset);
+  void set_affine(const Operands<F>& operands, int64_t unit, int64_t groups, const F* bases, F* k,
+                  F* slope, F* offset) const {
+    clones<affines_loop<F, true>>(operands, groups, layout_.group_channels(), bases,
+                                  static_cast<const F*>(args_.rstd) + unit, k, slope, offset);
   }
 
-  // The pieces [begin, end) of the rows of `count` groups. `memory`: 2 per channel.
+  // The pieces [begin, end) of the rows of `count` groups. `memory`: 3 per channel.
   void apply_pieces(int64_t unit, int64_t count, const Pieces& pieces, int64_t begin, int64_t end,
-                    const Operands<F>& operands, F* memory) const {
+                    const Operands<F>& operands, const F* bases, F* memory) const {
     const int64_t first = unit * layout_.group_numel(), depth = layout_.group_channels();
-    F *slope = memory, *offset = memory + depth * count;
-    set_affine(operands, unit, count, slope, offset);
+    F *k = memory, *slope = k + depth * count, *offset = slope + depth * count;
+    set_affine(operands, unit, count, bases, k, slope, offset);
     if (pieces.per_run == 1) {
       const int64_t start = first + begin * pieces.run;
       write_parts(y_of(start), end - begin, pieces.run, size_, stream_, kernels_.streams,
                   [&](char* y, int64_t row, int64_t rows, bool stream) {
-                    kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run,
-                                       slope + begin + row, offset + begin + row, stream);
+                    const int64_t c = begin + row;
+                    kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run, k + c,
+                                       slope + c, offset + c, stream);
                   });
       return;
     }
@@ -163,8 +180,8 @@ class Forward {
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
       write_parts(y_of(start), 1, pieces.size(piece), size_, stream_, kernels_.streams,
                   [&](char* y, int64_t, int64_t, bool stream) {
-                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), slope + row,
-                                       offset + row, stream);
+                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), k + row,
+                                       slope + row, offset + row, stream);
                   });
     }
   }
@@ -177,59 +194,61 @@ class Forward {
       parallel_items(layout_.batch, numel, [&](int64_t begin, int64_t end) {
         std::vector<F> sums(2 * channels * pieces.per_run);
         for (int64_t sample = begin; sample < end; ++sample) {
-          F* memory = thread_scratch<F>(9 * channels);
-          const F* centers = sum_pixels(sample, pieces, 0, pieces.per_run, memory, sums.data());
+          F* memory = thread_scratch<F>(10 * channels);
+          F* centers = memory + 8 * channels;
+          sum_pixels(sample, pieces, 0, pieces.per_run, memory, centers, sums.data());
           finish_pixels(sample, centers, pieces.per_run, sums.data());
-          apply_pixels(sample, pieces, 0, pieces.per_run, memory);
+          apply_pixels(sample, pieces, 0, pieces.per_run, centers, memory);
         }
       });
       return;
     }
-    std::vector<F> sums(2 * channels * pieces.per_run), centers(channels);
+    std::vector<F> sums(2 * channels * pieces.per_run), centers(2 * layout_.groups);
     const int64_t elements = pieces.length * channels;
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
       parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
-        F* memory = thread_scratch<F>(9 * channels);
-        const F* found = sum_pixels(sample, pieces, begin, end, memory, sums.data());
-        if (begin == 0) std::copy(found, found + channels, centers.data());
+        F* memory = thread_scratch<F>(10 * channels);
+        F* found = memory + 8 * channels;
+        sum_pixels(sample, pieces, begin, end, memory, found, sums.data());
+        if (begin == 0) std::copy(found, found + 2 * layout_.groups, centers.data());
       });
       finish_pixels(sample, centers.data(), pieces.per_run, sums.data());
       parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
-        apply_pixels(sample, pieces, begin, end, thread_scratch<F>(9 * channels));
+        apply_pixels(sample, pieces, begin, end, centers.data(), thread_scratch<F>(8 * channels));
       });
     }
   }
 
-  // Sums of pieces [begin, end) of a sample into rows of `sums`; returns the groups' centers.
-  const F* sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end, F* memory,
-                      F* sums) const {
+  // Sums of pieces [begin, end) of a sample into rows of `sums`, and the groups' centers, after them
+  // the biases of their first channels. `memory`: 8 per channel.
+  void sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end, F* memory,
+                  F* centers, F* sums) const {
     const int64_t channels = layout_.channels, depth = layout_.group_channels();
     const int64_t first = sample * channels * layout_.pixels;
     const Operands<F> operands(args_, sample, 0, channels, memory);
     F* k = memory + Operands<F>::kCount * channels;
-    F *centers = k + channels, *sum = centers + channels, *square = sum + channels;
+    F *sum = k + channels, *square = sum + channels;
     const int64_t sampled = std::min(layout_.pixels, 1 + center_elements(layout_) / depth);
     std::fill(k, k + channels, F(0));
     kernels_.pixel_sums(x_of(first), sampled, channels, k, sum, square);
     for (int64_t g = 0; g < layout_.groups; ++g) {
+      const F* added = operands.channel_bias + g * depth;
       F total = 0;
-      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
-        total += sum[c] / static_cast<F>(sampled) + operands.channel_bias[c];
+      for (int64_t c = 0; c < depth; ++c) {
+        total += sum[g * depth + c] / static_cast<F>(sampled) + (added[c] - added[0]);
       }
       centers[g] = total / static_cast<F>(depth);
-      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
-        k[c] = centers[g] - operands.channel_bias[c];
-      }
+      centers[layout_.groups + g] = added[0];
+      for (int64_t c = 0; c < depth; ++c) k[g * depth + c] = centers[g] - (added[c] - added[0]);
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       F* row = sums + 2 * channels * piece;
       kernels_.pixel_sums(x_of(first + pieces.begin(piece) * channels), pieces.size(piece),
                           channels, k, row, row + channels);
     }
-    return centers;
   }
 
-  void finish_pixels(int64_t sample, const F* centers, int64_t count, const F* sums) const {
+  void finish_pixels(int64_t sample, F* centers, int64_t count, const F* sums) const {
     const int64_t channels = layout_.channels, depth = layout_.group_channels();
     std::vector<double> totals(2 * channels);
     for (int64_t piece = 0; piece < count; ++piece) {
@@ -242,24 +261,25 @@ class Forward {
         sum += totals[c];
         square += totals[channels + c];
       }
-      store_statistics(sample * layout_.groups + g, centers[g], sum, square);
+      store_statistics(sample * layout_.groups + g, centers[layout_.groups + g], centers + g, sum,
+                       square);
     }
   }
 
   void apply_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
-                    F* memory) const {
+                    const F* bases, F* memory) const {
     const int64_t channels = layout_.channels, first = sample * channels * layout_.pixels;
     const Operands<F> operands(args_, sample, 0, channels, memory);
-    F* slope = memory + Operands<F>::kCount * channels;
-    F* offset = slope + channels;
-    set_affine(operands, sample * layout_.groups, layout_.groups, slope, offset);
+    F* k = memory + Operands<F>::kCount * channels;
+    F *slope = k + channels, *offset = slope + channels;
+    set_affine(operands, sample * layout_.groups, layout_.groups, bases, k, slope, offset);
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;
       write_parts(y_of(start), pieces.size(piece), channels, size_, stream_, kernels_.streams,
                   [&](char* y, int64_t pixel, int64_t pixels, bool stream) {
-                    kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, slope,
-                                         offset, stream);
+                    kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, k,
+                                         slope, offset, stream);
                   });
     }
     finish_streaming();

@@ -19,7 +19,8 @@ constexpr int64_t kPiece = 4096;
 // F is float, or double for float64 tensors. "Rows" are runs of one channel: `rows` of them, of `n`
 // adjacent elements each, with one coefficient per row. "Pixels" are runs of all channels, with one
 // coefficient per channel. With h = x + channel_bias, `k` is such that d = x - k = h - center: sums
-// are taken of d, which is small where means are large.
+// are taken of d, which is small where means are large, and results are made of d, which is 0 in
+// constant groups.
 template <typename F>
 struct GroupNormKernels {
   // Per row (first array index) or channel: sum of d, sum of d^2. Rows begin `stride` elements apart.
@@ -27,11 +28,11 @@ struct GroupNormKernels {
                    F* square);
   void (*pixel_sums)(const void* x, int64_t pixels, int64_t channels, const F* k, F* sum,
                      F* square);
-  // y = act(slope x + offset)
-  void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
+  // y = act(slope d + offset)
+  void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* k, const F* slope,
                     const F* offset, bool stream);
-  void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
-                      const F* offset, bool stream);
+  void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* k,
+                      const F* slope, const F* offset, bool stream);
   // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
   // The sums s2 of rows are left out if it is null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
@@ -170,18 +171,19 @@ struct Operands {
   }
 };
 
-// The coefficients of z for the channels of some groups: in x, or in d = h - mean if kCentered.
-template <typename F, bool kCentered>
+// The coefficients of z = slope (x - k) + offset for the channels of some groups, from the groups'
+// bases if kBases (fastdiff/group_norm_silu.h), else from their means.
+template <typename F, bool kBases>
 FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t groups, int64_t depth,
-                              const F* means, const F* rstds, F* slope, F* offset) {
+                              const F* bases, const F* rstds, F* k, F* slope, F* offset) {
   for (int64_t g = 0; g < groups; ++g) {
-    const F mean = means[g], rstd = rstds[g];
+    const F base = bases[g], rstd = rstds[g];
+    const F first = kBases ? operands.channel_bias[g * depth] : F(0);
 #pragma omp simd
     for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
-      const F added = kCentered ? mean : operands.channel_bias[c];
-      const ChannelAffine<F> affine =
-          channel_affine(mean, rstd, operands.weight[c], operands.bias[c], added,
-                         operands.scale[c], operands.shift[c]);
+      const ChannelAffine<F> affine = channel_affine(
+          rstd, operands.weight[c], operands.bias[c], operands.scale[c], operands.shift[c]);
+      k[c] = base - (operands.channel_bias[c] - first);
       slope[c] = affine.slope;
       offset[c] = affine.offset;
     }

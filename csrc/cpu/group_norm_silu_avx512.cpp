@@ -70,44 +70,47 @@ struct Kernels {
 
   template <bool kStream>
   static FASTDIFF_INLINE void row_apply_(const void* x_data, void* y_data, int64_t rows, int64_t n,
-                                         const float* slope, const float* offset) {
+                                         const float* k, const float* slope,
+                                         const float* offset) {
     for (int64_t row = 0; row < rows; ++row) {
       const auto* x = in<S>(x_data) + row * n;
-      const V a = all(slope[row]), b = all(offset[row]);
+      const V center = all(k[row]), a = all(slope[row]), b = all(offset[row]);
       write_run<S, kStream>(out<S>(y_data) + row * n, n, [&](int64_t i, Mask m) FASTDIFF_LAMBDA {
-        return A::value(_mm512_fmadd_ps(a, S::load(x + i, m), b));
+        return A::value(_mm512_fmadd_ps(a, _mm512_sub_ps(S::load(x + i, m), center), b));
       });
     }
   }
 
-  static void row_apply(const void* x, void* y, int64_t rows, int64_t n, const float* slope,
-                        const float* offset, bool stream) {
-    if (stream) return row_apply_<true>(x, y, rows, n, slope, offset);
-    row_apply_<false>(x, y, rows, n, slope, offset);
+  static void row_apply(const void* x, void* y, int64_t rows, int64_t n, const float* k,
+                        const float* slope, const float* offset, bool stream) {
+    if (stream) return row_apply_<true>(x, y, rows, n, k, slope, offset);
+    row_apply_<false>(x, y, rows, n, k, slope, offset);
   }
 
   template <bool kStream>
   static FASTDIFF_INLINE void pixel_apply_(const void* x_data, void* y_data, int64_t pixels,
-                                           int64_t channels, const float* slope,
+                                           int64_t channels, const float* k, const float* slope,
                                            const float* offset) {
     for_pixel_blocks<4>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
                                               FASTDIFF_LAMBDA {
+      const V center = Float32::load(k + c, m);
       const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
       for (int j = 0; j < kCount; ++j) {
         const int64_t i = (p + j) * channels + c;
         prefetch<kCount>(in<S>(x_data) + i, channels);
-        const V z = _mm512_fmadd_ps(a, S::load(in<S>(x_data) + i, m), b);
+        const V d = _mm512_sub_ps(S::load(in<S>(x_data) + i, m), center);
+        const V z = _mm512_fmadd_ps(a, d, b);
         write_vector<S, kStream>(out<S>(y_data) + i, A::value(z), m);
       }
     });
   }
 
   static void pixel_apply(const void* x, void* y, int64_t pixels, int64_t channels,
-                          const float* slope, const float* offset, bool stream) {
+                          const float* k, const float* slope, const float* offset, bool stream) {
     if (stream && are_vectors_aligned(out<S>(y), channels)) {
-      return pixel_apply_<true>(x, y, pixels, channels, slope, offset);
+      return pixel_apply_<true>(x, y, pixels, channels, k, slope, offset);
     }
-    pixel_apply_<false>(x, y, pixels, channels, slope, offset);
+    pixel_apply_<false>(x, y, pixels, channels, k, slope, offset);
   }
 
   static FASTDIFF_INLINE V dz_of(V grad, V d, V slope, V offset) {

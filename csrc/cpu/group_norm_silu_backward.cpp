@@ -133,11 +133,8 @@ class Backward {
   // What the first pass needs for the channels of some groups.
   void prepare(int64_t unit, int64_t groups, const Coefficients& to) const {
     const int64_t depth = layout_.group_channels();
-    clones<affines_loop<F, true>>(to.operands, groups, depth, means(unit), rstds(unit), to.slope,
-                                  to.offset);
-    for (int64_t c = 0; c < groups * depth; ++c) {
-      to.k[c] = means(unit)[c / depth] - to.operands.channel_bias[c];
-    }
+    clones<affines_loop<F, false>>(to.operands, groups, depth, means(unit), rstds(unit), to.k,
+                                   to.slope, to.offset);
   }
 
   // sums: s0, then s1, then s2 of the groups' channels.

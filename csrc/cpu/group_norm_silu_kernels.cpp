@@ -88,13 +88,13 @@ FASTDIFF_HD void pixel_sums(const void* x_data, int64_t pixels, int64_t channels
 
 template <typename S, typename A, typename F>
 FASTDIFF_HD void row_apply(const void* x_data, void* y_data, int64_t rows, int64_t length,
-                           const F* slope, const F* offset) {
+                           const F* k, const F* slope, const F* offset) {
   with_length(length, [&](auto n) FASTDIFF_LAMBDA {
     for (int64_t row = 0; row < rows; ++row) {
       In<S> x = static_cast<In<S>>(x_data) + row * n;
       Out<S> y = static_cast<Out<S>>(y_data) + row * n;
-      const F a = slope[row], b = offset[row];
-      const auto value = [=](int, F v) FASTDIFF_LAMBDA { return A::value(a * v + b); };
+      const F center = k[row], a = slope[row], b = offset[row];
+      const auto value = [=](int, F v) FASTDIFF_LAMBDA { return A::value(a * (v - center) + b); };
       int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) S::map(y + i, value, x + i);
 #pragma omp simd
@@ -105,13 +105,13 @@ FASTDIFF_HD void row_apply(const void* x_data, void* y_data, int64_t rows, int64
 
 template <typename S, typename A, typename F>
 FASTDIFF_HD void pixel_apply(const void* x_data, void* y_data, int64_t pixels, int64_t channels,
-                             const F* slope, const F* offset) {
+                             const F* k, const F* slope, const F* offset) {
   for (int64_t p = 0; p < pixels; ++p) {
     In<S> x = static_cast<In<S>>(x_data) + p * channels;
     Out<S> y = static_cast<Out<S>>(y_data) + p * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      y[c] = S::store(A::value(slope[c] * S::load(x[c]) + offset[c]));
+      y[c] = S::store(A::value(slope[c] * (S::load(x[c]) - k[c]) + offset[c]));
     }
   }
 }
@@ -231,13 +231,13 @@ struct Table {
     return kLoop;
   }
 
-  static void row_apply_(const void* x, void* y, int64_t rows, int64_t n, const F* slope,
-                         const F* offset, bool) {
-    best<row_apply<S, A, F>>()(x, y, rows, n, slope, offset);
+  static void row_apply_(const void* x, void* y, int64_t rows, int64_t n, const F* k,
+                         const F* slope, const F* offset, bool) {
+    best<row_apply<S, A, F>>()(x, y, rows, n, k, slope, offset);
   }
-  static void pixel_apply_(const void* x, void* y, int64_t pixels, int64_t channels, const F* slope,
-                           const F* offset, bool) {
-    best<pixel_apply<S, A, F>>()(x, y, pixels, channels, slope, offset);
+  static void pixel_apply_(const void* x, void* y, int64_t pixels, int64_t channels, const F* k,
+                           const F* slope, const F* offset, bool) {
+    best<pixel_apply<S, A, F>>()(x, y, pixels, channels, k, slope, offset);
   }
   static void row_grad_sums_(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                              const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2) {

@@ -55,8 +55,7 @@ struct Forward {
                                       stream);
     if (error != cudaSuccess) return error;
     return launch<GroupNormSiluArgs>(group_norm_silu_apply_kernel<T, ChannelsLast, V>, args, plan,
-                                     blocks, plan.threads, plan.chunk_channels() * sizeof(float2),
-                                     1, stream);
+                                     blocks, plan.threads, 2 * plan.chunk_channels() * sizeof(float2), 1, stream);
   }
 };
 

@@ -69,7 +69,7 @@ struct Backward {
       }
       if (error == cudaSuccess && args.grad_x) {
         error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>, blocks,
-                      2 * coefficients);
+                      2 * coefficients + plan.chunk_channels() * sizeof(float));
       }
     }
     if (error != cudaSuccess || !has_parameters()) return error;

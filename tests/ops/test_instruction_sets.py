@@ -20,6 +20,7 @@ LEVELS = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
 CORE = {
     "test_group_norm_silu.py": "(vectors and normal and silu-cpu) or (odd and bf16 and silu-cpu)"
     " or (test_large and unaligned)",
+    "test_group_norm_silu_conditioning.py": "cpu",
     "test_philox_normal.py": "test_matches and cpu",
 }
 

@@ -36,20 +36,26 @@ struct ChannelGradient {
 };
 
 // y = act(z), z = (h_hat weight + bias) (1 + scale) + shift, h_hat = (h - mean) rstd,
-// h = x + channel_bias. Per channel of one sample z = slope x + offset: what a kernel keeps.
+// h = x + channel_bias. Per channel of one sample z = slope (x - center) + offset: what a kernel
+// keeps, with center = mean - channel_bias. The difference comes first: slope x + (offset - slope
+// center) would round products of the size of slope center, which in a constant group is 300 times
+// its value and in a group of a small deviation any number.
+//
+// So that the center of a constant group is its very value, whatever its channel bias, the forward
+// passes take the mean of x + (channel_bias - that of the group's first channel), the group's `base`:
+// center = base - (channel_bias - that of the first channel).
 template <typename T>
 struct ChannelAffine {
   T slope;
   T offset;
 };
 
-// `channel_bias`, ... are the values of one channel of one sample; absent ones are their neutral
-// values (weight 1, all others 0).
+// `weight`, ... are the values of one channel of one sample; absent ones are their neutral values
+// (weight 1, all others 0).
 template <typename T>
-FASTDIFF_HD ChannelAffine<T> channel_affine(T mean, T rstd, T weight, T bias, T channel_bias,
-                                            T scale, T shift) {
-  const T slope = rstd * weight * (T(1) + scale);
-  return {slope, (channel_bias - mean) * slope + bias * (T(1) + scale) + shift};
+FASTDIFF_HD ChannelAffine<T> channel_affine(T rstd, T weight, T bias, T scale, T shift) {
+  const T factor = T(1) + scale;
+  return {rstd * weight * factor, bias * factor + shift};
 }
 
 struct GroupNormSiluArgs {

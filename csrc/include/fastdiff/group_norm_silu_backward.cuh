@@ -7,17 +7,17 @@ namespace fastdiff {
 constexpr int kGroupNormPairs = 2;  // vectors of x and of grad that a lane loads at a time
 
 // dz is needed twice, for the sums and for dx, and made from x and grad both times:
-//   z = slope x + offset,  dz = grad act'(z),  h_hat = rstd x + hat_offset,
-//   dx = slope dz - rstd (m0 + h_hat m1) = slope dz - (constant + linear x).
-// A channel's coefficients are (slope, offset, rstd, hat_offset) for the first, and (slope, offset,
-// linear, constant) for the second.
+//   d = x - center,  z = slope d + offset,  dz = grad act'(z),  h_hat = rstd d,
+//   dx = slope dz - rstd (m0 + h_hat m1) = slope dz - (constant + linear d).
+// A channel's coefficients are (center, slope, offset, rstd) for the first, whose sums are of d in place
+// of h_hat, and (center, slope, offset, linear) with the constant for the second.
 template <typename T>
 __device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
                                                      int64_t sample, int64_t channel, float mean,
                                                      float rstd) {
   const float added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
-  const auto map = load_affine<T>(args, sample, channel, mean, rstd, added);
-  return make_float4(map.slope, map.offset, rstd, (added - mean) * rstd);
+  const auto map = load_affine<T>(args, sample, channel, rstd);
+  return make_float4(mean - added, map.slope, map.offset, rstd);
 }
 
 // Mean and rstd of a group.
@@ -29,8 +29,10 @@ __device__ __forceinline__ float2 load_statistics(const GroupNormSiluBackwardArg
 
 // m = (m0, m1)
 __device__ __forceinline__ float4 second_coefficients(const float4& first, float2 m) {
-  const float linear = first.z * first.z * m.y;
-  return make_float4(first.x, first.y, linear, first.z * (m.x + first.w * m.y));
+  return make_float4(first.x, first.y, first.z, first.w * first.w * m.y);
+}
+__device__ __forceinline__ float second_constant(const float4& first, float2 m) {
+  return first.w * m.x;
 }
 
 template <typename T, int V>
@@ -73,10 +75,9 @@ __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout
             for (int r = 0; r < R; ++r) {
 #pragma unroll
               for (int v = a; v < V; v += A) {
-                const float x = to_float(pairs[r].x.values[v]);
-                const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.x * x + m.y);
-                const float hat = m.z * x + m.w;
-                batch.merge({dz, dz * hat, hat});
+                const float d = to_float(pairs[r].x.values[v]) - m.x;
+                const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.y * d + m.z);
+                batch.merge({dz, dz * d, d});
               }
             }
             sums[a].merge(batch);
@@ -86,27 +87,30 @@ __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout
   });
 }
 
-// dx on the items [begin, end).
-template <typename T, bool ChannelsLast, int V, typename Load>
+// dx on the items [begin, end), with the constants of channels from c on in get_constants(c, constants).
+template <typename T, bool ChannelsLast, int V, typename Constants, typename Load>
 __device__ __forceinline__ void write_grad_x(T* grad_x, const GroupNormLayout& layout,
                                              const GroupNormTiling& tiling, int64_t channel,
                                              int begin, int end, const float4* coefficients,
-                                             int base, const Gate gate, const Load& load) {
+                                             const Constants& get_constants, int base,
+                                             const Gate gate, const Load& load) {
   constexpr int A = ChannelsLast ? V : 1;
   for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
     for_batches<kGroupNormPairs>(
         item.count, [&](int k) { return load(k, item); },
         [&](int k, auto& pairs) {
           constexpr int R = sizeof(pairs) / sizeof(pairs[0]);
+          float constants[A];
+          get_constants(item.channel - base, constants);
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             float values[V];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               const float4 m = coefficients[item.channel - base + v % A];
-              const float x = to_float(pairs[r].x.values[v]);
-              const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.x * x + m.y);
-              values[v] = m.x * dz - (m.w + m.z * x);
+              const float d = to_float(pairs[r].x.values[v]) - m.x;
+              const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.y * d + m.z);
+              values[v] = m.y * dz - (constants[v % A] + m.w * d);
             }
             store_global(grad_x + item.offset + (k + r) * item.stride, values);
           }
@@ -195,7 +199,7 @@ __device__ __forceinline__ void store_channel_bias_gradient(const GroupNormSiluB
   if (!args.grad_channel_bias.data) return;
   const float pixels = static_cast<float>(args.layout.pixels);
   store_gradient<T>(args.grad_channel_bias, sample * args.layout.channels + channel,
-                    first.x * sums.s0 - first.z * (pixels * m.x + sums.s2 * m.y));
+                    first.y * sums.s0 - first.w * (pixels * m.x + sums.s2 * m.y));
 }
 
 // One pass: reads x and grad once into shared memory, and writes dx from there.
@@ -245,7 +249,10 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
   __syncthreads();
   if (plan.cluster > 1) cluster_arrive(), cluster_wait();
   merge_unit<GradientSums>(layout, plan, block, partials,
-                           [&](int c, const GradientSums& sums) { channels[c] = sums; });
+                           [&](int c, const GradientSums& sums) {
+                             const float rstd = coefficients[c].w;
+                             channels[c] = {sums.s0, sums.s1 * rstd, sums.s2 * rstd};
+                           });
   if (plan.cluster > 1) cluster_arrive();  // the others' shared memory is not read any more
   __syncthreads();
 
@@ -254,23 +261,13 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
     for (int c = threadIdx.x % 32; c < group_channels; c += 32) {
       const GradientSums& sums = channels[g * group_channels + c];
       const float4& m = coefficients[g * group_channels + c];
-      const float gamma = m.x / m.z;
+      const float gamma = m.y / m.w;
       group.merge({gamma * sums.s0, gamma * sums.s1, 0.0f});
     }
     merge_lanes(group, 1, 32);
     if (threadIdx.x % 32) continue;
     const float n = static_cast<float>(layout.group_numel());
     means[g] = make_float2(group.s0 / n, group.s1 / n);
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-    const float2 m = means[c / group_channels];
-    if (block.rank == 0) {
-      const int64_t channel = block.channel + c;
-      store_modulation_gradients<T>(args, block.sample, channel, channels[c].s0, channels[c].s1);
-      store_channel_bias_gradient<T>(args, block.sample, channel, coefficients[c], channels[c], m);
-    }
-    coefficients[c] = second_coefficients(coefficients[c], m);
   }
   if (block.rank == 0 && threadIdx.y == 0) {
     for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
@@ -287,12 +284,30 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
     }
   }
   __syncthreads();
+  for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
+    const float2 m = means[c / group_channels];
+    const float4 first = coefficients[c];
+    if (block.rank == 0) {
+      const int64_t channel = block.channel + c;
+      store_modulation_gradients<T>(args, block.sample, channel, channels[c].s0, channels[c].s1);
+      store_channel_bias_gradient<T>(args, block.sample, channel, first, channels[c], m);
+    }
+    coefficients[c] = second_coefficients(first, m);
+    channels[c].s0 = second_constant(first, m);  // the sums are not needed any more
+  }
+  __syncthreads();
 
   if (args.grad_x) {
     write_grad_x<T, ChannelsLast, V>(
         static_cast<T*>(args.grad_x) + base, layout, tiling, block.channel, block.begin, block.end,
-        coefficients, 0,
-      Gate(args.activation), [&](int k, const LaneItem& item) {
+        coefficients,
+        [&](int c, auto& constants) {
+          constexpr int A = sizeof(constants) / sizeof(float);
+#pragma unroll
+          for (int a = 0; a < A; ++a) constants[a] = channels[c + a].s0;
+        },
+        0, Gate(args.activation),
+        [&](int k, const LaneItem& item) {
           const T* from = data + (item.slot + k * item.slot_stride) * V;
           return InputPair<T, V>{load_shared<T, V>(from), load_shared<T, V>(from + data_numel)};
         });
@@ -366,13 +381,13 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   merge_block(sums, warps);
   if (threadIdx.x == 0) {
     const float n = static_cast<float>(layout.group_numel());
-    shared_mean = make_float2(sums.s0 / n, sums.s1 / n);
+    shared_mean = make_float2(sums.s0 / n, sums.s1 * statistics.y / n);
     reinterpret_cast<float2*>(workspace.means)[group] = shared_mean;
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < size; c += blockDim.x) {
-    const GradientSums total = {totals[c], totals[layout.channels + c],
-                                totals[2 * layout.channels + c]};
+    const GradientSums total = {totals[c], totals[layout.channels + c] * statistics.y,
+                                totals[2 * layout.channels + c] * statistics.y};
     store_modulation_gradients<T>(args, sample, channel + c, total.s0, total.s1);
     store_parameter_sums<T>(
         args, plan, sample, channel + c,
@@ -386,12 +401,13 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 
 // Split, second reading of x and grad.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, 2)
+__global__ void __launch_bounds__(kGroupNormSplitThreads, V == 1 && !ChannelsLast ? 4 : 2)
     group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
                                      const GroupNormPlan plan, const int64_t first_block) {
   extern __shared__ float4 shared[];
   float4* coefficients = shared;
   float4* statistics = shared + plan.chunk_channels();  // mean, rstd, m0, m1
+  float* constants = reinterpret_cast<float*>(statistics + plan.chunk_channels());
   const GroupNormLayout& layout = args.layout;
   const GradientWorkspace workspace(args.workspace, layout, plan);
   const ChunkBlock block(plan, first_block + blockIdx.x);
@@ -406,15 +422,28 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 2)
   __syncthreads();
   for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
     const float4 s = statistics[groups.of(c)];
-    coefficients[c] = second_coefficients(
-        first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y),
-        make_float2(s.z, s.w));
+    const float4 first =
+        first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
+    coefficients[c] = second_coefficients(first, make_float2(s.z, s.w));
+    constants[c] = second_constant(first, make_float2(s.z, s.w));
   }
   __syncthreads();
   write_grad_x<T, ChannelsLast, V>(
       static_cast<T*>(args.grad_x) + base, layout, plan.tiling, 0, block.begin, block.end,
-      coefficients, block.channel,
-      Gate(args.activation), [&](int k, const LaneItem& item) {
+      coefficients,
+      [&](int c, auto& of_lane) {
+        constexpr int A = sizeof(of_lane) / sizeof(float);
+        Vector<float, A> vector;
+        using Access = typename Vector<float, A>::Access;
+#pragma unroll
+        for (int p = 0; p < Vector<float, A>::kPackets; ++p) {
+          vector.packets[p] = reinterpret_cast<const Access*>(constants + c)[p];
+        }
+#pragma unroll
+        for (int a = 0; a < A; ++a) of_lane[a] = vector.values[a];
+      },
+      block.channel, Gate(args.activation),
+      [&](int k, const LaneItem& item) {
         return load_pair<T, V>(args, base + item.offset + k * item.stride);
       });
 }

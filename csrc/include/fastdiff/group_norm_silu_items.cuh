@@ -131,13 +131,12 @@ __device__ __forceinline__ float load_operand(const ChannelVector& operand, int6
   return to_float(__ldg(static_cast<const T*>(operand.data) + i));
 }
 
-// The affine map of one channel of one sample, whose channel bias is `added`.
+// The affine map of one channel of one sample.
 template <typename T, typename Args>
 __device__ __forceinline__ ChannelAffine<float> load_affine(const Args& args, int64_t sample,
-                                                            int64_t channel, float mean,
-                                                            float rstd, float added) {
-  return channel_affine(mean, rstd, load_operand<T>(args.weight, sample, channel, 1.0f),
-                        load_operand<T>(args.bias, sample, channel, 0.0f), added,
+                                                            int64_t channel, float rstd) {
+  return channel_affine(rstd, load_operand<T>(args.weight, sample, channel, 1.0f),
+                        load_operand<T>(args.bias, sample, channel, 0.0f),
                         load_operand<T>(args.scale, sample, channel, 0.0f),
                         load_operand<T>(args.shift, sample, channel, 0.0f));
 }
@@ -181,7 +180,9 @@ struct Moments {
 
   __device__ __forceinline__ void merge(const Moments& other) {
     const float total = n + other.n;
-    const float weight = total > 0.0f ? __fdividef(other.n, total) : 0.0f;
+    // The approximate quotient of a number by itself need not be 1, which the mean of the first has to
+    // be taken over with: those of a constant group are its value.
+    const float weight = n > 0.0f ? __fdividef(other.n, total) : 1.0f;
     const float delta = other.mean - mean;
     mean += delta * weight;
     m2 += other.m2 + delta * delta * (n * weight);
@@ -198,7 +199,7 @@ struct Moments {
   }
 };
 
-// The sums of the backward pass: of dz, dz h_hat and h_hat.
+// The sums of the backward pass: of dz, dz h_hat and h_hat, or with d in place of h_hat = d rstd.
 struct GradientSums {
   static constexpr int kFloats = 3;
   float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f;
