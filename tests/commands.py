@@ -62,7 +62,7 @@ class Command:
         if self.poll() is None:
             os.kill(self.pid, signum)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Its exit code; killed, and an AssertionError, if it takes longer."""
         end = time.monotonic() + seconds
         while self.poll() is None:
@@ -75,7 +75,7 @@ class Command:
 
     def wait_for(self, path: Path) -> None:
         """Until there is something at a path."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not path.exists():
             assert self.poll() is None, self.error
             assert time.monotonic() < end
