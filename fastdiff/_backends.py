@@ -107,6 +107,17 @@ _blocks: ContextVar[tuple[list[str], ...]] = ContextVar("fastdiff.use_backend", 
 _forced: ContextVar[str | None] = ContextVar("fastdiff backend", default=None)
 # Of a block that torch.compile traces, which cannot set a ContextVar: only tracing sees this.
 _traced: str | None = None
+# The open blocks of all threads, and the name of the last one: what torch.compile before torch 2.14
+# guards on, as it cannot read a ContextVar.
+_open: list[list[str]] = []
+_latest: str | None = None
+
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+    _forced_here = _forced.get
+else:
+
+    def _forced_here() -> str | None:
+        return _latest if torch.compiler.is_dynamo_compiling() else _forced.get()
 
 
 _of_gpus: dict[int, str] = {}
@@ -150,7 +161,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Other threads and tasks keep theirs; a task that is created inside the block, and a thread that
     runs in `contextvars.copy_context()`, start with this one. The backward pass of an op runs on
-    the backend of its forward pass, wherever it is called.
+    the backend of its forward pass, wherever it is called. Compiled code follows the block too; with
+    torch before 2.14, which cannot tell threads apart there, it follows the last block of any thread.
 
     Parameters
     ----------
@@ -180,15 +192,22 @@ def use_backend(name: str) -> Iterator[None]:
         return
     block = [name]
     _set_blocks((*_blocks.get(), block))
+    _set_open([*_open, block])
     try:
         yield
     finally:
         _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+        _set_open([other for other in _open if other is not block])
 
 
 def _set_blocks(blocks: tuple[list[str], ...]) -> None:
     _blocks.set(blocks)
     _forced.set(blocks[-1][0] if blocks else None)
+
+
+def _set_open(blocks: list[list[str]]) -> None:
+    global _open, _latest
+    _open, _latest = blocks, blocks[-1][0] if blocks else None
 
 
 def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
@@ -206,7 +225,7 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     ValueError, RuntimeError
         The backend that was asked for does not exist, or cannot run this input.
     """
-    forced = _traced or _forced.get()
+    forced = _traced or _forced_here()
     if forced is None:
         forced = _environment
         if forced is None:
