@@ -161,8 +161,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Other threads and tasks keep theirs; a task that is created inside the block, and a thread that
     runs in `contextvars.copy_context()`, start with this one. The backward pass of an op runs on
-    the backend of its forward pass, wherever it is called. Compiled code follows the block too; with
-    torch before 2.14, which cannot tell threads apart there, it follows the last block of any thread.
+    the backend of its forward pass, wherever it is called. Compiled code follows the block too;
+    before torch 2.14, which does not tell threads apart there, the last block of any thread.
 
     Parameters
     ----------
