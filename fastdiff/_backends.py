@@ -57,9 +57,9 @@ def _missing(backend: str) -> str | None:
 
 def _runs_nowhere(backend: str) -> str | None:
     """Why none of the GPUs here runs the backend, or None. Asking them initializes CUDA."""
-    if backend != "cuda":
+    if backend not in ("cuda", "triton") or (backend == "triton" and triton_interpreted()):
         return None
-    reasons = [_gpus.why_no_binary(index) for index in range(torch.cuda.device_count())]
+    reasons = [_why_not(backend, index) for index in range(torch.cuda.device_count())]
     return reasons[0] if reasons and None not in reasons else None
 
 
@@ -130,18 +130,19 @@ def _of_gpu(index: int) -> str:
         found = _defaults["cuda"]
         if found == "cuda" and _gpus.why_no_binary(index):
             found = _without_kernels
-        if found == "triton" and _gpus.triton_crashes(index):
+        if found == "triton" and _gpus.why_no_triton(index):
             found = "reference"
         _of_gpus[index] = found
     return found
 
 
-def _why_no_binary(index: int) -> str | None:
-    return _gpus.why_no_binary(index)
+def _why_not(backend: str, index: int) -> str | None:
+    """Why one GPU does not run the kernels of "cuda" or "triton"."""
+    return _gpus.why_no_binary(index) if backend == "cuda" else _gpus.why_no_triton(index)
 
 
 # What torch.compiler.assume_constant_result does, which would load Dynamo.
-for _function in (_of_gpu, _runs_nowhere, _why_no_binary):
+for _function in (_of_gpu, _runs_nowhere, _why_not):
     _function._dynamo_marked_constant = True
 
 
@@ -241,8 +242,8 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
     home = ("cpu" if triton_interpreted() else "cuda") if forced == "triton" else forced
     if unsupported is None and x.device.type != home:
         unsupported = f"it runs on {home} tensors, these are on {x.device.type}"
-    if unsupported is None and forced == "cuda":
-        unsupported = _why_no_binary(x.device.index)
+    if unsupported is None and home == "cuda":
+        unsupported = _why_not(forced, x.device.index)
     if unsupported is not None:
         raise RuntimeError(f"{op}: backend {forced!r} was asked for, but {unsupported}")
     return forced

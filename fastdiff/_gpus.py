@@ -23,9 +23,12 @@ def architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def triton_crashes(index: int) -> bool:
-    """Whether Triton's compiler ends the process: that of 3.8 does on sums for gfx1100."""
-    return is_rocm() and not architecture(index).startswith("gfx9")
+@functools.cache
+def why_no_triton(index: int) -> str | None:
+    """Why Triton cannot compile for this GPU: on some its compiler ends the process."""
+    if not is_rocm() or (name := architecture(index)).startswith("gfx9"):
+        return None
+    return f"the compiler of Triton 3.8 crashes for {name}"
 
 
 def has_binary(capability: tuple[int, int], archs: str) -> bool:
