@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastdiff.reference.layout import memory_format_of
+from fastdiff.reference.layout import in_memory_format, memory_format_of
 
 ACTIVATIONS = ("silu", "identity")
 
@@ -78,7 +78,7 @@ def group_norm_silu(
         return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
 
     # Other strides are copied first: torch.group_norm would choose its kernel by a rule of its own.
-    h = _biased(x.contiguous(memory_format=memory_format), channel_bias)
+    h = _biased(in_memory_format(x, memory_format), channel_bias)
     if h.numel() == 0:  # of which torch.group_norm takes some
         y = h if weight is None else h * cast(weight).reshape(-1, *[1] * (x.dim() - 2))
         y = y if bias is None else y + cast(bias).reshape(-1, *[1] * (x.dim() - 2))
@@ -100,7 +100,7 @@ def group_norm_silu(
     if activation == "silu":
         y = F.silu(y)
     # On CUDA torch.group_norm always returns the contiguous format; on the CPU this is a no-op.
-    return y.to(x.dtype).contiguous(memory_format=memory_format)
+    return in_memory_format(y.to(x.dtype), memory_format)
 
 
 def group_statistics(

@@ -24,6 +24,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`x`, copied if it has another format; as it is where torch.func.vmap batches it."""
+    return x if _is_batched(x) else x.contiguous(memory_format=memory_format)
+
+
 def _is_batched(x: Tensor) -> bool:
     """Whether a vmap is among the transforms that `x` is inside of."""
     functorch = torch._C._functorch
