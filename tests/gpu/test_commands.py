@@ -205,7 +205,8 @@ QUICK_BENCHMARK = ("q_sample", "--shapes", "digits", "--modes", "given", "--roun
 
 @pytest.mark.parametrize("options", [QUICK_BENCHMARK, pytest.param((), marks=pytest.mark.slow)])
 def test_benchmarks(options: tuple, monkeypatch, capfd, tmp_path: Path) -> None:
-    """Every contender is right; a device that is software is named, and so are its times."""
+    """All of ours are right (a peer that is not is named in the table); a device that is software is
+    named, and so are its times."""
     monkeypatch.syspath_prepend(str(ROOT))  # benchmarks/ is not installed
     from benchmarks import command, machine
 
@@ -216,7 +217,7 @@ def test_benchmarks(options: tuple, monkeypatch, capfd, tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["ops"]
     assert rows
     for row in rows:
-        assert not row["wrong"], row
+        assert [name for name in row["wrong"] if name.startswith("fastdiff")] == [], row
         assert {"fastdiff", "fastdiff (graph)", "eager"} <= set(row["contenders"])
     assert torch.cuda.get_device_name() in printed
     assert (machine.NO_GPU in printed) == on_software_device()
