@@ -205,8 +205,9 @@ QUICK_BENCHMARK = ("q_sample", "--shapes", "digits", "--modes", "given", "--roun
 
 @pytest.mark.parametrize("options", [QUICK_BENCHMARK, pytest.param((), marks=pytest.mark.slow)])
 def test_benchmarks(options: tuple, monkeypatch, capfd, tmp_path: Path) -> None:
-    """All of ours are right (a peer that is not is named in the table); a device that is software is
-    named, and so are its times."""
+    """Ours are right (a peer that is not is named in the table); a software device is named,
+    and so are its times.
+    """
     monkeypatch.syspath_prepend(str(ROOT))  # benchmarks/ is not installed
     from benchmarks import command, machine
 
