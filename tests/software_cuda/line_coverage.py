@@ -85,11 +85,12 @@ def table(lines: Lines) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="all other arguments are pytest's"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the counts")
     parser.add_argument("--device", default="sm_90,devices=2", help="as for --software-cuda")
-    parser.add_argument("tests", nargs=argparse.REMAINDER, help="arguments of pytest")
-    options = parser.parse_args()
+    options, tests = parser.parse_known_args()
     folder = options.out.resolve()
     root = folder / "project"
     data = folder / "python.coverage"
@@ -110,7 +111,7 @@ def main() -> int:
     }
     command = [sys.executable, "-m", "coverage", "run", "--append"]
     command += ["--source=fastdiff,triton_kernels", "-m", "pytest", "-n", "0", "-q", "-m", "gpu"]
-    command += [f"--software-cuda={options.device}", *options.tests]
+    command += [f"--software-cuda={options.device}", *tests]
     code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
     lines = compiled_lines(folder, root)
     lines |= {n: s for n, s in python_lines(data, root).items() if n.startswith(_PYTHON)}
