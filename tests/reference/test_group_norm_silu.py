@@ -101,10 +101,15 @@ def test_without_affine_parameters():
 
 
 def test_is_torch_group_norm_when_nothing_is_added():
+    # Not bit for bit: torch's kernel on the CPU forms rstd x + (bias - rstd mean), which is not
+    # exact in constant groups. Numbers up to 4 deviations, a dozen roundings.
     x = arguments((3, 8, 4, 4))["x"]
     weight, bias = torch.randn(8), torch.randn(8)
-    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4, weight, bias))
-    assert torch.equal(group_norm_silu(x, 4, weight, bias), expected)
+    size = 4 * weight.abs().max() + bias.abs().max()
+    wide = [tensor.double() for tensor in (x, weight, bias)]
+    expected = torch.nn.functional.silu(torch.nn.functional.group_norm(wide[0], 4, *wide[1:]))
+    found = group_norm_silu(x, 4, weight, bias).double()
+    assert (found - expected).abs().max() <= 12 * 2**-24 * size
 
 
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
