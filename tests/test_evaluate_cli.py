@@ -213,7 +213,14 @@ def test_every_metric_has_a_flag():
         (["plain", "--bdp"], ["--bdp", "did you mean --bpd"]),
         (["plain", "--num", "0"], ["--num 0"]),
         (["plain", "--num", "5000"], ["--num 5000: there are 1797 images"]),
-        (["plain", "--frechet", "--data", "eleven.npz"], ["--samples 500", "at most 5"]),
+        (
+            ["plain", "--frechet", "--samples", "500", "--data", "eleven.npz"],
+            ["--samples 500", "at most 5"],
+        ),
+        (
+            ["plain", "--frechet", "--data", "eleven.npz"],
+            ["eleven.npz has no classes", "--features"],
+        ),
         (["plain", "--frechet", "--data", "one.npz"], ["--frechet needs at least 4", "has 1"]),
         (["plain", "--bpd", "--data", "x" * 300], ["no such dataset"]),
         (["plain", "--batch-size", "1"], ["--batch-size 1", "at least 2"]),
