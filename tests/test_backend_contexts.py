@@ -188,7 +188,9 @@ def test_compiled_code_keeps_no_backend(graphs: _Graphs) -> None:
     for _ in range(2):
         assert [ran(name) for name in (None, "reference", "cpu")] == ["cpu", "reference", "cpu"]
         with ThreadPoolExecutor(1) as pool, fastdiff.use_backend("reference"):
-            assert pool.submit(ran, None).result(120) == "cpu"
+            # Before 2.14 compiled code does not tell threads apart: see use_backend.
+            other = "cpu" if torch.__version__ >= "2.14" else "reference"
+            assert pool.submit(ran, None).result(120) == other
             assert ran(None) == "reference"
     assert graphs.made == ["cpu", "reference", "cpu"]
 

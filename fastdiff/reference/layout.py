@@ -25,8 +25,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """`x`, copied if it has another format; as it is where torch.func.vmap batches it."""
-    return x if _is_batched(x) else x.contiguous(memory_format=memory_format)
+    """`x`, copied if it has another format; contiguous where torch.func.vmap batches it.
+
+    Before torch 2.14 torch.group_norm under vmap takes contiguous tensors only.
+    """
+    return x.contiguous() if _is_batched(x) else x.contiguous(memory_format=memory_format)
 
 
 def _is_batched(x: Tensor) -> bool:
