@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -137,6 +138,7 @@ def define(
     check
         `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
     """
+    fake = _kept_whole_by_inductor(f"fastdiff::{name}", fake)
     reference = _checked(reference, check, check_range=True)
     # As on a device, where it would wait: samples of timesteps out of range are NaN.
     triton = _checked(triton, check, check_range=False)
@@ -165,6 +167,21 @@ def define(
             else:
                 cpp.register_autograd(qualified, kernel)
     return op
+
+
+def _kept_whole_by_inductor(name: str, fake: Callable) -> Callable:
+    """A fake that tells Inductor, which always calls it first, to call the op as it is.
+
+    With CI set in the environment Inductor fails for an op that has a decomposition, such as ours
+    for ONNX, but for those it lists here.
+    """
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        if inductor := sys.modules.get("torch._inductor.lowering"):
+            inductor.FALLBACK_ALLOW_LIST.add(name)
+        return fake(*args, **kwargs)
+
+    return kernel
 
 
 def refuse_float64(op: str, *inputs: torch.Tensor | torch.dtype | None) -> None:
