@@ -296,8 +296,10 @@ def check_triton_group_norm_silu(name, loads, stores, arch):
     assert_stays_in_registers(kernel)
     assert kernel.count("global load", 16) >= loads
     assert kernel.count("global store", 16) == stores
-    for kind in ("global load", "global store"):
-        assert kernel.count(kind) == kernel.count(kind, 16) + kernel.count(kind, 4)
+    assert kernel.count("global store") == sum(kernel.count("global store", w) for w in (16, 4))
+    narrow = kernel.count("global load") - sum(kernel.count("global load", w) for w in (16, 4))
+    # The first elements of a tile's groups, of 16 bits: the values that sums are taken relative to.
+    assert narrow == 0 or (narrow <= 4 and "bf16" in name and "backward" not in name)
 
 
 DEFECTS = """

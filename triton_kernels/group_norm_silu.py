@@ -19,6 +19,7 @@ from .group_norm_silu_tiles import (
     activate,
     affine,
     channels_of,
+    first_elements,
     load_channels,
     masked,
     members,
@@ -82,16 +83,33 @@ def group_norm_silu_fwd_kernel(
         PACKED,
     )
 
+    b_first, b_bias_first = first_elements(
+        x,
+        channel_bias,
+        channel_bias_stride,
+        i_b,
+        i_g,
+        m_g,
+        pixels,
+        CHANNELS,
+        GROUP_CHANNELS,
+        CHANNELS_LAST,
+    )
+    pivot = spread(b_first, m_member)
+    if channel_bias is not None:
+        pivot += spread(b_bias_first, m_member) - b_bias
+
     n = GROUP_CHANNELS * 1.0 * pixels
     total, square = None, None
     for piece in tl.static_range(PIECES):
         m_tile = piece_mask(
             piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
         )
-        b_h = unpack(held[piece], 0, DTYPE, CHANNELS_LAST, PACKED) + b_bias[:, None]
-        total = plus(total, tl.where(m_tile, b_h, 0.0))
+        b_d = unpack(held[piece], 0, DTYPE, CHANNELS_LAST, PACKED) - pivot[:, None]
+        total = plus(total, tl.where(m_tile, b_d, 0.0))
     b_mean = sum_groups(tl.sum(total, axis=1), m_member) / n
-    center = spread(b_mean, m_member) - b_bias
+    center = pivot + spread(b_mean, m_member)
+    b_mean += b_first + b_bias_first
 
     for piece in tl.static_range(PIECES):
         m_tile = piece_mask(

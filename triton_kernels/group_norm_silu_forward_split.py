@@ -9,6 +9,7 @@ from .group_norm_silu_tiles import (
     activate,
     affine,
     channels_of,
+    first_elements,
     load_channels,
     load_groups,
     load_tile,
@@ -24,7 +25,10 @@ from .group_norm_silu_tiles import (
 
 @triton.jit
 def tile_moments(b_h, m_tile, m_member):
-    """Of each group the elements in the tile, their mean, the sum of squares of the deviations."""
+    """Of each group the elements in the tile, their mean, the sum of squares of the deviations.
+
+    b_h: 0 outside of the tile.
+    """
     n = sum_groups(tl.sum(m_tile.to(tl.float32), axis=1), m_member)
     mean = sum_groups(tl.sum(b_h, axis=1), m_member) / tl.maximum(n, 1.0)
     b_d = b_h - spread(mean, m_member)[:, None]
@@ -55,6 +59,21 @@ def group_norm_silu_fwd_moments_kernel(
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
     i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS)
     b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    b_first, b_bias_first = first_elements(
+        x,
+        channel_bias,
+        channel_bias_stride,
+        i_b,
+        i_g,
+        m_g,
+        pixels,
+        CHANNELS,
+        GROUP_CHANNELS,
+        CHANNELS_LAST,
+    )
+    pivot = spread(b_first, m_member)
+    if channel_bias is not None:
+        pivot += spread(b_bias_first, m_member) - b_bias
 
     n = tl.zeros(i_g.shape, tl.float32)
     b_mean = tl.zeros(i_g.shape, tl.float32)
@@ -71,10 +90,8 @@ def group_norm_silu_fwd_moments_kernel(
             CH,
             PIX,
         )
-        b_h = load_tile(x + base, offsets, m_tile)
-        if channel_bias is not None:
-            b_h = tl.where(m_tile, b_h + b_bias[:, None], 0.0)
-        n_tile, tile_mean, tile_square = tile_moments(b_h, m_tile, m_member)
+        b_d = masked(load_tile(x + base, offsets, m_tile) - pivot[:, None], m_tile)
+        n_tile, tile_mean, tile_square = tile_moments(b_d, m_tile, m_member)
         # Chan, Golub & LeVeque 1979: the moments of a union.
         together = tl.maximum(n + n_tile, 1.0)
         d = tile_mean - b_mean
@@ -85,7 +102,7 @@ def group_norm_silu_fwd_moments_kernel(
     i_part = (i_b * chunks + chunk) * PARTS + tile % PARTS
     i_part = i_part * (CHANNELS // GROUP_CHANNELS) + i_g
     tl.store(numbers + i_part, n, mask=m_g)
-    tl.store(means + i_part, b_mean, mask=m_g)
+    tl.store(means + i_part, b_mean + (b_first + b_bias_first), mask=m_g)
     tl.store(squares + i_part, square, mask=m_g)
 
 
@@ -166,8 +183,8 @@ def group_norm_silu_fwd_apply_kernel(
     """y of a channel tile and a chunk of pixels, `rounds` tiles long, with the moments known."""
     tile, chunk = split_program(chunks, CHANNELS_LAST)
     i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH)
-    center = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
-    center -= load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
+    b_mean = load_groups(mean, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS)
+    b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
     gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
     slope = load_groups(rstd, i_b, i_c, m_c, CHANNELS, GROUP_CHANNELS) * gamma
 
@@ -183,7 +200,10 @@ def group_norm_silu_fwd_apply_kernel(
             CH,
             PIX,
         )
-        b_d = load_tile(x + base, offsets, m_tile) - center[:, None]
+        b_h = load_tile(x + base, offsets, m_tile)
+        if channel_bias is not None:
+            b_h += b_bias[:, None]
+        b_d = b_h - b_mean[:, None]
         z = b_d * slope[:, None] + beta[:, None]
         b_y = activate(z, ACTIVATION).to(y.dtype.element_ty)
         tl.store(y + base + offsets, b_y, mask=m_tile)

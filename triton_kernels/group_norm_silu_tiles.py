@@ -172,6 +172,32 @@ def members(
 
 
 @triton.jit
+def first_elements(
+    x,
+    channel_bias,
+    channel_bias_stride,
+    i_b,
+    i_g,
+    mask,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The first element of each group i_g, and its channel's bias.
+
+    Sums are taken relative to it, so that the mean of equal values is that value, not rounded.
+    """
+    i_c = i_g * GROUP_CHANNELS
+    if CHANNELS_LAST:
+        i = i_b * pixels * CHANNELS + i_c
+    else:
+        i = (i_b * CHANNELS + i_c) * pixels
+    b_x = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
+    return b_x, load_channels(channel_bias, i_b, channel_bias_stride, i_c, mask, 0.0)
+
+
+@triton.jit
 def masked(product, m_tile):
     """A product that will be summed, 0 outside of the tile.
 

@@ -1,9 +1,9 @@
 """group_norm_silu where means are large beside deviations: constant groups, and ratios up to 1e7.
 
 A constant group is h_hat = 0 exactly, whatever its value: a result that folds the mean into an
-affine map, slope x + (offset - slope mean), rounds products of the size of slope mean. Every
-implementation but Triton's and every path is asked here; the CPU kernels' loops for other
-instruction sets by test_instruction_sets.py.
+affine map, slope x + (offset - slope mean), rounds products of the size of slope mean. Every implementation and
+every path is asked here; the CPU kernels' loops for other instruction sets by
+test_instruction_sets.py.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ SHAPES = {
     "split odd": ((1, 3, 131, 129), 1),  # 198 KB: in CUDA no block of sm_80 holds it
     "cluster": ((1, 6, 37, 41), 2),
 }
-# Implementation, path, shape. Triton's kernels are not here: their means are sums over N, of which
-# those of constant groups are exact only if N is a power of two.
+# Implementation, path, shape.
 PATHS = [
     *(("reference", "", shape) for shape in ("small", "odd", "one value", "large")),
     *(
@@ -42,9 +41,13 @@ PATHS = [
     ("cuda-ptx", "sm_90", "vectors"),
     ("cuda-ptx", "sm_90", "cluster"),
     ("cuda-ptx", "sm_80", "split odd"),
+    ("triton-ptx", "sm_90", "odd"),
+    ("triton-ptx", "sm_90", "vectors"),
+    ("triton-ptx", "sm_90", "cluster"),
+    ("triton-ptx", "sm_80", "split odd"),
 ]
 # What takes the emulator seconds in every layout and dtype.
-SLOW = {"cuda-ptx"}
+SLOW = {"cuda-ptx", "triton-ptx"}
 VALUES = (3.7, -1e4, 1e6, 1e-3, -0.1, 12345.678)
 RATIOS = (0.0, 1.0, 30.0, 1e3, 1e4, 1e5, 1e6, 1e7)
 
@@ -227,7 +230,7 @@ def test_a_deviation_of_one_float32_step(
     """Two neighbouring numbers near 1e6: their results are apart by a step times rstd.
 
     To some roundings of the results. All of them may be shifted alike by the rounding of the mean
-    to float32, half a step; only where partial means are merged in float32, in CUDA, by more steps.
+    to float32, half a step; only where partial means are merged in float32, on GPUs, by more steps.
     """
     if shape.startswith("one"):
         pytest.skip("a group has one value, or one pixel")
@@ -249,8 +252,8 @@ def test_a_deviation_of_one_float32_step(
     gap = values.amax((2, 3, 4)) - values.amin((2, 3, 4))
     roundings = 8 * unit_roundoff(torch.float32) * (1 + values.abs().amax((2, 3, 4)))
     assert ((gap - step * rstd.double()).abs() <= roundings).all()
-    merged = 2 + math.log2(exact[0, 0].numel()) if implementation == "cuda-ptx" else 1
+    merged = 2 + math.log2(exact[0, 0].numel()) if implementation.endswith("-ptx") else 1
     assert (shift <= merged * step / 2 * rstd.double() + roundings).all()
-    if implementation != "cuda-ptx":
+    if not implementation.endswith("-ptx"):
         sums = operations(arguments(shape, x, layout)) * unit_roundoff(torch.float32)
         assert ((rstd.double() - true_rstd).abs() <= sums * true_rstd).all()

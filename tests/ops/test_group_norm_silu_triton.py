@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -325,7 +326,7 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> 
         plan = plans.plan(*sizes, channels_last, arrays, max_blocks)
         touched = [array for launch in launches for array in launch.counters.arrays]
         large = [array for array in touched if array.size >= size]
-        moved = sum(array.loaded_bytes + array.stored_bytes for array in large)
+        moved = sum(array.load_requests.bytes + array.stored_bytes for array in large)
         # Every thread reads the small operands it needs; the caches serve all but the first.
         moved += sum(
             array.unique_loaded_bytes + array.unique_stored_bytes
@@ -335,7 +336,11 @@ def test_traffic(shape: tuple[int, ...], dtype: str, layout: str, arch: str) -> 
         bound = (held if plan.one_pass else split_accesses) * size
         assert moved <= 1.05 * (bound + extra)
         requests = sum((a.load_requests + a.store_requests for a in large), Requests())
-        assert set(requests.widths) == {16}
+        # But for the first element of each group, which a thread reads by itself, once for each of
+        # the two layouts that the compiler needs it in.
+        narrow = sum(number for width, number in requests.widths.items() if width != 16)
+        groups = plan.groups if arrays == 1 else 0
+        assert narrow <= 2 * groups * launches[0].blocks * math.prod(launches[0].block)
         # One or two groups of 12 channels in channels_last begin in the middle of a sector.
         width = plan.groups * shape[1] // 32 * x.element_size()
         waste = 1.4 if channels_last and width % plans.SECTOR_BYTES else 1.1

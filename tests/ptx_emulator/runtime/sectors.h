@@ -37,6 +37,7 @@ struct Request {
     u64 bytes = 0;
     for (const Sector& sector : sectors) bytes += __builtin_popcount(sector.mask);
     direction->requests++;
+    direction->request_bytes += bytes;
     direction->sectors += sectors.size();
     direction->min_sectors += (bytes + kSectorBytes - 1) / kSectorBytes;
     sectors.clear();

@@ -29,7 +29,7 @@ def test_coalesced_copy(seed):
         assert (counted.requests, counted.sectors, counted.min_sectors) == (32, 128, 128)
         assert counted.widths == {4: 1024}
         assert (counted.sectors_per_request, counted.efficiency) == (4, 1)
-        assert counted.sector_bytes == 4096
+        assert counted.sector_bytes == counted.bytes == 4096
 
 
 @pytest.mark.parametrize("seed", [None, 1])
@@ -64,6 +64,8 @@ def test_strided_loads_are_noticed(stride, sectors):
 def test_one_address_for_the_whole_warp():
     loads, _ = requests("broadcast", [floats(4), floats(128)], 1, 128)
     assert (loads.requests, loads.sectors, loads.min_sectors) == (4, 4, 4)
+    assert loads.bytes == 4 * 4  # of each request once
+    assert loads.widths == {4: 128}
 
 
 @pytest.mark.parametrize("seed", [None, 1])
