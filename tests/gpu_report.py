@@ -33,7 +33,6 @@ BACKENDS = ("cuda", "triton")
 EXPLAINED = (
     r"needs two CUDA devices",
     r"about the software CUDA device: .+",
-    r"about the software CUDA device: .+",
     r"this device has no .+",
     r"not on the software CUDA device: .+",
 )
@@ -123,11 +122,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """`-n auto` with `-m gpu`: a process per device. More would share its memory and its time."""
-    if not selects_gpu(config):
+    """`-n auto` with `-m gpu`: a process per device. More would share its memory and its time.
+
+    Devices in software belong to a process each: as many as there are cores.
+    """
+    if not selects_gpu(config) or config.getoption("--software-cuda", None) is not None:
         return None
-    if config.getoption("--software-cuda", None) is not None:
-        return 0  # it comes with pytest_configure, before which nobody may import torch
     return devices() if devices() > 1 else 0
 
 

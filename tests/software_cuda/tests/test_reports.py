@@ -109,8 +109,9 @@ def test_memory_freed_while_another_stream_uses_it(launchers, correct):
 @two_devices
 def test_a_kernel_attribute_holds_for_one_device(launchers):
     on = [torch.arange(128.0, device=f"cuda:{i}") for i in range(2)]
-    assert launchers.reverse(on[0], 60 << 10, ask=True) == 0
-    assert launchers.reverse(on[0], 60 << 10, ask=False) == 0  # it stays set
+    with torch.cuda.device(0):
+        assert launchers.reverse(on[0], 60 << 10, ask=True) == 0
+        assert launchers.reverse(on[0], 60 << 10, ask=False) == 0  # it stays set
     with torch.cuda.device(1), device.expect("launch refused"):
         assert launchers.reverse(on[1], 60 << 10, ask=False) != 0
 
