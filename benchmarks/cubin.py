@@ -233,6 +233,7 @@ _CLASSES = {
 }
 
 
+@functools.cache
 def classify(opcode: str) -> str:
     """Class of a machine instruction: "memory", one of _CLASSES, or "other"."""
     if opcode in _KINDS:

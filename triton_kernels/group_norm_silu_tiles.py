@@ -189,10 +189,7 @@ def first_elements(
     Sums are taken relative to it, so that the mean of equal values is that value, not rounded.
     """
     i_c = i_g * GROUP_CHANNELS
-    if CHANNELS_LAST:
-        i = i_b * pixels * CHANNELS + i_c
-    else:
-        i = (i_b * CHANNELS + i_c) * pixels
+    i = i_b * CHANNELS * pixels + i_c * (1 if CHANNELS_LAST else pixels)
     b_x = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
     return b_x, load_channels(channel_bias, i_b, channel_bias_stride, i_c, mask, 0.0)
 

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from gpu.needs import GPU
-from gpu.software import on_software_device
 from gpu.test_cuda_graphs import network, trainer
 from torch import Tensor, nn
 

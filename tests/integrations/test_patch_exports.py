@@ -151,15 +151,6 @@ def test_a_dynamic_batch_asks_the_fake_for_shapes():
     close(program.module()(y), model(y))
 
 
-def test_inductor_leaves_ops_whole_in_ci(monkeypatch):
-    """With CI set it fails for an op that has a decomposition, as ours have for ONNX."""
-    monkeypatch.setenv("CI", "true")
-    model, arguments, expected = CASES["attributes"]()
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        close(torch.compile(model, fullgraph=True)(*arguments), expected)
-
-
 def run_onnx(path, arguments):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

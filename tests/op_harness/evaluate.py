@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import multiprocessing
@@ -70,6 +71,42 @@ def implementation_params(*names: str) -> list[Any]:
             marks.append(pytest.mark.skip(reason=f"{name}: {reason}"))
         params.append(pytest.param(name, marks=marks))
     return params
+
+
+def case_params(cases: Sequence[Any], *pair: str) -> list[Any]:
+    """(case, implementation) for all `cases`, dataclasses, as pytest parameters.
+
+    Each case compiles Triton kernels of its own, which takes seconds: the default run has as few as
+    show every value of every field, and every combination of the two fields in `pair`. Interpreted
+    they all run.
+    """
+    compiled = _covering(cases, pair)
+    return [
+        pytest.param(
+            case,
+            *param.values,
+            marks=[*param.marks]
+            + [pytest.mark.slow] * (param.values == ("triton-ptx",) and case not in compiled),
+            id=f"{case}-{param.values[0]}",
+        )
+        for case in cases
+        for param in implementation_params()
+    ]
+
+
+def _covering(cases: Sequence[Any], pair: tuple[str, ...]) -> list[Any]:
+    """Cases that together have all values, taken greedily: the one with most that are new."""
+
+    def features(case: Any) -> set[tuple]:
+        values = dataclasses.asdict(case)
+        return {*values.items(), *((pair, tuple(values[name] for name in pair)) for _ in pair[:1])}
+
+    chosen: list[Any] = []
+    left = set().union(*map(features, cases))
+    while left:
+        chosen.append(max(cases, key=lambda case: len(features(case) & left)))
+        left -= features(chosen[-1])
+    return chosen
 
 
 def evaluate(

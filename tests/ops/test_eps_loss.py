@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_harness import ON_GPU, assert_close, evaluate, implementation_params
+from op_harness import ON_GPU, assert_close, case_params, evaluate, implementation_params
 from op_harness.inputs import SHAPES, arrange
 from ptx_emulator.counters import Requests
 from torch import Tensor
@@ -140,8 +140,7 @@ def operations(args: dict) -> int:
     return 2 + 3 + 3 + chain + 20 + 16
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(CASES, "dtype", "layout"))
 def test_forward(case: Case, implementation: str) -> None:
     args = arguments(case)
     (loss,) = evaluate("eps_loss", implementation, args).outputs
@@ -168,8 +167,7 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(GRADIENT_CASES, "dtype", "layout"))
 def test_gradients(case: Case, implementation: str) -> None:
     args = arguments(case)
     names = ("prediction", *(["noise"] if case.mode == "given" else []))
@@ -207,7 +205,7 @@ def test_gradients(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["given", "seed"])
@@ -242,7 +240,7 @@ def test_traffic(mode: str, dtype: str, layout: str, arch: str, implementation: 
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("mode", ["given", "seed"])
 def test_traffic_of_samples_of_one_block(mode: str, arch: str, implementation: str) -> None:
     """The 8x8 digits: no second launch for losses, few partial sums for their mean."""

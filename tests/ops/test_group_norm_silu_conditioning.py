@@ -1,8 +1,8 @@
 """group_norm_silu where means are large beside deviations: constant groups, and ratios up to 1e7.
 
 A constant group is h_hat = 0 exactly, whatever its value: a result that folds the mean into an
-affine map, slope x + (offset - slope mean), rounds products of the size of slope mean. Every implementation and
-every path is asked here; the CPU kernels' loops for other instruction sets by
+affine map, slope x + (offset - slope mean), rounds products of the size of slope mean. Every
+implementation and every path is asked here; the CPU kernels' loops for other instruction sets by
 test_instruction_sets.py.
 """
 

@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from op_harness import assert_close, available, evaluate, implementation_params
+from op_harness import assert_close, available, case_params, evaluate, implementation_params
 from op_harness.inputs import SHAPES, T, arrange, tables
 from ptx_emulator.counters import Requests
 from torch import Tensor
@@ -117,8 +117,7 @@ def expected(args: dict) -> tuple[Tensor, Tensor]:
     return signal + added, signal.abs() + (0 if noise is None else added.abs())
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(CASES, "x0", "layout"))
 def test_forward(case: Case, implementation: str) -> None:
     args = arguments(case)
     (x_t,) = evaluate("q_sample", implementation, args).outputs
@@ -176,7 +175,7 @@ def test_timesteps_out_of_range_are_nan(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["given", "seed"])

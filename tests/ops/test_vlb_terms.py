@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from op_harness import ON_GPU, assert_close, evaluate, implementation_params
+from op_harness import (
+    IMPLEMENTATIONS,
+    ON_GPU,
+    assert_close,
+    case_params,
+    evaluate,
+    implementation_params,
+)
 from op_harness.inputs import SHAPES
 from op_harness.vlb_terms_cases import (
     FLOATS,
@@ -103,8 +110,7 @@ def expected(args: dict) -> Tensor:
     return _reference(*double_arguments(args).values())
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(CASES, "dtype", "layout"))
 def test_forward(case: Case, implementation: str) -> None:
     args = arguments(case)
     (terms,) = evaluate("vlb_terms", implementation, args).outputs
@@ -116,8 +122,7 @@ def test_forward(case: Case, implementation: str) -> None:
         )
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize(("case", "implementation"), case_params(GRADIENT_CASES, "dtype", "layout"))
 def test_gradients(case: Case, implementation: str) -> None:
     args = arguments(case)
     batch, channels = args["x_t"].shape[:2]
@@ -145,7 +150,7 @@ def test_gradients(case: Case, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", implementation_params("triton-ptx", "cuda-ptx"))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "mode", "variance"),
@@ -271,7 +276,14 @@ EXTREME_SIGMA = [1e-5, 1e-3, 0.01, 0.3, 1.0, 30.0]
 EXTREME_DISTANCE = [0.0, 1e-4, 1 / 255, 0.02, 0.5, 1.9, 10.0]
 
 
-@pytest.mark.parametrize("implementation", implementation_params())
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        *implementation_params(*(n for n in IMPLEMENTATIONS if n != "triton-interpreted")),
+        # Its programs run one by one in Python; compiled, all of them are run.
+        pytest.param("triton-interpreted", marks=pytest.mark.slow),
+    ],
+)
 def test_decoder_in_the_tails(implementation: str) -> None:
     """Every sigma with every distance, in inner and outer bins, against 60 digits."""
     mpmath = pytest.importorskip("mpmath")
