@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mutations.project_copy import ROOT as PROJECT
 from mutations.project_copy import ProjectCopy
+from ptx_emulator.compile import host_compiler
 
 _COMPILED = ("csrc/bindings/", "csrc/cuda/")
 # Python files that hold the CUDA branches; the others run the same lines on a CPU.
@@ -97,7 +98,14 @@ def main() -> int:
     if not root.exists():
         root.mkdir(parents=True)
         ProjectCopy(root)
-        build = {**os.environ, "FASTDIFF_BUILD": "cpu", "CXXFLAGS": "--coverage -O0"}
+        # Both the compiler's and the linker's flag. The build's own prefix map would make the paths
+        # of the counts relative to wherever a process ends.
+        build = {
+            **os.environ,
+            "FASTDIFF_BUILD": "cpu",
+            "CXX": f"{host_compiler()} --coverage",
+            "CXXFLAGS": f"-O0 -ffile-prefix-map={root}/={root}/",
+        }
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(command, cwd=root, env=build, check=True)
         for library in PROJECT.glob("fastdiff/_C_cuda.so"):  # replaced when it is loaded
