@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for verdict in targets.verdicts(document):
             print(f"  {verdict}")
     if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.write_text(report.to_json(document, indent=1))
     if options.out:
         page.write_folder(document, options.out, slug(document["machine"]))
     if options.publish:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pathlib
 from typing import Any
+
+from benchmarks import report
 
 ETAS = ("0", "0.2", "0.5", "1", "sigma_hat")
 
@@ -56,7 +57,7 @@ def verdicts(results: dict[str, Any]) -> list[tuple[bool, str]]:
 
 def write_report(out: pathlib.Path, results: dict[str, Any]) -> None:
     """tables.json, tables.md and tables.png."""
-    (out / "tables.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "tables.json").write_text(report.to_json(results, indent=1))
     (out / "tables.md").write_text(_markdown(results))
     _plot(results).savefig(out / "tables.png", dpi=110)
 

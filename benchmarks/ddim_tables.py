@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import report
 from benchmarks.ddim_report import ETAS, verdicts, write_report
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.metrics import frechet_distance
@@ -153,7 +154,7 @@ def compute_cells(
         futures = {pool.submit(_compute, cell): cell for cell in missing}
         for future in as_completed(futures):
             name = _name(futures[future])
-            write_atomic(folder / name, json.dumps(future.result()).encode())
+            write_atomic(folder / name, report.to_json(future.result()).encode())
             print(f"{name.removesuffix('.json'):32} {future.result():.6g}", file=sys.stderr)
     return {_name(cell): json.loads((folder / _name(cell)).read_text()) for cell in cells}
 

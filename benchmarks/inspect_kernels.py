@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import pathlib
 import sys
 import tempfile
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                 document += [to_json("triton", kernel) for kernel in kernels]
 
     if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.write_text(report.to_json(document, indent=1))
     return 0
 
 

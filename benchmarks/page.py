@@ -260,7 +260,7 @@ def command(document: Mapping[str, Any]) -> str:
 def write_folder(document: Mapping[str, Any], folder: pathlib.Path, stem: str) -> None:
     """JSON, pictures and a page that stands alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / f"{stem}.json").write_text(report.to_json(document, indent=1))
     pictures = [path.name for path in plots.write(document, folder, stem)]
     title = "# fastdiff's benchmarks on this machine\n\n"
     text = render(document, read_notes(), pictures, command(document))
@@ -270,7 +270,7 @@ def write_folder(document: Mapping[str, Any], folder: pathlib.Path, stem: str) -
 def publish(document: Mapping[str, Any], stem: str) -> None:
     """The committed report of a machine: JSON, pictures, and the made part of the docs."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{stem}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
+    (RESULTS / f"{stem}.json").write_text(report.to_json(document, separators=(",", ":")))
     plots.write(document, RESULTS, stem)
     PAGE.write_text(docs_page(document, stem, PAGE.read_text(), read_notes()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.suite import COPIES, OURS, Record
@@ -53,6 +53,35 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def to_json(document: Any, **layout: Any) -> str:
+    """JSON text of what was measured.
+
+    Raises
+    ------
+    SystemExit
+        Some numbers are not finite: they are no measurement, and no JSON.
+    """
+    numbers = [*_numbers(document, "")]
+    bad = [f"{where} is {value}" for where, value in numbers if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(
+            f"{len(bad)} of {len(numbers)} numbers are not finite, nothing was written: "
+            + ", ".join(bad[:3])
+        )
+    return json.dumps(document, **layout) + "\n"
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        yield where, value
+
+
 def write_json(
     path: pathlib.Path, name: str, facts: Mapping[str, Any], records: Iterable[Record]
 ) -> None:
@@ -61,7 +90,7 @@ def write_json(
         "machine": dict(facts),
         "records": [record.to_json() for record in records],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(to_json(document, indent=1))
 
 
 def where(row: Row) -> str:

@@ -17,7 +17,6 @@ predictions, never measurements.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pathlib
 import sys
@@ -317,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             "launch_seconds": options.launch_us * 1e-6,
             "rows": [row.to_json() for row in found],
         }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.write_text(report.to_json(document, indent=1))
     if options.markdown:
         options.markdown.write_text(markdown(found))
     if options.plot:

@@ -266,6 +266,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_report_with_a_number_that_is_not_finite_is_not_written(bad, tmp_path):
+    document = {"machine": {"cores": 2, "copy_gb_s": 3.5}, "records": [{"us": [1.0, bad]}]}
+    with pytest.raises(SystemExit) as refused:
+        report.write_json(
+            tmp_path / "out.json", "test", {}, [types.SimpleNamespace(to_json=lambda: document)]
+        )
+    assert str(refused.value).startswith("1 of 3 numbers are not finite, nothing was written: ")
+    assert f"records[0].records[0].us[1] is {bad}" in str(refused.value)
+    assert not (tmp_path / "out.json").exists()
+    document["records"][0]["us"][1] = 2.0
+    assert json.loads(report.to_json(document)) == document
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_steady_allocator_keeps_its_pages():
     clean = {k: v for k, v in os.environ.items() if k not in allocator.STEADY_ALLOCATOR}
