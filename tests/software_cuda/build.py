@@ -69,8 +69,12 @@ def _compiled(source: Path, *flags: str) -> Path:
 
 
 def _linked(name: str, inputs: Sequence[str | Path], *flags: str) -> Path:
-    """A library with its real name, in a folder named for its contents."""
-    key = digest(*map(str, inputs), *flags, str(torch_folder()))
+    """A library with its real name, in a folder named for its contents.
+
+    The inputs' names tell theirs, but where lines are counted: there it is when they were made.
+    """
+    made = [str(Path(i).stat().st_mtime_ns) for i in inputs if is_counted(i)]
+    key = digest(*map(str, inputs), *made, *flags, str(torch_folder()))
     command = [*host_compiler().split(), "-shared", *map(str, inputs), *flags]
     folder = cache_directory() / f"software-cuda-{key}"
     return build_once(folder / name, lambda path: run_compiler([*command, "-o", str(path)]))
@@ -143,11 +147,22 @@ def _kernels(sources: Sequence[Path], arch: str, *flags: str) -> list[Path]:
         return list(pool.map(lambda path: _object(path, options), sources))
 
 
+def coverage_folder() -> Path | None:
+    """Where gcov will look for the objects of a run that counts lines."""
+    folder = os.environ.get("SOFTWARE_CUDA_COVERAGE")
+    return Path(folder) if folder else None
+
+
+def is_counted(path: str | Path) -> bool:
+    folder = coverage_folder()
+    return folder is not None and Path(path).is_relative_to(folder)
+
+
 def _object(source: Path, options: list[str]) -> Path:
-    """Compiled by nvcc. Where lines are counted, in the folder that gcov will look into."""
-    if not (folder := os.environ.get("SOFTWARE_CUDA_COVERAGE")):
+    """Compiled by nvcc."""
+    if (folder := coverage_folder()) is None:
         return compile_cached(source, options, ".o")
-    target = Path(folder) / f"{source.parent.name}_{source.stem}.o"
+    target = folder / f"{source.parent.name}_{source.stem}.o"
     if not target.exists():
         command = [str(require_nvcc()), *options, "-Xcompiler", "--coverage", str(source)]
         run_compiler([*command, "-o", str(target)])
@@ -174,7 +189,7 @@ def cuda_library(arch: str) -> Path:
     objects.append(_object(csrc / "bindings/cuda.cpp", binding))
     libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-ltorch_cuda"]
     inputs = [*objects, fake_runtime()]
-    options = ["--coverage"] if os.environ.get("SOFTWARE_CUDA_COVERAGE") else []
+    options = ["--coverage"] if coverage_folder() else []
     return _linked("_C_cuda.so", inputs, *libraries, f"-Wl,-rpath-link,{torch}/lib", *options)
 
 
