@@ -22,32 +22,6 @@ FASTDIFF_HD void slopes(T factor, const T* prediction, const T* noise, T* out, i
   for (int64_t i = 0; i < n; ++i) out[i] = factor * loss_slope<Kind>(prediction[i] - noise[i]);
 }
 
-// Not templates: GCC clones only functions.
-FASTDIFF_HD float sum_mse_loop(const float* p, const float* e, int64_t n) {
-  return sum_of<LossKind::kMse>(p, e, n);
-}
-constexpr auto sum_mse = clones<sum_mse_loop>;
-FASTDIFF_HD float sum_l1_loop(const float* p, const float* e, int64_t n) {
-  return sum_of<LossKind::kL1>(p, e, n);
-}
-constexpr auto sum_l1 = clones<sum_l1_loop>;
-FASTDIFF_HD float sum_huber_loop(const float* p, const float* e, int64_t n) {
-  return sum_of<LossKind::kHuber>(p, e, n);
-}
-constexpr auto sum_huber = clones<sum_huber_loop>;
-FASTDIFF_HD void slopes_mse_loop(float c, const float* p, const float* e, float* out, int64_t n) {
-  slopes<LossKind::kMse>(c, p, e, out, n);
-}
-constexpr auto slopes_mse = clones<slopes_mse_loop>;
-FASTDIFF_HD void slopes_l1_loop(float c, const float* p, const float* e, float* out, int64_t n) {
-  slopes<LossKind::kL1>(c, p, e, out, n);
-}
-constexpr auto slopes_l1 = clones<slopes_l1_loop>;
-FASTDIFF_HD void slopes_huber_loop(float c, const float* p, const float* e, float* out, int64_t n) {
-  slopes<LossKind::kHuber>(c, p, e, out, n);
-}
-constexpr auto slopes_huber = clones<slopes_huber_loop>;
-
 // The training default, mse of two bfloat16 arrays, two values in a word so that nothing is widened
 // or packed; the general path converts tile by tile.
 bool two_bfloat16(const EpsLossArgs& args) {
@@ -87,27 +61,19 @@ FASTDIFF_HD void slopes_mse_bfloat16_loop(float c, const uint16_t* p, const uint
 }
 constexpr auto slopes_mse_bfloat16 = clones<slopes_mse_bfloat16_loop>;
 
-float tile_sum(LossKind kind, const float* p, const float* e, int64_t n) {
-  return kind == LossKind::kMse  ? sum_mse(p, e, n)
-         : kind == LossKind::kL1 ? sum_l1(p, e, n)
-                                 : sum_huber(p, e, n);
+template <typename T>
+T tile_sum(LossKind kind, const T* p, const T* e, int64_t n) {
+  const auto function = kind == LossKind::kMse  ? float_clones<T, sum_of<LossKind::kMse, T>>
+                        : kind == LossKind::kL1 ? float_clones<T, sum_of<LossKind::kL1, T>>
+                                                : float_clones<T, sum_of<LossKind::kHuber, T>>;
+  return function(p, e, n);
 }
-double tile_sum(LossKind kind, const double* p, const double* e, int64_t n) {
-  return kind == LossKind::kMse  ? sum_of<LossKind::kMse>(p, e, n)
-         : kind == LossKind::kL1 ? sum_of<LossKind::kL1>(p, e, n)
-                                 : sum_of<LossKind::kHuber>(p, e, n);
-}
-void tile_slopes(LossKind kind, float c, const float* p, const float* e, float* out, int64_t n) {
-  const auto function = kind == LossKind::kMse  ? slopes_mse
-                        : kind == LossKind::kL1 ? slopes_l1
-                                                : slopes_huber;
-  function(c, p, e, out, n);
-}
-void tile_slopes(LossKind kind, double c, const double* p, const double* e, double* out,
-                 int64_t n) {
-  const auto function = kind == LossKind::kMse  ? slopes<LossKind::kMse, double>
-                        : kind == LossKind::kL1 ? slopes<LossKind::kL1, double>
-                                                : slopes<LossKind::kHuber, double>;
+
+template <typename T>
+void tile_slopes(LossKind kind, T c, const T* p, const T* e, T* out, int64_t n) {
+  const auto function = kind == LossKind::kMse  ? float_clones<T, slopes<LossKind::kMse, T>>
+                        : kind == LossKind::kL1 ? float_clones<T, slopes<LossKind::kL1, T>>
+                                                : float_clones<T, slopes<LossKind::kHuber, T>>;
   function(c, p, e, out, n);
 }
 

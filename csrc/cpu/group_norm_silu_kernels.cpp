@@ -225,50 +225,44 @@ FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F
 // GroupNormKernels of the loops above for values in S and activation A, cloned for float.
 template <typename S, typename A, typename F = typename S::F>
 struct Table {
-  template <auto kLoop>
-  static constexpr auto best() {
-    if constexpr (sizeof(F) == 4) return clones<kLoop>;
-    return kLoop;
-  }
-
   static void row_apply_(const void* x, void* y, int64_t rows, int64_t n, const F* k,
                          const F* slope, const F* offset, bool) {
-    best<row_apply<S, A, F>>()(x, y, rows, n, k, slope, offset);
+    float_clones<F, row_apply<S, A, F>>(x, y, rows, n, k, slope, offset);
   }
   static void pixel_apply_(const void* x, void* y, int64_t pixels, int64_t channels, const F* k,
                            const F* slope, const F* offset, bool) {
-    best<pixel_apply<S, A, F>>()(x, y, pixels, channels, k, slope, offset);
+    float_clones<F, pixel_apply<S, A, F>>(x, y, pixels, channels, k, slope, offset);
   }
   static void row_grad_sums_(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                              const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2) {
-    const auto loop = kept ? best<row_grad_sums<S, A, true, F>>()
-                           : best<row_grad_sums<S, A, false, F>>();
+    const auto loop = kept ? float_clones<F, row_grad_sums<S, A, true, F>>
+                           : float_clones<F, row_grad_sums<S, A, false, F>>;
     loop(x, grad, rows, n, k, slope, offset, kept, s0, s1, s2);
   }
   static void pixel_grad_sums_(const void* x, const void* grad, int64_t pixels, int64_t channels,
                                const F* k, const F* slope, const F* offset, F* kept, F* s0, F* s1,
                                F* s2) {
-    const auto loop = kept ? best<pixel_grad_sums<S, A, true, F>>()
-                           : best<pixel_grad_sums<S, A, false, F>>();
+    const auto loop = kept ? float_clones<F, pixel_grad_sums<S, A, true, F>>
+                           : float_clones<F, pixel_grad_sums<S, A, false, F>>;
     loop(x, grad, pixels, channels, k, slope, offset, kept, s0, s1, s2);
   }
   static void row_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
                           int64_t rows, int64_t n, const F* k, const F* slope, const F* offset,
                           const F* a, const F* b, const F* c, bool) {
-    const auto loop = kept ? best<row_grad_x<S, A, true, F>>() : best<row_grad_x<S, A, false, F>>();
+    const auto loop = kept ? float_clones<F, row_grad_x<S, A, true, F>> : float_clones<F, row_grad_x<S, A, false, F>>;
     loop(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
   }
   static void pixel_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
                             int64_t pixels, int64_t channels, const F* k, const F* slope,
                             const F* offset, const F* a, const F* b, const F* c, bool) {
-    const auto loop = kept ? best<pixel_grad_x<S, A, true, F>>()
-                           : best<pixel_grad_x<S, A, false, F>>();
+    const auto loop = kept ? float_clones<F, pixel_grad_x<S, A, true, F>>
+                           : float_clones<F, pixel_grad_x<S, A, false, F>>;
     loop(x, grad, kept, grad_x, pixels, channels, k, slope, offset, a, b, c);
   }
 
   static GroupNormKernels<F> table() {
-    return {best<row_sums<S, F>>(),
-            best<pixel_sums<S, F>>(),
+    return {float_clones<F, row_sums<S, F>>,
+            float_clones<F, pixel_sums<S, F>>,
             row_apply_,
             pixel_apply_,
             row_grad_sums_,

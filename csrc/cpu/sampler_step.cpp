@@ -9,6 +9,9 @@
 namespace fastdiff::cpu {
 namespace {
 
+// These loops work on tiles in the L1 cache, where adding the noise in a second pass costs little;
+// memory is read and written once.
+
 // uncond is read if Guided, x0 is written if WithX0.
 template <bool Guided, bool WithX0, typename T>
 FASTDIFF_HD void step_all(const StepRow<T> row, T scale, const T* x, const T* cond,
@@ -34,42 +37,6 @@ FASTDIFF_HD void add_learned_noise(const StepRow<T> row, const T* v, const T* no
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) x_s[i] += step_sigma(row, v[i]) * noise[i];
 }
-
-// All work on tiles in the L1 cache, where adding the noise
-// in a second pass costs little; memory is read and written once.
-FASTDIFF_HD void step_loop(const StepRow<float>& row, float scale, const float* x,
-                           const float* cond, const float* uncond, float* x_s, float* x0,
-                           int64_t n) {
-  step_all<false, false>(row, scale, x, cond, uncond, x_s, x0, n);
-}
-constexpr auto step = clones<step_loop>;
-FASTDIFF_HD void step_with_x0_loop(const StepRow<float>& row, float scale, const float* x,
-                                   const float* cond, const float* uncond, float* x_s, float* x0,
-                                   int64_t n) {
-  step_all<false, true>(row, scale, x, cond, uncond, x_s, x0, n);
-}
-constexpr auto step_with_x0 = clones<step_with_x0_loop>;
-FASTDIFF_HD void guided_step_loop(const StepRow<float>& row, float scale, const float* x,
-                                  const float* cond, const float* uncond, float* x_s, float* x0,
-                                  int64_t n) {
-  step_all<true, false>(row, scale, x, cond, uncond, x_s, x0, n);
-}
-constexpr auto guided_step = clones<guided_step_loop>;
-FASTDIFF_HD void guided_step_with_x0_loop(const StepRow<float>& row, float scale, const float* x,
-                                          const float* cond, const float* uncond, float* x_s,
-                                          float* x0, int64_t n) {
-  step_all<true, true>(row, scale, x, cond, uncond, x_s, x0, n);
-}
-constexpr auto guided_step_with_x0 = clones<guided_step_with_x0_loop>;
-FASTDIFF_HD void noised_loop(const StepRow<float>& row, const float* noise, float* x_s, int64_t n) {
-  add_noise(row, noise, x_s, n);
-}
-constexpr auto noised = clones<noised_loop>;
-FASTDIFF_HD void noised_by_loop(const StepRow<float>& row, const float* v, const float* noise,
-                                float* x_s, int64_t n) {
-  add_learned_noise(row, v, noise, x_s, n);
-}
-constexpr auto noised_by = clones<noised_by_loop>;
 
 // All arrays in bfloat16 and no noise: two values to a word, so that nothing is widened or packed. The
 // general path converts tile by tile, which takes longer than memory does.
@@ -98,18 +65,6 @@ FASTDIFF_HD void step_pairs(const StepRow<float> row, float scale, const uint16_
     x_s[i] = static_cast<uint16_t>(round_to_bfloat16(y) >> 16);
   }
 }
-FASTDIFF_HD void step_bfloat16_loop(const StepRow<float>& row, const uint16_t* x,
-                                    const uint16_t* output, uint16_t* x_s, int64_t n) {
-  step_pairs<false>(row, 1.0f, x, output, nullptr, x_s, n);
-}
-constexpr auto step_bfloat16 = clones<step_bfloat16_loop>;
-FASTDIFF_HD void guided_step_bfloat16_loop(const StepRow<float>& row, float scale,
-                                           const uint16_t* x, const uint16_t* cond,
-                                           const uint16_t* uncond, uint16_t* x_s, int64_t n) {
-  step_pairs<true>(row, scale, x, cond, uncond, x_s, n);
-}
-constexpr auto guided_step_bfloat16 = clones<guided_step_bfloat16_loop>;
-
 
 void sampler_step_double(const SamplerStepArgs& args) {
   const SampleLayout& layout = args.layout;
@@ -162,8 +117,11 @@ void sampler_step(const SamplerStepArgs& args) {
   const bool all_bfloat16 = args.x_type == DType::kBFloat16 &&
                             args.output_type == DType::kBFloat16 && !args.pred_x0 &&
                             args.mode == NoiseMode::kNone && !args.output_strided();
-  const auto function = args.uncond ? (args.pred_x0 ? guided_step_with_x0 : guided_step)
-                                    : (args.pred_x0 ? step_with_x0 : step);
+  const auto function =
+      args.uncond
+          ? (args.pred_x0 ? clones<step_all<true, true, float>> : clones<step_all<true, false, float>>)
+          : (args.pred_x0 ? clones<step_all<false, true, float>>
+                          : clones<step_all<false, false, float>>);
 
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const int64_t offset = sample * layout.numel + first;
@@ -178,9 +136,9 @@ void sampler_step(const SamplerStepArgs& args) {
       const uint16_t* cond = at(args.model_output, args.output_base(sample));
       if (args.uncond) {
         const uint16_t* uncond = at(args.uncond, args.output_base(sample));
-        guided_step_bfloat16(row, scale, x, cond, uncond, result, n);
+        clones<step_pairs<true>>(row, scale, x, cond, uncond, result, n);
       } else {
-        step_bfloat16(row, x, cond, result, n);
+        clones<step_pairs<false>>(row, scale, x, cond, nullptr, result, n);
       }
       if (stream) stream_bytes(out, result, 2 * n);
       return;
@@ -221,9 +179,9 @@ void sampler_step(const SamplerStepArgs& args) {
                                      : load_tile(args.x_type, args.noise, offset, n,
                                                  buffers + 7 * size);
       if (v) {
-        noised_by(row, v, noise, x_s, n);
+        clones<add_learned_noise<float>>(row, v, noise, x_s, n);
       } else {
-        noised(row, noise, x_s, n);
+        clones<add_noise<float>>(row, noise, x_s, n);
       }
     }
     if (in_place) return;

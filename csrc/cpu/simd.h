@@ -32,7 +32,7 @@ std::vector<const char*> isa_names();
 const char* simd_level();
 
 // `clones<loop>` is a function like `loop`, an always_inline function, that is compiled for every
-// instruction set and runs the one that isa() says.
+// instruction set and runs the one that isa() says. `loop` may be an instance of a template.
 #if FASTDIFF_HAS_CLONES
 template <auto kLoop>
 struct Clones;
@@ -63,5 +63,11 @@ constexpr auto clones = Clones<kLoop>::run;
 template <auto kLoop>
 constexpr auto clones = kLoop;
 #endif
+
+// For loops over F: cloned over float, as they are over double, which is for checks only.
+template <typename F, auto kLoop>
+constexpr auto float_clones = clones<kLoop>;
+template <auto kLoop>
+constexpr auto float_clones<double, kLoop> = kLoop;
 
 }  // namespace fastdiff::cpu

@@ -79,54 +79,18 @@ FASTDIFF_HD void gradients_of(const VlbRow& shared_row, const VlbGradients& shar
   }
 }
 
-// Not templates: GCC clones only functions.
-FASTDIFF_HD Sums kl_fixed_loop(const VlbRow& row, const Tile& tile) {
-  return sums_of<false, false>(row, tile);
-}
-constexpr auto kl_fixed = clones<kl_fixed_loop>;
-FASTDIFF_HD Sums kl_learned_loop(const VlbRow& row, const Tile& tile) {
-  return sums_of<false, true>(row, tile);
-}
-constexpr auto kl_learned = clones<kl_learned_loop>;
-FASTDIFF_HD Sums decoder_fixed_loop(const VlbRow& row, const Tile& tile) {
-  return sums_of<true, false>(row, tile);
-}
-constexpr auto decoder_fixed = clones<decoder_fixed_loop>;
-FASTDIFF_HD Sums decoder_learned_loop(const VlbRow& row, const Tile& tile) {
-  return sums_of<true, true>(row, tile);
-}
-constexpr auto decoder_learned = clones<decoder_learned_loop>;
-FASTDIFF_HD void kl_fixed_gradient_loop(const VlbRow& row, const VlbGradients& grad,
-                                        const Tile& tile, float* output, float* v) {
-  gradients_of<false, false>(row, grad, tile, output, v);
-}
-constexpr auto kl_fixed_gradient = clones<kl_fixed_gradient_loop>;
-FASTDIFF_HD void kl_learned_gradient_loop(const VlbRow& row, const VlbGradients& grad,
-                                          const Tile& tile, float* output, float* v) {
-  gradients_of<false, true>(row, grad, tile, output, v);
-}
-constexpr auto kl_learned_gradient = clones<kl_learned_gradient_loop>;
-FASTDIFF_HD void decoder_fixed_gradient_loop(const VlbRow& row, const VlbGradients& grad,
-                                             const Tile& tile, float* output, float* v) {
-  gradients_of<true, false>(row, grad, tile, output, v);
-}
-constexpr auto decoder_fixed_gradient = clones<decoder_fixed_gradient_loop>;
-FASTDIFF_HD void decoder_learned_gradient_loop(const VlbRow& row, const VlbGradients& grad,
-                                               const Tile& tile, float* output, float* v) {
-  gradients_of<true, true>(row, grad, tile, output, v);
-}
-constexpr auto decoder_learned_gradient = clones<decoder_learned_gradient_loop>;
-
 Sums tile_sums(const VlbRow& row, const Tile& tile) {
-  const auto function = row.first ? (tile.v ? decoder_learned : decoder_fixed)
-                                  : (tile.v ? kl_learned : kl_fixed);
+  const auto function =
+      row.first ? (tile.v ? clones<sums_of<true, true>> : clones<sums_of<true, false>>)
+                : (tile.v ? clones<sums_of<false, true>> : clones<sums_of<false, false>>);
   return function(row, tile);
 }
 
 void tile_gradients(const VlbRow& row, const VlbGradients& grad, const Tile& tile, float* output,
                     float* v) {
-  const auto function = row.first ? (tile.v ? decoder_learned_gradient : decoder_fixed_gradient)
-                                  : (tile.v ? kl_learned_gradient : kl_fixed_gradient);
+  const auto function =
+      row.first ? (tile.v ? clones<gradients_of<true, true>> : clones<gradients_of<true, false>>)
+                : (tile.v ? clones<gradients_of<false, true>> : clones<gradients_of<false, false>>);
   function(row, grad, tile, output, v);
 }
 
