@@ -68,32 +68,31 @@ struct EpsLossCall {
   }
 };
 
-// The eps_loss operator around one device's kernels. `partials(args)` is the size of the workspace.
-template <typename Partials, typename Launch>
+template <typename Device>
 Tensor eps_loss(const Tensor& prediction, const std::optional<Tensor>& noise,
                 const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-                const std::optional<Tensor>& weight, int64_t reduction, int64_t kind,
-                const Partials& partials, const Launch& launch) {
+                const std::optional<Tensor>& weight, int64_t reduction, int64_t kind) {
+  const typename Device::Guard guard(prediction);
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   const bool per_sample = call.args.reduction == Reduction::kNone;
   Tensor out = empty_of(per_sample ? std::vector<int64_t>{prediction.size(0)}
                                    : std::vector<int64_t>{},
                         prediction, call.compute);
   if (out.numel() == 0) return out;
-  const std::optional<Tensor> workspace = workspace_of(partials(call.args), prediction);
+  const std::optional<Tensor> workspace = workspace_of(Device::workspace(call.args), prediction);
   if (workspace) call.args.partials = workspace->mutable_data_ptr();
   call.args.out = out.mutable_data_ptr();
-  launch(call.args);
+  Device::eps_loss(prediction, call.args);
   return out;
 }
 
 // The loss and the gradient of the prediction for a gradient of the loss of 1, in one pass: what
 // `loss.backward()` needs. CPU only, and not in float64.
-template <typename Launch>
+template <typename Device>
 std::tuple<Tensor, Tensor> eps_loss_with_gradient(
     const Tensor& prediction, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
     std::optional<int64_t> seed, int64_t stream, const std::optional<Tensor>& weight,
-    int64_t reduction, int64_t kind, const Launch& launch) {
+    int64_t reduction, int64_t kind) {
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   STD_TORCH_CHECK(call.args.reduction != Reduction::kNone && call.compute == ScalarType::Float,
                   "eps_loss: the gradient comes with a single loss, in float32");
@@ -101,17 +100,18 @@ std::tuple<Tensor, Tensor> eps_loss_with_gradient(
   Tensor gradient = empty(call.prediction, prediction.scalar_type(), call.channels_last);
   call.args.out = out.mutable_data_ptr();
   call.args.grad_prediction = prediction.numel() > 0 ? gradient.mutable_data_ptr() : nullptr;
-  launch(call.args);
+  Device::eps_loss(prediction, call.args);
   return {out, gradient};
 }
 
 // The gradients of prediction and noise; (0,) tensors for those not asked for.
-template <typename Launch>
+template <typename Device>
 std::tuple<Tensor, Tensor> eps_loss_backward(
     const Tensor& grad, const Tensor& prediction, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
     const std::optional<Tensor>& weight, int64_t reduction, int64_t kind, bool need_prediction,
-    bool need_noise, const Launch& launch) {
+    bool need_noise) {
+  const typename Device::Guard guard(prediction);
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   STD_TORCH_CHECK(!need_noise || noise, "eps_loss: generated noise has no gradient");
   const Tensor grad_ready = call.values(grad, call.args.reduction != Reduction::kNone, "grad");
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> eps_loss_backward(
     call.args.grad = grad_ready.const_data_ptr();
     call.args.grad_prediction = need_prediction ? grad_prediction.mutable_data_ptr() : nullptr;
     call.args.grad_noise = need_noise ? grad_noise.mutable_data_ptr() : nullptr;
-    launch(call.args);
+    Device::eps_loss_backward(prediction, call.args);
   }
   if (noise && grad_noise.scalar_type() != noise->scalar_type()) {
     grad_noise = converted(grad_noise, noise->scalar_type());

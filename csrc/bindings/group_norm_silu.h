@@ -110,25 +110,13 @@ struct GroupNormSiluCall {
   }
 };
 
-// Runs launch(args) with as much float32 workspace as workspace(args) says.
-template <typename Args, typename Workspace, typename Launch>
-void launch_with_workspace(Args& args, const Tensor& x, const Workspace& workspace,
-                           const Launch& launch) {
-  std::optional<Tensor> memory;
-  if (const int64_t floats = workspace(args); floats > 0) {
-    memory = empty_of({floats}, x, ScalarType::Float);
-    args.workspace = memory->mutable_data_ptr();
-  }
-  launch(args);
-}
-
-// The group_norm_silu operator around one device's kernels: y, mean and rstd.
-template <typename Workspace, typename Launch>
+// y, mean and rstd.
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
     const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& channel_bias,
-    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation,
-    const Workspace& workspace, const Launch& launch) {
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation) {
+  const typename Device::Guard guard(x);
   STD_TORCH_CHECK(eps > 0, "group_norm_silu: eps must be positive");
   const GroupNormSiluCall call(x, num_groups, weight, bias, channel_bias, scale, shift, activation);
   Tensor y = empty(call.x, call.x.scalar_type(), call.channels_last);
@@ -143,19 +131,21 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
   args.mean = mean.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
   args.eps = eps;
-  launch_with_workspace(args, x, workspace, launch);
+  const std::optional<Tensor> workspace = workspace_of(Device::workspace(args), x);
+  if (workspace) args.workspace = workspace->mutable_data_ptr();
+  Device::group_norm_silu(x, args);
   return {y, mean, rstd};
 }
 
 // The gradients of x and the small operands; (0,) tensors for those not asked for.
-template <typename Workspace, typename Launch>
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
     const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
     int64_t num_groups, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& channel_bias, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t activation, bool need_x, bool need_weight,
-    bool need_bias, bool need_channel_bias, bool need_scale, bool need_shift,
-    const Workspace& workspace, const Launch& launch) {
+    bool need_bias, bool need_channel_bias, bool need_scale, bool need_shift) {
+  const typename Device::Guard guard(x);
   constexpr const char* op = "group_norm_silu";
   const GroupNormSiluCall call(x, num_groups, weight, bias, channel_bias, scale, shift, activation);
   check_float(grad, op, "grad");
@@ -191,7 +181,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
   Tensor grad_shift = output(need_shift, call.shift, "shift", args.grad_shift);
   const bool any = need_x || need_weight || need_bias || need_channel_bias || need_scale ||
                    need_shift;
-  if (any && !is_empty) launch_with_workspace(args, x, workspace, launch);
+  if (any && !is_empty) {
+    const std::optional<Tensor> workspace = workspace_of(Device::workspace(args), x);
+    if (workspace) args.workspace = workspace->mutable_data_ptr();
+    Device::group_norm_silu_backward(x, args);
+  }
   // An operand in a dtype that kernels do not take was converted, and so is its gradient.
   const auto restored = [](const Tensor& out, bool needed, const ChannelOperand& operand) {
     const bool same = !needed || out.scalar_type() == operand.given->scalar_type();

@@ -6,10 +6,11 @@
 
 namespace fastdiff::bindings {
 
-// The philox_normal_ operator around one device's kernel, `launch(args)`. Fills `out` in place.
-template <typename Launch>
+// Fills `out` in place.
+template <typename Device>
 void philox_normal(const Tensor& out, const std::optional<Tensor>& keys,
-                   std::optional<int64_t> seed, int64_t stream, const Launch& launch) {
+                   std::optional<int64_t> seed, int64_t stream) {
+  const typename Device::Guard guard(out);
   constexpr const char* op = "philox_normal";
   STD_TORCH_CHECK(out.dim() >= 1, op, ": out must have shape (B, ...)");
   STD_TORCH_CHECK(keys.has_value() != seed.has_value(), op, ": pass either keys or seed");
@@ -25,7 +26,7 @@ void philox_normal(const Tensor& out, const std::optional<Tensor>& keys,
   args.out = out.mutable_data_ptr();
   args.noise = noise_source(keys_ready, seed, stream);
   args.layout = sample_layout(out, channels_last);
-  launch(args);
+  Device::philox_normal(out, args);
 }
 
 }  // namespace fastdiff::bindings

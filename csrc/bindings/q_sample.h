@@ -6,13 +6,12 @@
 
 namespace fastdiff::bindings {
 
-// The q_sample operator around one device's kernel, `launch(args)`.
-template <typename Launch>
+template <typename Device>
 Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
                 const Tensor& sqrt_one_minus_alpha_bar, const std::optional<Tensor>& noise,
                 const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-                const std::optional<Tensor>& flip, std::optional<ScalarType> dtype,
-                const Launch& launch) {
+                const std::optional<Tensor>& flip, std::optional<ScalarType> dtype) {
+  const typename Device::Guard guard(x0);
   constexpr const char* op = "q_sample";
   STD_TORCH_CHECK(x0.dim() >= 1, op, ": x0 must have shape (B, ...)");
   STD_TORCH_CHECK(sqrt_alpha_bar.dim() == 1, op, ": sqrt_alpha_bar must have shape (T,)");
@@ -73,7 +72,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
     args.layout = sample_layout(x0, channels_last);
     args.out_type = dtype_of(kernel_type, op, "the result");
     args.x0_type = dtype_of(x0_ready.scalar_type(), op, "x0");
-    launch(args);
+    Device::q_sample(x0, args);
   }
   return kernel_type == out_type ? out : converted(out, out_type);
 }

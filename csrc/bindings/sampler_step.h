@@ -21,15 +21,15 @@ inline void check_output(const Tensor& output, const Tensor& x_t, bool one_head,
                   op, ": ", name, " has ", output.size(1), " channels");
 }
 
-// The ddim_step (`ddpm` false; `flag` is use_clipped_model_output) and ddpm_step (`flag` is
-// learned_range) operators around one device's kernel, `launch(args)`.
-template <typename Launch>
+// Both steps: `flag` is ddim_step's use_clipped_model_output, or ddpm_step's learned_range.
+template <typename Device>
 std::tuple<Tensor, Tensor> sampler_step(
     bool ddpm, const Tensor& x_t, const Tensor& model_output, const Tensor& step,
     const Tensor& table, int64_t prediction, bool clip, bool flag,
     const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-    bool return_pred_x0, const Launch& launch) {
+    bool return_pred_x0) {
+  const typename Device::Guard guard(x_t);
   const char* op = ddpm ? "ddpm_step" : "ddim_step";
   const bool learned = ddpm && flag;
   STD_TORCH_CHECK(x_t.dim() >= 2, op, ": x_t must have shape (B, C, ...)");
@@ -109,12 +109,34 @@ std::tuple<Tensor, Tensor> sampler_step(
     args.learned = learned;
     args.x_type = dtype_of(x_type, op, "x_t");
     args.output_type = dtype_of(output_type, op, "model_output");
-    launch(op, args);
+    ddpm ? Device::ddpm_step(x_t, args) : Device::ddim_step(x_t, args);
   }
   const auto finished = [&](const Tensor& x) {
     return x.scalar_type() == type ? x : converted(x, type);
   };
   return {finished(x_s), finished(pred_x0)};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> ddim_step(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step, const Tensor& table,
+    int64_t prediction, bool clip, bool use_clipped_model_output,
+    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
+    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+    bool return_pred_x0) {
+  return sampler_step<Device>(false, x_t, model_output, step, table, prediction, clip,
+                              use_clipped_model_output, uncond, guidance_scale, noise, keys, seed,
+                              stream, return_pred_x0);
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> ddpm_step(
+    const Tensor& x_t, const Tensor& model_output, const Tensor& step, const Tensor& table,
+    int64_t prediction, bool clip, bool learned_range, const std::optional<Tensor>& uncond,
+    double guidance_scale, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+    std::optional<int64_t> seed, int64_t stream, bool return_pred_x0) {
+  return sampler_step<Device>(true, x_t, model_output, step, table, prediction, clip, learned_range,
+                              uncond, guidance_scale, noise, keys, seed, stream, return_pred_x0);
 }
 
 }  // namespace fastdiff::bindings

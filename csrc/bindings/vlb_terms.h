@@ -81,21 +81,33 @@ struct VlbTermsCall {
   }
 };
 
-// The vlb_terms operator around one device's kernels. `partials(args)` is the size of the workspace.
-template <typename Partials, typename Launch>
-Tensor vlb_terms(VlbTermsCall call, const Partials& partials, const Launch& launch) {
+template <typename Device>
+Tensor vlb_terms(const Tensor& x0, const Tensor& x_t, const Tensor& model_output, const Tensor& t,
+                 const Tensor& table, const std::optional<Tensor>& noise,
+                 const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
+                 int64_t prediction, bool learned, bool clip, bool detach_mean) {
+  const typename Device::Guard guard(x_t);
+  VlbTermsCall call(x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned,
+                    clip, detach_mean);
   Tensor out = empty_of({3, call.x_t.size(0)}, call.x_t, ScalarType::Float);
   if (out.numel() == 0) return out;
-  const std::optional<Tensor> workspace = workspace_of(partials(call.args), call.x_t);
+  const std::optional<Tensor> workspace = workspace_of(Device::workspace(call.args), call.x_t);
   call.args.out = out.mutable_data_ptr<float>();
   if (workspace) call.args.partials = workspace->mutable_data_ptr<float>();
-  launch(call.args);
+  Device::vlb_terms(x_t, call.args);
   return out;
 }
 
 // The gradient of model_output.
-template <typename Launch>
-Tensor vlb_terms_backward(const Tensor& grad, VlbTermsCall call, const Launch& launch) {
+template <typename Device>
+Tensor vlb_terms_backward(const Tensor& grad, const Tensor& x0, const Tensor& x_t,
+                          const Tensor& model_output, const Tensor& t, const Tensor& table,
+                          const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
+                          std::optional<int64_t> seed, int64_t stream, int64_t prediction,
+                          bool learned, bool clip, bool detach_mean) {
+  const typename Device::Guard guard(x_t);
+  VlbTermsCall call(x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned,
+                    clip, detach_mean);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == 3 && grad.size(1) == call.x_t.size(0) &&
                       grad.scalar_type() == ScalarType::Float &&
                       grad.device() == call.x_t.device(),
@@ -105,7 +117,7 @@ Tensor vlb_terms_backward(const Tensor& grad, VlbTermsCall call, const Launch& l
   if (out.numel() == 0) return out;
   call.args.grad = grad_ready.const_data_ptr<float>();
   call.args.grad_output = out.mutable_data_ptr();
-  launch(call.args);
+  Device::vlb_terms_backward(x_t, call.args);
   return out;
 }
 

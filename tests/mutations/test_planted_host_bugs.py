@@ -35,10 +35,9 @@ MUTANTS = [
     ),
     Mutant(
         "a missing device guard",
-        BINDING,
-        "  const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());\n"
-        "  return q_sample(",
-        "  return q_sample(",
+        "csrc/bindings/q_sample.h",
+        "  const typename Device::Guard guard(x0);\n",
+        "",
         gpu(STREAMS, "-k", "device_of_its_inputs and q_sample and cuda", devices=2),
         "CUDA error",
         seconds=COMPILES,
