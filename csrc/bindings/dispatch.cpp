@@ -1,6 +1,6 @@
-// In C++ what is between callers of ops and their kernels: the call past autograd that nobody records,
-// the kernel at the Autograd key, and the node of the op that is recorded most. On small tensors the
-// same in Python takes longer than the kernels.
+// In C++ what is between callers of ops and their kernels: the call past autograd that nobody
+// records, the kernel at the Autograd key, and the node of the op that is recorded most. On small
+// tensors the same in Python takes longer than the kernels.
 //
 // The stable ABI has no autograd, so this uses torch's other headers, and fastdiff/_native.py loads
 // it only under the very torch that it was built with. Without it Python does the same:
@@ -58,8 +58,8 @@ Gradients differentiable_gradients(const Tensor& grad, const std::array<Operand,
                                    int64_t activation) {
   pybind11::gil_scoped_acquire gil;
   const auto module = pybind11::module_::import("fastdiff.ops.group_norm_silu");
-  const auto found = module.attr("_differentiable_gradients")(grad, inputs, needs, num_groups, eps,
-                                                              activation);
+  const auto found =
+      module.attr("_differentiable_gradients")(grad, inputs, needs, num_groups, eps, activation);
   std::array<Tensor, 6> gradients;
   for (size_t i = 0; i < 6; ++i) {
     if (needs[i]) gradients[i] = found[pybind11::int_(i)].cast<Tensor>();
@@ -91,8 +91,8 @@ struct GroupNormSilu : torch::autograd::Function<GroupNormSilu> {
                                const Operand& weight, const Operand& bias, double eps,
                                const Operand& channel_bias, const Operand& scale,
                                const Operand& shift, int64_t activation) {
-    auto [y, mean, rstd] = fastdiff::forward(x, num_groups, weight, bias, eps, channel_bias, scale,
-                                             shift, activation);
+    auto [y, mean, rstd] =
+        fastdiff::forward(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation);
     const auto saved = [](const Operand& operand) { return operand.value_or(Tensor()); };
     ctx->save_for_backward({x, saved(weight), saved(bias), saved(channel_bias), saved(scale),
                             saved(shift), mean, rstd});
@@ -177,10 +177,10 @@ using QSample =
                const Tensor& /*sqrt_alpha_bar*/, const Tensor& /*sqrt_one_minus_alpha_bar*/,
                const Operand& /*noise*/, const Operand& /*keys*/, Seed, SymInt /*stream*/,
                const Operand& /*flip*/, std::optional<at::ScalarType>>;
-using EpsLoss = Unrecorded<"fastdiff::eps_loss", Tensor, const Tensor& /*prediction*/,
-                           const Operand& /*noise*/, const Operand& /*keys*/, Seed,
-                           SymInt /*stream*/, const Operand& /*weight*/, int64_t /*reduction*/,
-                           int64_t /*kind*/>;
+using EpsLoss =
+    Unrecorded<"fastdiff::eps_loss", Tensor, const Tensor& /*prediction*/, const Operand& /*noise*/,
+               const Operand& /*keys*/, Seed, SymInt /*stream*/, const Operand& /*weight*/,
+               int64_t /*reduction*/, int64_t /*kind*/>;
 using VlbTerms =
     Unrecorded<"fastdiff::vlb_terms", Tensor, const Tensor& /*x0*/, const Tensor& /*x_t*/,
                const Tensor& /*model_output*/, const Tensor& /*t*/, const Tensor& /*table*/,
@@ -194,8 +194,8 @@ using SamplerStep =
                double /*guidance_scale*/, const Operand& /*noise*/, const Operand& /*keys*/, Seed,
                SymInt /*stream*/, bool /*return_pred_x0*/>;
 
-// An op's kernel at the Autograd key: past autograd if nobody records, as in a compiled graph, which
-// calls the op from a node of its own; else the kernel in Python.
+// An op's kernel at the Autograd key: past autograd if nobody records, as in a compiled graph,
+// which calls the op from a node of its own; else the kernel in Python.
 class AutogradKernel : public c10::OperatorKernel {
  public:
   // The dispatcher keeps kernels until the process ends, when there is no Python to free them with.

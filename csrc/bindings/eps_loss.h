@@ -8,7 +8,8 @@
 
 namespace fastdiff::bindings {
 
-// The arguments of both passes, checked and brought into one memory format; owns what they point to.
+// The arguments of both passes, checked and brought into one memory format; owns what they point
+// to.
 struct EpsLossCall {
   EpsLossArgs args{};
   Tensor prediction;
@@ -75,9 +76,9 @@ Tensor eps_loss(const Tensor& prediction, const std::optional<Tensor>& noise,
   const typename Device::Guard guard(prediction);
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   const bool per_sample = call.args.reduction == Reduction::kNone;
-  Tensor out = empty_of(per_sample ? std::vector<int64_t>{prediction.size(0)}
-                                   : std::vector<int64_t>{},
-                        prediction, call.compute);
+  Tensor out =
+      empty_of(per_sample ? std::vector<int64_t>{prediction.size(0)} : std::vector<int64_t>{},
+               prediction, call.compute);
   if (out.numel() == 0) return out;
   const std::optional<Tensor> workspace = workspace_of(Device::workspace(call.args), prediction);
   if (workspace) call.args.partials = workspace->mutable_data_ptr();
@@ -89,10 +90,12 @@ Tensor eps_loss(const Tensor& prediction, const std::optional<Tensor>& noise,
 // The loss and the gradient of the prediction for a gradient of the loss of 1, in one pass: what
 // `loss.backward()` needs. CPU only, and not in float64.
 template <typename Device>
-std::tuple<Tensor, Tensor> eps_loss_with_gradient(
-    const Tensor& prediction, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
-    std::optional<int64_t> seed, int64_t stream, const std::optional<Tensor>& weight,
-    int64_t reduction, int64_t kind) {
+std::tuple<Tensor, Tensor> eps_loss_with_gradient(const Tensor& prediction,
+                                                  const std::optional<Tensor>& noise,
+                                                  const std::optional<Tensor>& keys,
+                                                  std::optional<int64_t> seed, int64_t stream,
+                                                  const std::optional<Tensor>& weight,
+                                                  int64_t reduction, int64_t kind) {
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   STD_TORCH_CHECK(call.args.reduction != Reduction::kNone && call.compute == ScalarType::Float,
                   "eps_loss: the gradient comes with a single loss, in float32");
@@ -106,11 +109,12 @@ std::tuple<Tensor, Tensor> eps_loss_with_gradient(
 
 // The gradients of prediction and noise; (0,) tensors for those not asked for.
 template <typename Device>
-std::tuple<Tensor, Tensor> eps_loss_backward(
-    const Tensor& grad, const Tensor& prediction, const std::optional<Tensor>& noise,
-    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-    const std::optional<Tensor>& weight, int64_t reduction, int64_t kind, bool need_prediction,
-    bool need_noise) {
+std::tuple<Tensor, Tensor> eps_loss_backward(const Tensor& grad, const Tensor& prediction,
+                                             const std::optional<Tensor>& noise,
+                                             const std::optional<Tensor>& keys,
+                                             std::optional<int64_t> seed, int64_t stream,
+                                             const std::optional<Tensor>& weight, int64_t reduction,
+                                             int64_t kind, bool need_prediction, bool need_noise) {
   const typename Device::Guard guard(prediction);
   EpsLossCall call(prediction, noise, keys, seed, stream, weight, reduction, kind);
   STD_TORCH_CHECK(!need_noise || noise, "eps_loss: generated noise has no gradient");

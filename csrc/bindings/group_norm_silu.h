@@ -30,8 +30,7 @@ struct ChannelOperand {
     const ScalarType type = given->scalar_type(), wide = ScalarType::Double;
     const bool keep =
         type == x.scalar_type() || (type == ScalarType::Float && x.scalar_type() != wide);
-    ready = keep ? *given
-                 : converted(*given, x.scalar_type() == wide ? wide : ScalarType::Float);
+    ready = keep ? *given : converted(*given, x.scalar_type() == wide ? wide : ScalarType::Float);
     if (ready->size(-1) > 1 && ready->stride(-1) != 1) ready = in_format(*ready, false);
   }
 
@@ -43,7 +42,8 @@ struct ChannelOperand {
   }
 };
 
-// The arguments of both passes, checked and brought into one memory format; owns what they point to.
+// The arguments of both passes, checked and brought into one memory format; owns what they point
+// to.
 struct GroupNormSiluCall {
   Tensor x;
   ChannelOperand weight, bias, channel_bias, scale, shift;
@@ -140,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
 // The gradients of x and the small operands; (0,) tensors for those not asked for.
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-    int64_t num_groups, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& channel_bias, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t activation, bool need_x, bool need_weight,
     bool need_bias, bool need_channel_bias, bool need_scale, bool need_shift) {
@@ -151,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
   check_float(grad, op, "grad");
   check_same_shape(grad, x, op, "grad");
   const ScalarType type = call.x.scalar_type();
-  const Tensor grad_ready = in_format(
-      grad.scalar_type() == type ? grad : converted(grad, type), call.channels_last);
+  const Tensor grad_ready =
+      in_format(grad.scalar_type() == type ? grad : converted(grad, type), call.channels_last);
   const Tensor mean_ready = call.statistic(mean, "mean"), rstd_ready = call.statistic(rstd, "rstd");
 
   auto args = call.args<GroupNormSiluBackwardArgs>(activation);
@@ -167,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
     if (!needed) return empty_of({0}, x, type);
     STD_TORCH_CHECK(operand.ready, op, ": ", name, " is absent and has no gradient");
     const auto sizes = operand.ready->sizes();
-    Tensor out = empty_of(std::vector<int64_t>(sizes.begin(), sizes.end()), x,
-                          operand.ready->scalar_type());
+    Tensor out =
+        empty_of(std::vector<int64_t>(sizes.begin(), sizes.end()), x, operand.ready->scalar_type());
     if (is_empty) torch::stable::zero_(out);
     gradient = {out.mutable_data_ptr(), dtype_of(out.scalar_type(), op, name)};
     return out;
@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
       output(need_channel_bias, call.channel_bias, "channel_bias", args.grad_channel_bias);
   Tensor grad_scale = output(need_scale, call.scale, "scale", args.grad_scale);
   Tensor grad_shift = output(need_shift, call.shift, "shift", args.grad_shift);
-  const bool any = need_x || need_weight || need_bias || need_channel_bias || need_scale ||
-                   need_shift;
+  const bool any =
+      need_x || need_weight || need_bias || need_channel_bias || need_scale || need_shift;
   if (any && !is_empty) {
     const std::optional<Tensor> workspace = workspace_of(Device::workspace(args), x);
     if (workspace) args.workspace = workspace->mutable_data_ptr();

@@ -25,15 +25,15 @@ using torch::stable::Tensor;
 inline void check(AOTITorchError error, const char* what) {
   if (error == TORCH_SUCCESS) return;
   using Reason = const char* (*)();
-  const auto reason = reinterpret_cast<Reason>(
-      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  const auto reason =
+      reinterpret_cast<Reason>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   const char* text = reason ? reason() : nullptr;
-  throw std::runtime_error(std::string(what) + " failed: " +
-                           (text ? text : "this torch does not say why"));
+  throw std::runtime_error(std::string(what) +
+                           " failed: " + (text ? text : "this torch does not say why"));
 }
 
-// c10's classes as far as an allocation needs them: they have been the same in every torch that these
-// libraries run with (2.10 on).
+// c10's classes as far as an allocation needs them: they have been the same in every torch that
+// these libraries run with (2.10 on).
 namespace c10_abi {
 struct DataPtr {
   void* data;
@@ -50,8 +50,9 @@ struct Allocator {
 
 // Throws torch's own exception if `bytes` cannot be had on the current device of this type, among
 // them the one that is torch.OutOfMemoryError in Python. Through the C interface its type is lost,
-// before torch 2.13 its words too, and callers that retry with a smaller batch look for both. So this
-// is called after a failure and asks the allocator itself. Without its symbol nothing is thrown.
+// before torch 2.13 its words too, and callers that retry with a smaller batch look for both. So
+// this is called after a failure and asks the allocator itself. Without its symbol nothing is
+// thrown.
 inline void demand_memory(int64_t bytes, DeviceType type) {
   using GetAllocator = c10_abi::Allocator* (*)(const DeviceType&);
   const auto allocator_of = reinterpret_cast<GetAllocator>(

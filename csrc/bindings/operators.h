@@ -12,9 +12,9 @@ namespace fastdiff::bindings {
 // Registers every operator with the kernels of one device. The schemas are defined in fastdiff/ops.
 //
 // Device has
-//   Guard                   made of a tensor: while it lives, that tensor's device is the current one
-//   workspace(args)         floats of workspace that the kernel for `args` needs
-//   <operator>(x, args)     runs the kernel on the device of x
+//   Guard                   made of a tensor: while it lives, that tensor's device is the current
+//   one workspace(args)         floats of workspace that the kernel for `args` needs <operator>(x,
+//   args)     runs the kernel on the device of x
 template <typename Device, typename Library>
 void register_operators(Library& library) {
   library.impl("ddim_step", TORCH_BOX(&ddim_step<Device>));

@@ -16,8 +16,7 @@ void philox_normal(const Tensor& out, const std::optional<Tensor>& keys,
   STD_TORCH_CHECK(keys.has_value() != seed.has_value(), op, ": pass either keys or seed");
   const std::optional<Tensor> keys_ready = checked_keys(keys, out, op);
   const bool channels_last = is_channels_last(out);
-  STD_TORCH_CHECK(is_dense(out, channels_last), op,
-                  ": out must be contiguous or channels_last");
+  STD_TORCH_CHECK(is_dense(out, channels_last), op, ": out must be contiguous or channels_last");
   PhiloxNormalArgs args{};
   args.dtype = dtype_of(out.scalar_type(), op, "out");
   STD_TORCH_CHECK(args.dtype != DType::kFloat64 && args.dtype != DType::kUInt8, op,

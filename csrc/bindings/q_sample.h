@@ -40,8 +40,8 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
   STD_TORCH_CHECK(!wide || (x0.is_cpu() && !keys && !seed), op,
                   ": float64 kernels exist on the CPU only, and for given noise only");
   STD_TORCH_CHECK(!wide || x0_type != ScalarType::Byte, op, ": uint8 x0 has no float64 kernel");
-  // Kernels compute in float32 and take inputs of that type, of the result's, or uint8 levels; those
-  // in float64 take nothing else. The rest is converted first.
+  // Kernels compute in float32 and take inputs of that type, of the result's, or uint8 levels;
+  // those in float64 take nothing else. The rest is converted first.
   const ScalarType compute = wide ? ScalarType::Double : ScalarType::Float;
   const bool channels_last = is_channels_last(x0);
   const auto prepared = [&](const Tensor& x) {

@@ -11,7 +11,7 @@ namespace fastdiff::bindings {
 
 // (B, C, ...) as x_t, or (B, 2C, ...).
 inline void check_output(const Tensor& output, const Tensor& x_t, bool one_head, bool two_heads,
-                             const char* op, const char* name) {
+                         const char* op, const char* name) {
   check_float(output, op, name);
   bool same = output.dim() == x_t.dim() && output.device() == x_t.device();
   for (int64_t d = 0; same && d < x_t.dim(); ++d) same = d == 1 || output.size(d) == x_t.size(d);
@@ -23,12 +23,13 @@ inline void check_output(const Tensor& output, const Tensor& x_t, bool one_head,
 
 // Both steps: `flag` is ddim_step's use_clipped_model_output, or ddpm_step's learned_range.
 template <typename Device>
-std::tuple<Tensor, Tensor> sampler_step(
-    bool ddpm, const Tensor& x_t, const Tensor& model_output, const Tensor& step,
-    const Tensor& table, int64_t prediction, bool clip, bool flag,
-    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
-    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-    bool return_pred_x0) {
+std::tuple<Tensor, Tensor> sampler_step(bool ddpm, const Tensor& x_t, const Tensor& model_output,
+                                        const Tensor& step, const Tensor& table, int64_t prediction,
+                                        bool clip, bool flag, const std::optional<Tensor>& uncond,
+                                        double guidance_scale, const std::optional<Tensor>& noise,
+                                        const std::optional<Tensor>& keys,
+                                        std::optional<int64_t> seed, int64_t stream,
+                                        bool return_pred_x0) {
   const typename Device::Guard guard(x_t);
   const char* op = ddpm ? "ddpm_step" : "ddim_step";
   const bool learned = ddpm && flag;
@@ -41,8 +42,8 @@ std::tuple<Tensor, Tensor> sampler_step(
                     ": uncond must have the shape of model_output");
   }
   check_vector(step, x_t.size(0), ScalarType::Long, x_t, op, "step");
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kStepColumns && table.device() == x_t.device() &&
-                      table.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kStepColumns &&
+                      table.device() == x_t.device() && table.scalar_type() == ScalarType::Float,
                   op, ": table must be float32 (S, ", int(kStepColumns), ") on the device of x_t");
   STD_TORCH_CHECK(prediction >= 0 && prediction <= 3, op, ": prediction must be 0, 1, 2 or 3");
   STD_TORCH_CHECK(std::isfinite(guidance_scale) && guidance_scale >= 0, op,
@@ -94,9 +95,7 @@ std::tuple<Tensor, Tensor> sampler_step(
     args.guidance_scale = guidance_scale;
     args.noise = noise ? noise_ready.const_data_ptr() : nullptr;
     args.source = noise_source(keys_ready, seed, stream);
-    args.mode = noise          ? NoiseMode::kGiven
-                : sources == 1 ? NoiseMode::kGenerated
-                               : NoiseMode::kNone;
+    args.mode = noise ? NoiseMode::kGiven : sources == 1 ? NoiseMode::kGenerated : NoiseMode::kNone;
     args.layout = sample_layout(x_t, channels_last);
     args.prediction = static_cast<Prediction>(prediction);
     args.eps = ddpm           ? EpsSource::kNone
@@ -118,23 +117,26 @@ std::tuple<Tensor, Tensor> sampler_step(
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor> ddim_step(
-    const Tensor& x_t, const Tensor& model_output, const Tensor& step, const Tensor& table,
-    int64_t prediction, bool clip, bool use_clipped_model_output,
-    const std::optional<Tensor>& uncond, double guidance_scale, const std::optional<Tensor>& noise,
-    const std::optional<Tensor>& keys, std::optional<int64_t> seed, int64_t stream,
-    bool return_pred_x0) {
+std::tuple<Tensor, Tensor> ddim_step(const Tensor& x_t, const Tensor& model_output,
+                                     const Tensor& step, const Tensor& table, int64_t prediction,
+                                     bool clip, bool use_clipped_model_output,
+                                     const std::optional<Tensor>& uncond, double guidance_scale,
+                                     const std::optional<Tensor>& noise,
+                                     const std::optional<Tensor>& keys, std::optional<int64_t> seed,
+                                     int64_t stream, bool return_pred_x0) {
   return sampler_step<Device>(false, x_t, model_output, step, table, prediction, clip,
                               use_clipped_model_output, uncond, guidance_scale, noise, keys, seed,
                               stream, return_pred_x0);
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor> ddpm_step(
-    const Tensor& x_t, const Tensor& model_output, const Tensor& step, const Tensor& table,
-    int64_t prediction, bool clip, bool learned_range, const std::optional<Tensor>& uncond,
-    double guidance_scale, const std::optional<Tensor>& noise, const std::optional<Tensor>& keys,
-    std::optional<int64_t> seed, int64_t stream, bool return_pred_x0) {
+std::tuple<Tensor, Tensor> ddpm_step(const Tensor& x_t, const Tensor& model_output,
+                                     const Tensor& step, const Tensor& table, int64_t prediction,
+                                     bool clip, bool learned_range,
+                                     const std::optional<Tensor>& uncond, double guidance_scale,
+                                     const std::optional<Tensor>& noise,
+                                     const std::optional<Tensor>& keys, std::optional<int64_t> seed,
+                                     int64_t stream, bool return_pred_x0) {
   return sampler_step<Device>(true, x_t, model_output, step, table, prediction, clip, learned_range,
                               uncond, guidance_scale, noise, keys, seed, stream, return_pred_x0);
 }

@@ -148,8 +148,8 @@ inline SampleLayout sample_layout(const Tensor& x, bool channels_last) {
 // `keys` must outlive the launch; the caller keeps it contiguous.
 inline NoiseSource noise_source(const std::optional<Tensor>& keys, std::optional<int64_t> seed,
                                 int64_t stream) {
-  return {keys ? keys->const_data_ptr<int64_t>() : nullptr,
-          static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(stream)};
+  return {keys ? keys->const_data_ptr<int64_t>() : nullptr, static_cast<uint64_t>(seed.value_or(0)),
+          static_cast<uint64_t>(stream)};
 }
 
 // Fills what the argument structs of all ops with noise share. The tensors must outlive the launch.
@@ -159,9 +159,7 @@ void set_noise(Args& args, const std::optional<Tensor>& noise, const std::option
   args.noise = noise ? noise->const_data_ptr() : nullptr;
   args.noise_type = noise ? dtype_of(noise->scalar_type(), op, "noise") : DType::kFloat32;
   args.source = noise_source(keys, seed, stream);
-  args.mode = noise            ? NoiseMode::kGiven
-              : (keys || seed) ? NoiseMode::kGenerated
-                               : NoiseMode::kNone;
+  args.mode = noise ? NoiseMode::kGiven : (keys || seed) ? NoiseMode::kGenerated : NoiseMode::kNone;
 }
 
 inline std::optional<Tensor> checked_keys(const std::optional<Tensor>& keys, const Tensor& like,

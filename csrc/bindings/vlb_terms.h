@@ -6,7 +6,8 @@
 
 namespace fastdiff::bindings {
 
-// The arguments of both passes, checked and brought into one memory format; owns what they point to.
+// The arguments of both passes, checked and brought into one memory format; owns what they point
+// to.
 struct VlbTermsCall {
   VlbTermsArgs args{};
   Tensor x0, x_t, model_output, t, table;
@@ -23,18 +24,18 @@ struct VlbTermsCall {
     check_same_shape(x0_in, x_t_in, op, "x0");
     check_float(x0_in, op, "x0");
     check_float(model_output_in, op, "model_output");
-    bool same = model_output_in.dim() == x_t_in.dim() && model_output_in.device() == x_t_in.device();
+    bool same =
+        model_output_in.dim() == x_t_in.dim() && model_output_in.device() == x_t_in.device();
     for (int64_t d = 0; same && d < x_t_in.dim(); ++d) {
       same = model_output_in.size(d) == x_t_in.size(d) * (d == 1 && learned ? 2 : 1);
     }
     STD_TORCH_CHECK(same, op, ": model_output must have the shape and device of x_t",
                     learned ? ", with twice the channels" : "");
     check_vector(t_in, x_t_in.size(0), ScalarType::Long, x_t_in, op, "t");
-    STD_TORCH_CHECK(table_in.dim() == 2 && table_in.size(1) == kStepColumns &&
-                        table_in.device() == x_t_in.device() &&
-                        table_in.scalar_type() == ScalarType::Float,
-                    op, ": table must be float32 (T, ", int(kStepColumns),
-                    ") on the device of x_t");
+    STD_TORCH_CHECK(
+        table_in.dim() == 2 && table_in.size(1) == kStepColumns &&
+            table_in.device() == x_t_in.device() && table_in.scalar_type() == ScalarType::Float,
+        op, ": table must be float32 (T, ", int(kStepColumns), ") on the device of x_t");
     STD_TORCH_CHECK(noise_in.has_value() + keys_in.has_value() + seed.has_value() == 1, op,
                     ": pass one of noise, keys and seed");
     if (noise_in) {
@@ -109,8 +110,7 @@ Tensor vlb_terms_backward(const Tensor& grad, const Tensor& x0, const Tensor& x_
   VlbTermsCall call(x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned,
                     clip, detach_mean);
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == 3 && grad.size(1) == call.x_t.size(0) &&
-                      grad.scalar_type() == ScalarType::Float &&
-                      grad.device() == call.x_t.device(),
+                      grad.scalar_type() == ScalarType::Float && grad.device() == call.x_t.device(),
                   "vlb_terms: grad must be float32 (3, B) on the device of x_t");
   const Tensor grad_ready = in_format(grad, false);
   Tensor out = empty(call.model_output, call.model_output.scalar_type(), call.channels_last);

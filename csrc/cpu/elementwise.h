@@ -9,8 +9,8 @@
 
 namespace fastdiff::cpu {
 
-// Calls body(sample, first, n) for every tile of every sample, on all threads. `elements_per_thread`
-// is the work below which another thread does not pay.
+// Calls body(sample, first, n) for every tile of every sample, on all threads.
+// `elements_per_thread` is the work below which another thread does not pay.
 template <typename F>
 void for_each_tile(const SampleLayout& layout, int64_t elements_per_thread, const F& body) {
   if (layout.numel == 0) return;
@@ -26,7 +26,8 @@ void for_each_tile(const SampleLayout& layout, int64_t elements_per_thread, cons
   });
 }
 
-// Per-thread memory that grows to the largest tile seen: channels_last tiles grow with the channels.
+// Per-thread memory that grows to the largest tile seen: channels_last tiles grow with the
+// channels.
 template <typename F = float>
 F* thread_scratch(int64_t size) {
   thread_local std::vector<F> memory;

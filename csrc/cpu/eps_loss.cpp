@@ -211,7 +211,8 @@ void eps_loss_backward(const EpsLossArgs& args) {
     const int64_t offset = sample * layout.numel + first;
     float* buffer = thread_scratch(2 * size + normal_scratch(layout));
     if (two_bfloat16(args)) {
-      write_gradients(args, sample, first, n, static_cast<const uint16_t*>(args.prediction) + offset,
+      write_gradients(args, sample, first, n,
+                      static_cast<const uint16_t*>(args.prediction) + offset,
                       static_cast<const uint16_t*>(args.noise) + offset, buffer, stream);
       return;
     }

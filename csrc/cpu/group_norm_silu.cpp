@@ -12,11 +12,11 @@ int64_t center_elements(const GroupNormLayout& layout) {
   return std::clamp<int64_t>(layout.group_numel() / 16, 16, 256);
 }
 
-// Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean of
-// M of the group's N elements, is within sqrt(N / M) standard deviations of the mean whatever the
-// data: what E[h^2] - E[h]^2 loses for large means is not lost here. In a constant group the center
-// is within some ulps of the value, and all differences are the same small number of ulps, whose
-// sums are exact: so are mean and variance.
+// Sums are taken of h - center, in F within a piece and in double over pieces. The center, a mean
+// of M of the group's N elements, is within sqrt(N / M) standard deviations of the mean whatever
+// the data: what E[h^2] - E[h]^2 loses for large means is not lost here. In a constant group the
+// center is within some ulps of the value, and all differences are the same small number of ulps,
+// whose sums are exact: so are mean and variance.
 //
 // Channel biases are taken relative to that of the group's first channel, and centers likewise: the
 // center becomes the group's base (fastdiff/group_norm_silu.h) once the mean is known.
@@ -96,8 +96,8 @@ class Forward {
   }
   char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
 
-  // The centers of `count` groups, and what to subtract from x in each of their rows. `squares`: for
-  // what is not needed of their sums.
+  // The centers of `count` groups, and what to subtract from x in each of their rows. `squares`:
+  // for what is not needed of their sums.
   void find_centers(int64_t unit, int64_t count, const Pieces& pieces, int64_t rows,
                     const Operands<F>& operands, F* centers, F* squares, F* k) const {
     const int64_t depth = layout_.group_channels();
@@ -125,9 +125,8 @@ class Forward {
     }
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_run;
-      kernels_.row_sums(x_of(first + row * pieces.run + pieces.begin(piece)), 1,
-                        pieces.size(piece), 0, k + row, sums + (piece - begin),
-                        squares + (piece - begin));
+      kernels_.row_sums(x_of(first + row * pieces.run + pieces.begin(piece)), 1, pieces.size(piece),
+                        0, k + row, sums + (piece - begin), squares + (piece - begin));
     }
   }
 
@@ -180,8 +179,8 @@ class Forward {
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
       write_parts(y_of(start), 1, pieces.size(piece), size_, stream_, kernels_.streams,
                   [&](char* y, int64_t, int64_t, bool stream) {
-                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), k + row,
-                                       slope + row, offset + row, stream);
+                    kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), k + row, slope + row,
+                                       offset + row, stream);
                   });
     }
   }
@@ -219,8 +218,8 @@ class Forward {
     }
   }
 
-  // Sums of pieces [begin, end) of a sample into rows of `sums`, and the groups' centers, after them
-  // the biases of their first channels. `memory`: 8 per channel.
+  // Sums of pieces [begin, end) of a sample into rows of `sums`, and the groups' centers, after
+  // them the biases of their first channels. `memory`: 8 per channel.
   void sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end, F* memory,
                   F* centers, F* sums) const {
     const int64_t channels = layout_.channels, depth = layout_.group_channels();

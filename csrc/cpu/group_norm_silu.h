@@ -1,7 +1,7 @@
 #pragma once
 
-// The loops of group_norm_silu over elements, per dtype of x and compiled for several instruction sets;
-// group_norm_silu.cpp and group_norm_silu_backward.cpp walk tensors with them.
+// The loops of group_norm_silu over elements, per dtype of x and compiled for several instruction
+// sets; group_norm_silu.cpp and group_norm_silu_backward.cpp walk tensors with them.
 
 #include <algorithm>
 
@@ -23,7 +23,8 @@ constexpr int64_t kPiece = 4096;
 // constant groups.
 template <typename F>
 struct GroupNormKernels {
-  // Per row (first array index) or channel: sum of d, sum of d^2. Rows begin `stride` elements apart.
+  // Per row (first array index) or channel: sum of d, sum of d^2. Rows begin `stride` elements
+  // apart.
   void (*row_sums)(const void* x, int64_t rows, int64_t n, int64_t stride, const F* k, F* sum,
                    F* square);
   void (*pixel_sums)(const void* x, int64_t pixels, int64_t channels, const F* k, F* sum,
@@ -33,8 +34,8 @@ struct GroupNormKernels {
                     const F* offset, bool stream);
   void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* k,
                       const F* slope, const F* offset, bool stream);
-  // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not null.
-  // The sums s2 of rows are left out if it is null.
+  // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not
+  // null. The sums s2 of rows are left out if it is null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
                         const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
   void (*pixel_grad_sums)(const void* x, const void* grad, int64_t pixels, int64_t channels,
@@ -57,8 +58,8 @@ GroupNormKernels<F> group_norm_kernels(DType x_type, Activation activation);
 // Those for CPUs with AVX-512 and its bfloat16 instructions. Defined where FASTDIFF_HAS_CLONES.
 GroupNormKernels<float> group_norm_kernels_avx512(DType x_type, Activation activation);
 
-// How the elements of a tensor are cut into pieces, depending on nothing but the shape, so that sums
-// do not depend on batch or threads. A sample's pieces are numbered in memory order.
+// How the elements of a tensor are cut into pieces, depending on nothing but the shape, so that
+// sums do not depend on batch or threads. A sample's pieces are numbered in memory order.
 struct Pieces {
   int64_t per_run;  // pieces per row, or per sample if channels_last
   int64_t length;   // elements of a row, or pixels, per piece; the last one of a run is shorter
@@ -88,8 +89,8 @@ void parallel_items(int64_t items, int64_t elements, const Body& body) {
                body);
 }
 
-// Whether each of `units` independent units (groups, or channels_last samples) is one thread's work;
-// otherwise all threads share a unit.
+// Whether each of `units` independent units (groups, or channels_last samples) is one thread's
+// work; otherwise all threads share a unit.
 inline bool one_thread_each(int64_t units, int64_t elements) {
   const int64_t threads = num_threads();
   return units >= 8 * threads || threads == 1 || units * elements <= 2 * kElementsPerThread ||
@@ -101,9 +102,9 @@ inline int64_t groups_per_block(const GroupNormLayout& layout) {
   return std::clamp<int64_t>(kPiece / layout.group_numel(), 1, layout.groups);
 }
 
-// Calls body(first unit, count) for the groups [begin, end) of (B, G) in blocks of neighbours within a
-// sample. What small groups have to wait for (a sum, a square root) then overlaps, and their rows are
-// one run.
+// Calls body(first unit, count) for the groups [begin, end) of (B, G) in blocks of neighbours
+// within a sample. What small groups have to wait for (a sum, a square root) then overlaps, and
+// their rows are one run.
 template <typename Body>
 void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, const Body& body) {
   const int64_t size = groups_per_block(layout);
@@ -115,17 +116,18 @@ void for_each_block(const GroupNormLayout& layout, int64_t begin, int64_t end, c
   }
 }
 
-// Whether a result is written past the caches: when they do not hold it together with what it is made
-// of, `size` bytes per element in all.
+// Whether a result is written past the caches: when they do not hold it together with what it is
+// made of, `size` bytes per element in all.
 inline bool is_streamed(const GroupNormLayout& layout, int64_t size) {
   return layout.batch * layout.channels * layout.pixels * size >= 2 * kStreamBytes;
 }
 
-// Calls write(to, first, n, stream) for parts [first, first + n) of `count` parts of `length` elements
-// of `size` bytes each. `to` is their place in `out`, to be written past the caches if `stream`:
-// reading the lines of a result that is about to be overwritten costs a third of the traffic. Loops
-// that cannot (`streams` is false) write runs of kPiece elements into a tile in the L1 cache, which is
-// copied past the caches; that is slower, as the copy waits for no memory and the loop only for it.
+// Calls write(to, first, n, stream) for parts [first, first + n) of `count` parts of `length`
+// elements of `size` bytes each. `to` is their place in `out`, to be written past the caches if
+// `stream`: reading the lines of a result that is about to be overwritten costs a third of the
+// traffic. Loops that cannot (`streams` is false) write runs of kPiece elements into a tile in the
+// L1 cache, which is copied past the caches; that is slower, as the copy waits for no memory and
+// the loop only for it.
 template <typename Write>
 void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool stream, bool streams,
                  const Write& write) {
@@ -181,8 +183,8 @@ FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t groups, int64
     const F first = kBases ? operands.channel_bias[g * depth] : F(0);
 #pragma omp simd
     for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
-      const ChannelAffine<F> affine = channel_affine(
-          rstd, operands.weight[c], operands.bias[c], operands.scale[c], operands.shift[c]);
+      const ChannelAffine<F> affine = channel_affine(rstd, operands.weight[c], operands.bias[c],
+                                                     operands.scale[c], operands.shift[c]);
       k[c] = base - (operands.channel_bias[c] - first);
       slope[c] = affine.slope;
       offset[c] = affine.offset;

@@ -16,8 +16,8 @@ namespace {
 
 template <typename S, typename A>
 struct Kernels {
-  static void row_sums(const void* x_data, int64_t rows, int64_t n, int64_t stride,
-                       const float* k, float* sum, float* square) {
+  static void row_sums(const void* x_data, int64_t rows, int64_t n, int64_t stride, const float* k,
+                       float* sum, float* square) {
     V s[4]{}, q[4]{};
     for_four_rows(
         rows,
@@ -52,26 +52,25 @@ struct Kernels {
   static void pixel_sums(const void* x_data, int64_t pixels, int64_t channels, const float* k,
                          float* sum, float* square) {
     for (int64_t c = 0; c < channels; ++c) sum[c] = square[c] = 0;
-    for_pixel_blocks<8>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
-                                              FASTDIFF_LAMBDA {
-      const V center = Float32::load(k + c, m);
-      V s = Float32::load(sum + c, m), q = Float32::load(square + c, m);
-      for (int j = 0; j < kCount; ++j) {
-        const auto* x = in<S>(x_data) + (p + j) * channels + c;
-        prefetch<kCount>(x, channels);
-        const V d = _mm512_sub_ps(S::load(x, m), center);
-        s = _mm512_add_ps(s, d);
-        q = _mm512_fmadd_ps(d, d, q);
-      }
-      Float32::store(sum + c, s, m);
-      Float32::store(square + c, q, m);
-    });
+    for_pixel_blocks<8>(pixels, channels,
+                        [&]<int kCount>(int64_t p, int64_t c, Mask m) FASTDIFF_LAMBDA {
+                          const V center = Float32::load(k + c, m);
+                          V s = Float32::load(sum + c, m), q = Float32::load(square + c, m);
+                          for (int j = 0; j < kCount; ++j) {
+                            const auto* x = in<S>(x_data) + (p + j) * channels + c;
+                            prefetch<kCount>(x, channels);
+                            const V d = _mm512_sub_ps(S::load(x, m), center);
+                            s = _mm512_add_ps(s, d);
+                            q = _mm512_fmadd_ps(d, d, q);
+                          }
+                          Float32::store(sum + c, s, m);
+                          Float32::store(square + c, q, m);
+                        });
   }
 
   template <bool kStream>
   static FASTDIFF_INLINE void row_apply_(const void* x_data, void* y_data, int64_t rows, int64_t n,
-                                         const float* k, const float* slope,
-                                         const float* offset) {
+                                         const float* k, const float* slope, const float* offset) {
     for (int64_t row = 0; row < rows; ++row) {
       const auto* x = in<S>(x_data) + row * n;
       const V center = all(k[row]), a = all(slope[row]), b = all(offset[row]);
@@ -91,22 +90,22 @@ struct Kernels {
   static FASTDIFF_INLINE void pixel_apply_(const void* x_data, void* y_data, int64_t pixels,
                                            int64_t channels, const float* k, const float* slope,
                                            const float* offset) {
-    for_pixel_blocks<4>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
-                                              FASTDIFF_LAMBDA {
-      const V center = Float32::load(k + c, m);
-      const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
-      for (int j = 0; j < kCount; ++j) {
-        const int64_t i = (p + j) * channels + c;
-        prefetch<kCount>(in<S>(x_data) + i, channels);
-        const V d = _mm512_sub_ps(S::load(in<S>(x_data) + i, m), center);
-        const V z = _mm512_fmadd_ps(a, d, b);
-        write_vector<S, kStream>(out<S>(y_data) + i, A::value(z), m);
-      }
-    });
+    for_pixel_blocks<4>(pixels, channels,
+                        [&]<int kCount>(int64_t p, int64_t c, Mask m) FASTDIFF_LAMBDA {
+                          const V center = Float32::load(k + c, m);
+                          const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
+                          for (int j = 0; j < kCount; ++j) {
+                            const int64_t i = (p + j) * channels + c;
+                            prefetch<kCount>(in<S>(x_data) + i, channels);
+                            const V d = _mm512_sub_ps(S::load(in<S>(x_data) + i, m), center);
+                            const V z = _mm512_fmadd_ps(a, d, b);
+                            write_vector<S, kStream>(out<S>(y_data) + i, A::value(z), m);
+                          }
+                        });
   }
 
-  static void pixel_apply(const void* x, void* y, int64_t pixels, int64_t channels,
-                          const float* k, const float* slope, const float* offset, bool stream) {
+  static void pixel_apply(const void* x, void* y, int64_t pixels, int64_t channels, const float* k,
+                          const float* slope, const float* offset, bool stream) {
     if (stream && are_vectors_aligned(out<S>(y), channels)) {
       return pixel_apply_<true>(x, y, pixels, channels, k, slope, offset);
     }
@@ -118,10 +117,10 @@ struct Kernels {
   }
 
   template <bool kKeep>
-  static FASTDIFF_INLINE void row_grad_sums_(const void* x_data, const void* grad_data, int64_t rows,
-                                             int64_t n, const float* k, const float* slope,
-                                             const float* offset, float* kept, float* s0, float* s1,
-                                             float* s2) {
+  static FASTDIFF_INLINE void row_grad_sums_(const void* x_data, const void* grad_data,
+                                             int64_t rows, int64_t n, const float* k,
+                                             const float* slope, const float* offset, float* kept,
+                                             float* s0, float* s1, float* s2) {
     V t0[4]{}, t1[4]{}, t2[4]{};
     for_four_rows(
         rows,
@@ -162,27 +161,27 @@ struct Kernels {
                                                const float* slope, const float* offset, float* kept,
                                                float* s0, float* s1, float* s2) {
     for (int64_t c = 0; c < channels; ++c) s0[c] = s1[c] = s2[c] = 0;
-    for_pixel_blocks<4>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
-                                              FASTDIFF_LAMBDA {
-      const V center = Float32::load(k + c, m);
-      const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
-      V sum0 = Float32::load(s0 + c, m), sum1 = Float32::load(s1 + c, m);
-      V sum2 = Float32::load(s2 + c, m);
-      for (int j = 0; j < kCount; ++j) {
-        const int64_t i = (p + j) * channels + c;
-        prefetch<kCount>(in<S>(x_data) + i, channels);
-        prefetch<kCount>(in<S>(grad_data) + i, channels);
-        const V d = _mm512_sub_ps(S::load(in<S>(x_data) + i, m), center);
-        const V dz = dz_of(S::load(in<S>(grad_data) + i, m), d, a, b);
-        if constexpr (kKeep) Float32::store(kept + i, dz, m);
-        sum0 = _mm512_add_ps(sum0, dz);
-        sum1 = _mm512_fmadd_ps(dz, d, sum1);
-        sum2 = _mm512_add_ps(sum2, d);
-      }
-      Float32::store(s0 + c, sum0, m);
-      Float32::store(s1 + c, sum1, m);
-      Float32::store(s2 + c, sum2, m);
-    });
+    for_pixel_blocks<4>(pixels, channels,
+                        [&]<int kCount>(int64_t p, int64_t c, Mask m) FASTDIFF_LAMBDA {
+                          const V center = Float32::load(k + c, m);
+                          const V a = Float32::load(slope + c, m), b = Float32::load(offset + c, m);
+                          V sum0 = Float32::load(s0 + c, m), sum1 = Float32::load(s1 + c, m);
+                          V sum2 = Float32::load(s2 + c, m);
+                          for (int j = 0; j < kCount; ++j) {
+                            const int64_t i = (p + j) * channels + c;
+                            prefetch<kCount>(in<S>(x_data) + i, channels);
+                            prefetch<kCount>(in<S>(grad_data) + i, channels);
+                            const V d = _mm512_sub_ps(S::load(in<S>(x_data) + i, m), center);
+                            const V dz = dz_of(S::load(in<S>(grad_data) + i, m), d, a, b);
+                            if constexpr (kKeep) Float32::store(kept + i, dz, m);
+                            sum0 = _mm512_add_ps(sum0, dz);
+                            sum1 = _mm512_fmadd_ps(dz, d, sum1);
+                            sum2 = _mm512_add_ps(sum2, d);
+                          }
+                          Float32::store(s0 + c, sum0, m);
+                          Float32::store(s1 + c, sum1, m);
+                          Float32::store(s2 + c, sum2, m);
+                        });
   }
 
   static void pixel_grad_sums(const void* x, const void* grad, int64_t pixels, int64_t channels,
@@ -194,7 +193,8 @@ struct Kernels {
     pixel_grad_sums_<false>(x, grad, pixels, channels, k, slope, offset, kept, s0, s1, s2);
   }
 
-  // grad_x of the vector at element i; the other arguments are the coefficients of its row or channels.
+  // grad_x of the vector at element i; the other arguments are the coefficients of its row or
+  // channels.
   template <bool kKept>
   static FASTDIFF_INLINE V grad_x_of(const void* x, const void* grad, const float* kept, int64_t i,
                                      Mask m, V k, V slope, V offset, V a, V b, V c) {
@@ -209,10 +209,9 @@ struct Kernels {
   }
 
   template <bool kKept, bool kStream>
-  static void row_grad_x_(const void* x, const void* grad, const float* kept,
-                                          void* grad_x, int64_t rows, int64_t n, const float* k,
-                                          const float* slope, const float* offset, const float* a,
-                                          const float* b, const float* c) {
+  static void row_grad_x_(const void* x, const void* grad, const float* kept, void* grad_x,
+                          int64_t rows, int64_t n, const float* k, const float* slope,
+                          const float* offset, const float* a, const float* b, const float* c) {
     for (int64_t row = 0; row < rows; ++row) {
       const V center = all(k[row]), s = all(slope[row]), o = all(offset[row]);
       const V of_dz = all(a[row]), of_d = all(b[row]), constant = all(c[row]);
@@ -232,24 +231,24 @@ struct Kernels {
   }
 
   template <bool kKept, bool kStream>
-  static void pixel_grad_x_(const void* x, const void* grad, const float* kept,
-                                            void* grad_x, int64_t pixels, int64_t channels,
-                                            const float* k, const float* slope, const float* offset,
-                                            const float* a, const float* b, const float* constant) {
-    for_pixel_blocks<4>(pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m)
-                                              FASTDIFF_LAMBDA {
-      const V center = Float32::load(k + c, m), s = Float32::load(slope + c, m);
-      const V o = Float32::load(offset + c, m), of_dz = Float32::load(a + c, m);
-      const V of_d = Float32::load(b + c, m), of_1 = Float32::load(constant + c, m);
-      for (int j = 0; j < kCount; ++j) {
-        const int64_t i = (p + j) * channels + c;
-        prefetch<kCount>(in<S>(x) + i, channels);
-        if constexpr (!kKept) prefetch<kCount>(in<S>(grad) + i, channels);
-        write_vector<S, kStream>(
-            out<S>(grad_x) + i,
-            grad_x_of<kKept>(x, grad, kept, i, m, center, s, o, of_dz, of_d, of_1), m);
-      }
-    });
+  static void pixel_grad_x_(const void* x, const void* grad, const float* kept, void* grad_x,
+                            int64_t pixels, int64_t channels, const float* k, const float* slope,
+                            const float* offset, const float* a, const float* b,
+                            const float* constant) {
+    for_pixel_blocks<4>(
+        pixels, channels, [&]<int kCount>(int64_t p, int64_t c, Mask m) FASTDIFF_LAMBDA {
+          const V center = Float32::load(k + c, m), s = Float32::load(slope + c, m);
+          const V o = Float32::load(offset + c, m), of_dz = Float32::load(a + c, m);
+          const V of_d = Float32::load(b + c, m), of_1 = Float32::load(constant + c, m);
+          for (int j = 0; j < kCount; ++j) {
+            const int64_t i = (p + j) * channels + c;
+            prefetch<kCount>(in<S>(x) + i, channels);
+            if constexpr (!kKept) prefetch<kCount>(in<S>(grad) + i, channels);
+            write_vector<S, kStream>(
+                out<S>(grad_x) + i,
+                grad_x_of<kKept>(x, grad, kept, i, m, center, s, o, of_dz, of_d, of_1), m);
+          }
+        });
   }
 
   static void pixel_grad_x(const void* x, const void* grad, const float* kept, void* grad_x,

@@ -1,8 +1,9 @@
 #pragma once
 
-// What the AVX-512 loops of group_norm_silu are made of: vectors in memory, SiLU, walks over rows and
-// pixels. Included by group_norm_silu_avx512.cpp alone, which sets the instruction set before and has
-// included everything else, so that nothing of the standard library is compiled for AVX-512.
+// What the AVX-512 loops of group_norm_silu are made of: vectors in memory, SiLU, walks over rows
+// and pixels. Included by group_norm_silu_avx512.cpp alone, which sets the instruction set before
+// and has included everything else, so that nothing of the standard library is compiled for
+// AVX-512.
 
 #include <immintrin.h>
 
@@ -17,8 +18,8 @@ constexpr int64_t kLanes = 16;
 constexpr Mask kAll = 0xFFFF;
 FASTDIFF_INLINE V all(float value) { return _mm512_set1_ps(value); }
 
-// How x lies in memory; lanes outside the mask are 0. stream() writes a whole vector past the caches, to
-// an address that is aligned to it.
+// How x lies in memory; lanes outside the mask are 0. stream() writes a whole vector past the
+// caches, to an address that is aligned to it.
 struct Float32 {
   using Type = float;
   static FASTDIFF_INLINE V load(const float* x, Mask m) { return _mm512_maskz_loadu_ps(m, x); }
@@ -56,12 +57,12 @@ struct Float16 {
   }
 };
 
-// 2^(j/16), less j in the exponent's lowest bits and the fraction above them: adding (16 n + j) << 19 to
-// entry j gives 2^(n + j/16).
-alignas(64) constexpr uint32_t kPowers[16] = {
-    0x3F800000u, 0x3F7DAAC3u, 0x3F7B95C2u, 0x3F79C3D3u, 0x3F7837F0u, 0x3F76F532u,
-    0x3F75FED7u, 0x3F75583Fu, 0x3F7504F3u, 0x3F7508A4u, 0x3F75672Au, 0x3F76248Cu,
-    0x3F7744FDu, 0x3F78CCDFu, 0x3F7AC0C7u, 0x3F7D257Du};
+// 2^(j/16), less j in the exponent's lowest bits and the fraction above them: adding (16 n + j) <<
+// 19 to entry j gives 2^(n + j/16).
+alignas(64) constexpr uint32_t kPowers[16] = {0x3F800000u, 0x3F7DAAC3u, 0x3F7B95C2u, 0x3F79C3D3u,
+                                              0x3F7837F0u, 0x3F76F532u, 0x3F75FED7u, 0x3F75583Fu,
+                                              0x3F7504F3u, 0x3F7508A4u, 0x3F75672Au, 0x3F76248Cu,
+                                              0x3F7744FDu, 0x3F78CCDFu, 0x3F7AC0C7u, 0x3F7D257Du};
 
 // 1 + exp(-z) as in fastdiff/sigmoid.h, within 4 ulps, for z brought into [-88.7, 87], where its
 // reciprocal is below 2^-127 and 1. NaN stays NaN. With sixteen powers in a register |r| is at most
@@ -159,25 +160,23 @@ FASTDIFF_INLINE void for_four_rows(int64_t rows, const RowBody& row_body, const 
   }
 }
 
-// Calls body<count>(pixel, c, mask) for the vectors of channels of blocks of `count` pixels, so that
-// what belongs to channels is loaded and stored once per block.
+// Calls body<count>(pixel, c, mask) for the vectors of channels of blocks of `count` pixels, so
+// that what belongs to channels is loaded and stored once per block.
 template <int kBlock, typename Body>
 FASTDIFF_INLINE void for_pixel_blocks(int64_t pixels, int64_t channels, const Body& body) {
   int64_t p = 0;
   for (; p + kBlock <= pixels; p += kBlock) {
-    for_vectors(channels, [&](int64_t c, Mask m) FASTDIFF_LAMBDA {
-      body.template operator()<kBlock>(p, c, m);
-    });
+    for_vectors(channels, [&](int64_t c, Mask m)
+                              FASTDIFF_LAMBDA { body.template operator()<kBlock>(p, c, m); });
   }
   for (; p < pixels; ++p) {
-    for_vectors(channels, [&](int64_t c, Mask m) FASTDIFF_LAMBDA {
-      body.template operator()<1>(p, c, m);
-    });
+    for_vectors(channels,
+                [&](int64_t c, Mask m) FASTDIFF_LAMBDA { body.template operator()<1>(p, c, m); });
   }
 }
 
-// Blocks of pixels are read across the lines of memory, an order that the hardware does not foresee:
-// asks for what the block after the next one reads in this place.
+// Blocks of pixels are read across the lines of memory, an order that the hardware does not
+// foresee: asks for what the block after the next one reads in this place.
 template <int kBlock, typename T>
 FASTDIFF_INLINE void prefetch(const T* x, int64_t channels) {
   _mm_prefetch(reinterpret_cast<const char*>(x + 2 * kBlock * channels), _MM_HINT_T0);

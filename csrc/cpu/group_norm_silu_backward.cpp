@@ -9,8 +9,8 @@
 namespace fastdiff::cpu {
 namespace {
 
-// A group, or channels_last sample, up to this size keeps dz for its second pass in the caches, rather
-// than computing the activation's slope twice and reading grad again.
+// A group, or channels_last sample, up to this size keeps dz for its second pass in the caches,
+// rather than computing the activation's slope twice and reading grad again.
 constexpr int64_t kKeptElements = int64_t{1} << 20;
 
 template <typename F>
@@ -90,9 +90,9 @@ class Backward {
         stream_(is_streamed(layout_, 3 * size_)),
         kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
     const int64_t count = layout_.batch * layout_.channels;
-    for (const ChannelGradient* gradient : {&args.grad_weight, &args.grad_bias,
-                                            &args.grad_channel_bias, &args.grad_scale,
-                                            &args.grad_shift}) {
+    for (const ChannelGradient* gradient :
+         {&args.grad_weight, &args.grad_bias, &args.grad_channel_bias, &args.grad_scale,
+          &args.grad_shift}) {
       rows_.push_back(std::make_unique_for_overwrite<double[]>(gradient->data ? count : 0));
     }
   }
@@ -230,13 +230,14 @@ class Backward {
   void sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
                   const Coefficients& from, F* kept, F* sums, int64_t stride) const {
     const int64_t base = unit * layout_.group_numel();
-    for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
-                                         int64_t piece) {
-      F* to = sums + (piece - begin);
-      kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n, from.k + row,
-                             from.slope + row, from.offset + row, kept ? kept + first : nullptr, to,
-                             to + stride, sums_per_channel() == 3 ? to + 2 * stride : nullptr);
-    });
+    for_each_run(pieces, begin, end,
+                 [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t piece) {
+                   F* to = sums + (piece - begin);
+                   kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n,
+                                          from.k + row, from.slope + row, from.offset + row,
+                                          kept ? kept + first : nullptr, to, to + stride,
+                                          sums_per_channel() == 3 ? to + 2 * stride : nullptr);
+                 });
   }
 
   // Only the gradient of channel_bias takes s2.
@@ -258,16 +259,17 @@ class Backward {
   void write_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
                     const Coefficients& from, const F* kept) const {
     const int64_t base = unit * layout_.group_numel();
-    for_each_run(pieces, begin, end, [&](int64_t first, int64_t row, int64_t rows, int64_t n,
-                                         int64_t) {
-      write_parts(out_of(base + first), rows, n, size_, stream_, kernels_.streams,
-                  [&](char* out, int64_t part, int64_t parts, bool stream) {
-                    const int64_t i = first + part * n, c = row + part;
-                    kernels_.row_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr,
-                                        out, parts, n, from.k + c, from.slope + c, from.offset + c,
-                                        from.a + c, from.b + c, from.c + c, stream);
-                  });
-    });
+    for_each_run(pieces, begin, end,
+                 [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t) {
+                   write_parts(out_of(base + first), rows, n, size_, stream_, kernels_.streams,
+                               [&](char* out, int64_t part, int64_t parts, bool stream) {
+                                 const int64_t i = first + part * n, c = row + part;
+                                 kernels_.row_grad_x(x_of(base + i), grad_of(base + i),
+                                                     kept ? kept + i : nullptr, out, parts, n,
+                                                     from.k + c, from.slope + c, from.offset + c,
+                                                     from.a + c, from.b + c, from.c + c, stream);
+                               });
+                 });
     finish_streaming();
   }
 
@@ -328,8 +330,7 @@ class Backward {
       F* to = sums + 3 * channels * piece;
       kernels_.pixel_grad_sums(x_of(base + first), grad_of(base + first), pieces.size(piece),
                                channels, from.k, from.slope, from.offset,
-                               kept ? kept + first : nullptr, to, to + channels,
-                               to + 2 * channels);
+                               kept ? kept + first : nullptr, to, to + channels, to + 2 * channels);
     }
   }
 
@@ -339,8 +340,8 @@ class Backward {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t first = pieces.begin(piece) * channels;
-      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_, kernels_.streams,
-                  [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
+      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
+                  kernels_.streams, [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
                     const int64_t i = first + pixel * channels;
                     kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
                                           kept ? kept + i : nullptr, out, pixels, channels, from.k,

@@ -10,16 +10,24 @@ namespace {
 
 struct SiLU {
   template <typename F>
-  static FASTDIFF_HD F value(F z) { return silu(z); }
+  static FASTDIFF_HD F value(F z) {
+    return silu(z);
+  }
   template <typename F>
-  static FASTDIFF_HD F slope(F z) { return silu_slope(z); }
+  static FASTDIFF_HD F slope(F z) {
+    return silu_slope(z);
+  }
 };
 
 struct Identity {
   template <typename F>
-  static FASTDIFF_HD F value(F z) { return z; }
+  static FASTDIFF_HD F value(F z) {
+    return z;
+  }
   template <typename F>
-  static FASTDIFF_HD F slope(F) { return F(1); }
+  static FASTDIFF_HD F slope(F) {
+    return F(1);
+  }
 };
 
 template <typename S>
@@ -27,8 +35,8 @@ using In = const typename S::Type* __restrict;
 template <typename S>
 using Out = typename S::Type* __restrict;
 
-// Calls body(n). Rows of kLanes, the 4x4 maps, get a loop of their own: what is constant is then loaded
-// once rather than for every row.
+// Calls body(n). Rows of kLanes, the 4x4 maps, get a loop of their own: what is constant is then
+// loaded once rather than for every row.
 template <typename Body>
 FASTDIFF_HD void with_length(int64_t n, const Body& body) {
   n == kLanes ? body(std::integral_constant<int64_t, kLanes>()) : body(n);
@@ -249,7 +257,8 @@ struct Table {
   static void row_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
                           int64_t rows, int64_t n, const F* k, const F* slope, const F* offset,
                           const F* a, const F* b, const F* c, bool) {
-    const auto loop = kept ? float_clones<F, row_grad_x<S, A, true, F>> : float_clones<F, row_grad_x<S, A, false, F>>;
+    const auto loop = kept ? float_clones<F, row_grad_x<S, A, true, F>>
+                           : float_clones<F, row_grad_x<S, A, false, F>>;
     loop(x, grad, kept, grad_x, rows, n, k, slope, offset, a, b, c);
   }
   static void pixel_grad_x_(const void* x, const void* grad, const F* kept, void* grad_x,
@@ -283,8 +292,7 @@ GroupNormKernels<typename S::F> table_of(Activation activation) {
 template <>
 GroupNormKernels<float> group_norm_kernels<float>(DType x_type, Activation activation) {
 #if FASTDIFF_HAS_CLONES
-  static const bool has_avx512 =
-      isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has_avx512 = isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
   if (has_avx512) return group_norm_kernels_avx512(x_type, activation);
 #endif
   switch (x_type) {

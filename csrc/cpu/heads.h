@@ -13,11 +13,16 @@ namespace fastdiff::cpu {
 template <typename F>
 void with_channels(int64_t channels, const F& body) {
   switch (channels) {
-    case 1: return body(std::integral_constant<int64_t, 1>{});
-    case 2: return body(std::integral_constant<int64_t, 2>{});
-    case 3: return body(std::integral_constant<int64_t, 3>{});
-    case 4: return body(std::integral_constant<int64_t, 4>{});
-    default: return body(channels);
+    case 1:
+      return body(std::integral_constant<int64_t, 1>{});
+    case 2:
+      return body(std::integral_constant<int64_t, 2>{});
+    case 3:
+      return body(std::integral_constant<int64_t, 3>{});
+    case 4:
+      return body(std::integral_constant<int64_t, 4>{});
+    default:
+      return body(channels);
   }
 }
 

@@ -10,8 +10,8 @@ namespace fastdiff::cpu {
 // Two vectors of AVX2: with one, each addition to a sum would wait for the one before.
 constexpr int kLanes = 16;
 
-// The sum over N lanes, halves onto halves: compilers add up the lanes of an `omp simd reduction` one
-// after the other, which takes as long as 60 elements.
+// The sum over N lanes, halves onto halves: compilers add up the lanes of an `omp simd reduction`
+// one after the other, which takes as long as 60 elements.
 template <int N, typename F>
 FASTDIFF_HD F add_lanes(F* lanes) {
   if constexpr (N > 1) {
@@ -24,8 +24,9 @@ FASTDIFF_HD F add_lanes(F* lanes) {
 
 // How values lie in memory: Type there, F in registers.
 //
-// each(fn, x...) calls fn(lane, x[i]...) and map(y, fn, x...) assigns y[i] = fn(lane, x[i]...), for the
-// kLanes elements from x and y on. Every element has a lane of its own, not always of its own number.
+// each(fn, x...) calls fn(lane, x[i]...) and map(y, fn, x...) assigns y[i] = fn(lane, x[i]...), for
+// the kLanes elements from x and y on. Every element has a lane of its own, not always of its own
+// number.
 template <typename T, typename Float, Float (*kLoad)(T), T (*kStore)(Float)>
 struct Values {
   using Type = T;
@@ -60,8 +61,8 @@ FASTDIFF_HD uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>(round_to_bfloat16(value) >> 16);
 }
 
-// Neighbours are the halves of one 32-bit lane, so that vectors need not be widened and narrowed: the
-// first halves have the lower lanes.
+// Neighbours are the halves of one 32-bit lane, so that vectors need not be widened and narrowed:
+// the first halves have the lower lanes.
 struct BFloat16 : Values<uint16_t, float, bfloat16_to_float, float_to_bfloat16> {
   static constexpr int kPairs = kLanes / 2;
 

@@ -9,8 +9,8 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 // Torch's intra-op threads. Defined by the bindings, like the next one.
 int64_t num_threads();
 
-// Runs `function` over [begin, end) on torch's intra-op threads. Defined by the bindings, so that the
-// kernels need no torch header.
+// Runs `function` over [begin, end) on torch's intra-op threads. Defined by the bindings, so that
+// the kernels need no torch header.
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                      void* context);
 

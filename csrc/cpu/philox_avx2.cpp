@@ -31,8 +31,7 @@ void philox_words_avx2(uint64_t key, uint64_t stream, uint64_t first, PhiloxWord
     philox_lanes(first + lane, evens, stream, key, WideMultiply4{}, even);
     philox_lanes(first + lane + 1, evens, stream, key, WideMultiply4{}, odd);
     for (int k = 0; k < 4; ++k) {
-      const __m256i joined =
-          _mm256_blend_epi32((__m256i)even[k], (__m256i)(odd[k] << 32), 0xAA);
+      const __m256i joined = _mm256_blend_epi32((__m256i)even[k], (__m256i)(odd[k] << 32), 0xAA);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(words.w[k] + lane), joined);
     }
   }

@@ -79,9 +79,8 @@ void q_sample(const QSampleArgs& args) {
   const bool generated = args.mode == NoiseMode::kGenerated;
   const bool stream = layout.batch * layout.numel * size_of(args.out_type) > kStreamBytes;
   const bool in_place = args.out_type == DType::kFloat32 && !stream;
-  const bool all_bfloat16 =
-      args.mode == NoiseMode::kGiven && args.out_type == DType::kBFloat16 &&
-      args.x0_type == DType::kBFloat16 && args.noise_type == DType::kBFloat16;
+  const bool all_bfloat16 = args.mode == NoiseMode::kGiven && args.out_type == DType::kBFloat16 &&
+                            args.x0_type == DType::kBFloat16 && args.noise_type == DType::kBFloat16;
 
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const float a = args.sqrt_alpha_bar[args.t[sample]];

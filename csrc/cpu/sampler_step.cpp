@@ -14,8 +14,8 @@ namespace {
 
 // uncond is read if Guided, x0 is written if WithX0.
 template <bool Guided, bool WithX0, typename T>
-FASTDIFF_HD void step_all(const StepRow<T> row, T scale, const T* x, const T* cond,
-                          const T* uncond, T* x_s, T* x0, int64_t n) {
+FASTDIFF_HD void step_all(const StepRow<T> row, T scale, const T* x, const T* cond, const T* uncond,
+                          T* x_s, T* x0, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T output = Guided ? guided(cond[i], uncond[i], scale) : cond[i];
@@ -38,8 +38,8 @@ FASTDIFF_HD void add_learned_noise(const StepRow<T> row, const T* v, const T* no
   for (int64_t i = 0; i < n; ++i) x_s[i] += step_sigma(row, v[i]) * noise[i];
 }
 
-// All arrays in bfloat16 and no noise: two values to a word, so that nothing is widened or packed. The
-// general path converts tile by tile, which takes longer than memory does.
+// All arrays in bfloat16 and no noise: two values to a word, so that nothing is widened or packed.
+// The general path converts tile by tile, which takes longer than memory does.
 template <bool Guided>
 FASTDIFF_HD void step_pairs(const StepRow<float> row, float scale, const uint16_t* x,
                             const uint16_t* cond, const uint16_t* uncond, uint16_t* x_s,
@@ -57,7 +57,7 @@ FASTDIFF_HD void step_pairs(const StepRow<float> row, float scale, const uint16_
     const uint32_t value = x_pairs[i], output = cond_pairs[i];
     const uint32_t other = Guided ? uncond_pairs[i] : output;
     out_pairs[i] = bfloat16_pair(next(low(value), low(output), low(other)),
-                           next(high(value), high(output), high(other)));
+                                 next(high(value), high(output), high(other)));
   }
   if (n % 2) {
     const int64_t i = n - 1;
@@ -117,11 +117,10 @@ void sampler_step(const SamplerStepArgs& args) {
   const bool all_bfloat16 = args.x_type == DType::kBFloat16 &&
                             args.output_type == DType::kBFloat16 && !args.pred_x0 &&
                             args.mode == NoiseMode::kNone && !args.output_strided();
-  const auto function =
-      args.uncond
-          ? (args.pred_x0 ? clones<step_all<true, true, float>> : clones<step_all<true, false, float>>)
-          : (args.pred_x0 ? clones<step_all<false, true, float>>
-                          : clones<step_all<false, false, float>>);
+  const auto function = args.uncond ? (args.pred_x0 ? clones<step_all<true, true, float>>
+                                                    : clones<step_all<true, false, float>>)
+                                    : (args.pred_x0 ? clones<step_all<false, true, float>>
+                                                    : clones<step_all<false, false, float>>);
 
   for_each_tile(layout, generated ? 4096 : 16384, [&](int64_t sample, int64_t first, int64_t n) {
     const int64_t offset = sample * layout.numel + first;
@@ -169,15 +168,14 @@ void sampler_step(const SamplerStepArgs& args) {
 
     const float* x = load_tile(args.x_type, args.x_t, offset, n, buffers);
     float* x_s = in_place ? static_cast<float*>(args.x_s) + offset : buffers;
-    float* x0 = in_place && args.pred_x0 ? static_cast<float*>(args.pred_x0) + offset
-                                         : buffers + size;
+    float* x0 =
+        in_place && args.pred_x0 ? static_cast<float*>(args.pred_x0) + offset : buffers + size;
     function(row, scale, x, cond, uncond, x_s, x0, n);
     if (args.mode != NoiseMode::kNone) {
-      const float* noise = generated ? normal_tile(layout, args.source.key(sample),
-                                                   args.source.stream, first, n,
-                                                   buffers + 7 * size)
-                                     : load_tile(args.x_type, args.noise, offset, n,
-                                                 buffers + 7 * size);
+      const float* noise = generated
+                               ? normal_tile(layout, args.source.key(sample), args.source.stream,
+                                             first, n, buffers + 7 * size)
+                               : load_tile(args.x_type, args.noise, offset, n, buffers + 7 * size);
       if (v) {
         clones<add_learned_noise<float>>(row, v, noise, x_s, n);
       } else {

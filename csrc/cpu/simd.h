@@ -17,8 +17,8 @@
 
 namespace fastdiff::cpu {
 
-// Instruction sets that loops are compiled for, each with those before it: one library runs on every
-// x86-64 and still uses AVX2 or AVX-512 where they are.
+// Instruction sets that loops are compiled for, each with those before it: one library runs on
+// every x86-64 and still uses AVX2 or AVX-512 where they are.
 enum class Isa : int32_t { kPortable, kAvx2, kAvx512 };
 
 // The environment variable FASTDIFF_CPU_ISA, read once, or the best of this machine. A value that

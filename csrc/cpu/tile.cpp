@@ -110,15 +110,16 @@ void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks
 }
 
 // Pixels per tile of a channels_last tensor: a multiple of 4, and enough that the Philox blocks cut
-// at both ends of a channel's run cost little; up to 16 channels a multiple of what philox_words makes.
+// at both ends of a channel's run cost little; up to 16 channels a multiple of what philox_words
+// makes.
 int64_t tile_pixels(const SampleLayout& layout) {
   constexpr int64_t kWhole = 4 * kPhiloxLanes;
   const int64_t pixels = kTile / layout.inner;
   return pixels >= kWhole ? pixels / kWhole * kWhole : std::max<int64_t>(16, pixels / 4 * 4);
 }
 
-// The channels of a run of pixels, interleaved: those of pictures and of latents, which GCC shuffles in
-// registers.
+// The channels of a run of pixels, interleaved: those of pictures and of latents, which GCC
+// shuffles in registers.
 FASTDIFF_HD void interleave_3_loop(const float* a, const float* b, const float* c, float* out,
                                    int64_t n) {
 #pragma omp simd

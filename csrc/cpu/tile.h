@@ -37,8 +37,8 @@ int64_t tile_elements(const SampleLayout& layout);
 // Floats of scratch that normal_tile needs.
 int64_t normal_scratch(const SampleLayout& layout);
 
-// Normals of memory indices [first, first + n) of the sample with this key; `first` is a multiple of
-// tile_elements. Returns a pointer into `scratch`.
+// Normals of memory indices [first, first + n) of the sample with this key; `first` is a multiple
+// of tile_elements. Returns a pointer into `scratch`.
 const float* normal_tile(const SampleLayout& layout, uint64_t key, uint64_t stream, int64_t first,
                          int64_t n, float* scratch);
 

@@ -1,5 +1,5 @@
-// For this file only: both passes make branches of the selections in normal_tail.h, around which GCC
-// does not vectorize. Scalar, these loops took six times the instructions (AVX2).
+// For this file only: both passes make branches of the selections in normal_tail.h, around which
+// GCC does not vectorize. Scalar, these loops took six times the instructions (AVX2).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-pre", "no-thread-jumps")
 #endif
@@ -26,8 +26,8 @@ struct Sums {
   float nats, x0, eps;
 };
 
-// In blocks: the terms of a block first, then their sums, because GCC does not vectorize both in one
-// loop.
+// In blocks: the terms of a block first, then their sums, because GCC does not vectorize both in
+// one loop.
 template <bool First, bool Learned>
 FASTDIFF_HD Sums sums_of(const VlbRow& shared_row, const Tile& tile) {
   constexpr int64_t kBlock = 256;
@@ -109,16 +109,16 @@ Tile load(const VlbTermsArgs& args, int64_t sample, int64_t first, int64_t n, bo
   tile.x0 = load_tile(args.noise_type, args.x0, offset, n, scratch);
   tile.x = load_tile(args.noise_type, args.x_t, offset, n, scratch + size);
   if (args.output_strided()) {
-    const float* both = load_tile(args.output_type, args.model_output, base + 2 * first, 2 * n,
-                                  scratch + 4 * size);
+    const float* both =
+        load_tile(args.output_type, args.model_output, base + 2 * first, 2 * n, scratch + 4 * size);
     split_heads(both, args.layout.inner, n, output, v);
     tile.output = output;
     tile.v = v;
   } else {
     tile.output = load_tile(args.output_type, args.model_output, base + first, n, output);
     if (args.learned) {
-      tile.v = load_tile(args.output_type, args.model_output,
-                         base + args.variance_offset() + first, n, v);
+      tile.v = load_tile(args.output_type, args.model_output, base + args.variance_offset() + first,
+                         n, v);
     }
   }
   if (with_noise) {

@@ -28,9 +28,9 @@ bool whole_samples(const EpsLossArgs& args, const ChunkPlan& plan) {
   return args.reduction == Reduction::kNone && plan.per_sample == 1;
 }
 
-// Samples whose sums a block adds up before it writes, if only their total is wanted. A partial sum is
-// 8 bytes, written and read: twice as many samples until that is a 48th of the prediction, as long as
-// the blocks fill a device, or have 4 KB each.
+// Samples whose sums a block adds up before it writes, if only their total is wanted. A partial sum
+// is 8 bytes, written and read: twice as many samples until that is a 48th of the prediction, as
+// long as the blocks fill a device, or have 4 KB each.
 int samples_per_block(const EpsLossArgs& args, const ChunkPlan& plan) {
   const int64_t bytes = args.layout.numel * size_of(args.prediction_type);
   const int64_t enough = std::clamp<int64_t>(args.layout.batch * bytes / 4096, 1, kDeviceBlocks);
@@ -88,14 +88,12 @@ struct Backward {
   static cudaError_t launch(const EpsLossArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Prediction);
     const int vector = vector_elements(args);
-    const ChunkPlan plan =
-        plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
+    const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated);
     if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
     const auto kernel = vector > 1 ? eps_loss_bwd_kernel<Prediction, Noise, V>
                                    : eps_loss_bwd_kernel<Prediction, Noise, 1>;
-    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads,
-                         plan.shared_bytes(), stream, args, plan,
-                         static_cast<float>(args.scale()));
+    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                         stream, args, plan, static_cast<float>(args.scale()));
   }
 };
 

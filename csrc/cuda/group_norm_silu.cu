@@ -20,7 +20,8 @@ struct Forward {
     vector = vector_elements(args.layout, type, {args.x, args.y});
     return choose_plan(plan, args.layout, vector, type, kGroupNormForward, [&](const auto& wanted) {
       const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
-        return cluster_fits<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>, wanted)
+        return cluster_fits<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>,
+                                               wanted)
                    ? cudaSuccess
                    : cudaErrorInvalidClusterSize;
       });
@@ -55,7 +56,8 @@ struct Forward {
                                       stream);
     if (error != cudaSuccess) return error;
     return launch<GroupNormSiluArgs>(group_norm_silu_apply_kernel<T, ChannelsLast, V>, args, plan,
-                                     blocks, plan.threads, 2 * plan.chunk_channels() * sizeof(float2), 1, stream);
+                                     blocks, plan.threads,
+                                     2 * plan.chunk_channels() * sizeof(float2), 1, stream);
   }
 };
 
@@ -71,7 +73,6 @@ extern "C" cudaError_t fastdiff_group_norm_silu(const fastdiff::GroupNormSiluArg
                                                 cudaStream_t stream) {
   fastdiff::cuda::Forward pass(*args);
   if (const cudaError_t error = pass.choose(); error != cudaSuccess) return error;
-  return pass.dispatch([&]<typename T, bool ChannelsLast, int V>() {
-    return pass.run<T, ChannelsLast, V>(stream);
-  });
+  return pass.dispatch(
+      [&]<typename T, bool ChannelsLast, int V>() { return pass.run<T, ChannelsLast, V>(stream); });
 }

@@ -19,14 +19,16 @@ struct Backward {
   cudaError_t choose() {
     const DType type = args.x_type;
     vector = vector_elements(args.layout, type, {args.x, args.grad, args.grad_x});
-    return choose_plan(plan, args.layout, vector, type, kGroupNormBackward, [&](const auto& wanted) {
-      const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
-        return cluster_fits<GroupNormSiluBackwardArgs>(group_norm_silu_bwd_kernel<T, ChannelsLast, V>, wanted)
-                   ? cudaSuccess
-                   : cudaErrorInvalidClusterSize;
-      });
-      return error == cudaSuccess;
-    });
+    return choose_plan(
+        plan, args.layout, vector, type, kGroupNormBackward, [&](const auto& wanted) {
+          const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
+            return cluster_fits<GroupNormSiluBackwardArgs>(
+                       group_norm_silu_bwd_kernel<T, ChannelsLast, V>, wanted)
+                       ? cudaSuccess
+                       : cudaErrorInvalidClusterSize;
+          });
+          return error == cudaSuccess;
+        });
   }
 
   template <typename F>
@@ -92,7 +94,6 @@ extern "C" cudaError_t fastdiff_group_norm_silu_backward(
     const fastdiff::GroupNormSiluBackwardArgs* args, cudaStream_t stream) {
   fastdiff::cuda::Backward pass(*args);
   if (const cudaError_t error = pass.choose(); error != cudaSuccess) return error;
-  return pass.dispatch([&]<typename T, bool ChannelsLast, int V>() {
-    return pass.run<T, ChannelsLast, V>(stream);
-  });
+  return pass.dispatch(
+      [&]<typename T, bool ChannelsLast, int V>() { return pass.run<T, ChannelsLast, V>(stream); });
 }

@@ -16,8 +16,8 @@ cudaError_t launch(const QSampleArgs& args, cudaStream_t stream) {
                        (!generated || vectors_of_noise(args.layout));
   const ChunkPlan plan = plan_chunks(args.layout, vectors ? V : 1, generated);
   if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-  const auto kernel = vectors ? q_sample_fwd_kernel<Out, X0, Noise, V>
-                              : q_sample_fwd_kernel<Out, X0, Noise, 1>;
+  const auto kernel =
+      vectors ? q_sample_fwd_kernel<Out, X0, Noise, V> : q_sample_fwd_kernel<Out, X0, Noise, 1>;
   return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
                        stream, args, plan);
 }

@@ -16,17 +16,18 @@ template <typename X, typename Output, typename Kernel>
 cudaError_t launch_step(const SamplerStepArgs& args, cudaStream_t stream, const Kernel& kernel_of) {
   constexpr int V = 16 / sizeof(X);
   const bool generated = args.mode == NoiseMode::kGenerated;
-  const int head_bytes = staged_head_bytes(args.layout, args.output_strided(),
-                                           args.uncond ? 2 : 1, args.output_type);
-  const auto fits = [](const void* pointer, DType type) { return vector_aligned(pointer, type, V); };
+  const int head_bytes =
+      staged_head_bytes(args.layout, args.output_strided(), args.uncond ? 2 : 1, args.output_type);
+  const auto fits = [](const void* pointer, DType type) {
+    return vector_aligned(pointer, type, V);
+  };
   const auto head_fits = [&](const void* pointer) {  // staging copies 16 bytes at a time
     return head_bytes > 0 ? aligned(pointer, 16) : fits(pointer, args.output_type);
   };
   const bool vectors = args.layout.numel % V == 0 && fits(args.x_s, args.x_type) &&
                        fits(args.pred_x0, args.x_type) && fits(args.x_t, args.x_type) &&
                        fits(args.noise, args.x_type) && head_fits(args.model_output) &&
-                       head_fits(args.uncond) &&
-                       (!generated || vectors_of_noise(args.layout)) &&
+                       head_fits(args.uncond) && (!generated || vectors_of_noise(args.layout)) &&
                        vectors_of_heads(args.layout, args.output_strided(), V);
   const ChunkPlan plan = plan_chunks(args.layout, vectors ? V : 1, generated, head_bytes);
   if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;

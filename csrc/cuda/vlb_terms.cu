@@ -8,13 +8,15 @@ namespace {
 
 int vector_elements(const VlbTermsArgs& args) {
   const int V = static_cast<int>(16 / size_of(args.output_type));
-  const auto fits = [V](const void* pointer, DType type) { return vector_aligned(pointer, type, V); };
-  const bool vectors =
-      args.layout.numel % V == 0 && fits(args.x0, args.noise_type) &&
-      fits(args.x_t, args.noise_type) && fits(args.noise, args.noise_type) &&
-      fits(args.model_output, args.output_type) && fits(args.grad_output, args.output_type) &&
-      (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout)) &&
-      vectors_of_heads(args.layout, args.output_strided(), V);
+  const auto fits = [V](const void* pointer, DType type) {
+    return vector_aligned(pointer, type, V);
+  };
+  const bool vectors = args.layout.numel % V == 0 && fits(args.x0, args.noise_type) &&
+                       fits(args.x_t, args.noise_type) && fits(args.noise, args.noise_type) &&
+                       fits(args.model_output, args.output_type) &&
+                       fits(args.grad_output, args.output_type) &&
+                       (args.mode == NoiseMode::kGiven || vectors_of_noise(args.layout)) &&
+                       vectors_of_heads(args.layout, args.output_strided(), V);
   return vectors ? V : 1;
 }
 
@@ -37,14 +39,14 @@ struct Forward {
                                                     : vlb_terms_fwd_kernel<Data, Output, false, 1>;
     if (plan.per_sample > 0) {
       if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
-      const cudaError_t error =
-          launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
-                        stream, args, plan);
+      const cudaError_t error = launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads,
+                                              plan.shared_bytes(), stream, args, plan);
       if (error != cudaSuccess) return error;
     }
     const int64_t sums = 3 * args.layout.batch;
     const double scale = 1.0 / static_cast<double>(args.layout.numel);
-    return finish_sums(args.out, args.partials, nullptr, sums, plan.per_sample, scale, false, stream);
+    return finish_sums(args.out, args.partials, nullptr, sums, plan.per_sample, scale, false,
+                       stream);
   }
 };
 
@@ -53,14 +55,14 @@ struct Backward {
   static cudaError_t launch(const VlbTermsArgs& args, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(Output);
     const int vector = vector_elements(args);
-    const ChunkPlan plan = plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated,
-                                       head_bytes(args));
+    const ChunkPlan plan =
+        plan_chunks(args.layout, vector, args.mode == NoiseMode::kGenerated, head_bytes(args));
     if (!plan.fits(args.layout)) return cudaErrorInvalidConfiguration;
     const auto kernel = plan.head_bytes > 0 ? vlb_terms_bwd_kernel<Data, Output, true, V>
                         : vector > 1        ? vlb_terms_bwd_kernel<Data, Output, false, V>
                                             : vlb_terms_bwd_kernel<Data, Output, false, 1>;
-    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads,
-                         plan.shared_bytes(), stream, args, plan);
+    return launch_kernel(kernel, plan.blocks(args.layout), kElementwiseThreads, plan.shared_bytes(),
+                         stream, args, plan);
   }
 };
 
@@ -84,8 +86,7 @@ extern "C" int64_t fastdiff_vlb_terms_partials(const fastdiff::VlbTermsArgs* arg
   return 3 * args->layout.batch * fastdiff::cuda::forward_plan(*args).per_sample;
 }
 
-extern "C" cudaError_t fastdiff_vlb_terms(const fastdiff::VlbTermsArgs* args,
-                                          cudaStream_t stream) {
+extern "C" cudaError_t fastdiff_vlb_terms(const fastdiff::VlbTermsArgs* args, cudaStream_t stream) {
   return fastdiff::cuda::dispatch<fastdiff::cuda::Forward>(*args, stream);
 }
 

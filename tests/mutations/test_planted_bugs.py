@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         "silu'(x_hat) in place of silu'(gamma x_hat + beta) (CUDA)",
         "csrc/include/fastdiff/group_norm_silu_backward.cuh",
-        "m.x * x + m.y);\n                const float hat",
-        "m.z * x + m.w);\n                const float hat",
+        "m.y * d + m.z);\n                batch",
+        "m.w * d);\n                batch",
         cuda("group_norm_silu", "test_gradients"),
         "error exceeds the bound",
     ),
@@ -162,8 +162,8 @@ MUTANTS = [
     Mutant(
         "a dropped mean term in dx (CUDA)",
         "csrc/include/fastdiff/group_norm_silu_backward.cuh",
-        "first.z * (m.x + first.w * m.y)",
-        "first.z * (first.w * m.y)",
+        "return first.w * m.x;",
+        "return 0.0f;",
         cuda("group_norm_silu", "test_gradients"),
         "error exceeds the bound",
     ),

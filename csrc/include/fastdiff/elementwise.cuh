@@ -19,10 +19,10 @@ constexpr int kElementwiseThreads = 128;
 // Chunks are kElementwiseThreads * V elements, or more where the grid would pass its limit; chunks
 // of which something is staged in shared memory are whole pixels.
 struct ChunkPlan {
-  int64_t elements;   // per chunk
+  int64_t elements;  // per chunk
   int64_t per_sample;
-  bool stage_noise;   // generate the chunk's noise into shared memory, in memory order
-  int head_bytes;     // per element, of model outputs that are staged (model_heads.cuh)
+  bool stage_noise;  // generate the chunk's noise into shared memory, in memory order
+  int head_bytes;    // per element, of model outputs that are staged (model_heads.cuh)
 
   bool whole_pixels() const { return stage_noise || head_bytes > 0; }
   // Whether the grid is within the device's limit; a launcher refuses what is not.
@@ -130,9 +130,9 @@ __device__ __forceinline__ void chunk_normals(const SampleLayout& layout, const 
   }
 }
 
-// The key of the chunk's sample and, in channels_last, the chunk's normals in shared memory. `Args` is
-// the argument struct of any op with noise: layout, mode, noise, source. All threads of the block call
-// the constructor.
+// The key of the chunk's sample and, in channels_last, the chunk's normals in shared memory. `Args`
+// is the argument struct of any op with noise: layout, mode, noise, source. All threads of the
+// block call the constructor.
 template <typename Noise, typename Args>
 struct ChunkNoise {
   const Args& args;
@@ -140,8 +140,8 @@ struct ChunkNoise {
   uint64_t key;
   float* staged;
 
-  __device__ __forceinline__ ChunkNoise(const Args& args, const ChunkPlan& plan,
-                                        const Chunk& chunk, float4* shared)
+  __device__ __forceinline__ ChunkNoise(const Args& args, const ChunkPlan& plan, const Chunk& chunk,
+                                        float4* shared)
       : args(args), chunk(chunk) {
     key = args.mode == NoiseMode::kGenerated ? args.source.key(chunk.sample) : 0;
     staged = plan.stage_noise ? reinterpret_cast<float*>(shared) : nullptr;

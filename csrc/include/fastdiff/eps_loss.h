@@ -27,9 +27,9 @@ FASTDIFF_HD T loss_slope(T d) {
 }
 
 // The forward pass reads prediction, noise and weight and writes out; the backward pass reads grad
-// too and writes the gradients that are not null. On the CPU the forward pass writes grad_prediction
-// as well if it is not null, for grad = 1. weight, grad and out are float32, or float64 if
-// the prediction is.
+// too and writes the gradients that are not null. On the CPU the forward pass writes
+// grad_prediction as well if it is not null, for grad = 1. weight, grad and out are float32, or
+// float64 if the prediction is.
 struct EpsLossArgs {
   void* out;              // (B,) for kNone, else one value
   void* partials;         // CUDA: float32 workspace

@@ -21,8 +21,8 @@ struct GroupNormLayout {
 };
 
 // A small operand: (C,) with row_stride 0, or (B, C) with any stride between samples (halves of a
-// chunked projection need no copy). Channels are adjacent. Its dtype is a run-time value, as it is read
-// once per channel: float32, or that of x.
+// chunked projection need no copy). Channels are adjacent. Its dtype is a run-time value, as it is
+// read once per channel: float32, or that of x.
 struct ChannelVector {
   const void* data;  // null: absent
   int64_t row_stride;
@@ -42,8 +42,8 @@ struct ChannelGradient {
 // its value and in a group of a small deviation any number.
 //
 // So that the center of a constant group is its very value, whatever its channel bias, the forward
-// passes take the mean of x + (channel_bias - that of the group's first channel), the group's `base`:
-// center = base - (channel_bias - that of the first channel).
+// passes take the mean of x + (channel_bias - that of the group's first channel), the group's
+// `base`: center = base - (channel_bias - that of the first channel).
 template <typename T>
 struct ChannelAffine {
   T slope;
@@ -59,10 +59,10 @@ FASTDIFF_HD ChannelAffine<T> channel_affine(T rstd, T weight, T bias, T scale, T
 }
 
 struct GroupNormSiluArgs {
-  void* y;            // as x
-  void* mean;         // (B, G) float32 (float64 if x is): of h
-  void* rstd;         // (B, G) likewise: 1 / sqrt(variance + eps)
-  void* workspace;    // CUDA: float32, as many as the launcher asks for
+  void* y;          // as x
+  void* mean;       // (B, G) float32 (float64 if x is): of h
+  void* rstd;       // (B, G) likewise: 1 / sqrt(variance + eps)
+  void* workspace;  // CUDA: float32, as many as the launcher asks for
   const void* x;
   ChannelVector weight;        // (C,)
   ChannelVector bias;          // (C,)
@@ -77,10 +77,11 @@ struct GroupNormSiluArgs {
 
 // With dz = grad act'(z), h_hat as above, and per channel of a sample the sums over its pixels
 //   s0 = sum dz, s1 = sum dz h_hat, s2 = sum h_hat,
-// and per group, gamma = weight (1 + scale), N elements, m0 = sum gamma s0 / N, m1 = sum gamma s1 / N:
-//   dx = rstd (gamma dz - m0 - h_hat m1)           dchannel_bias = rstd (gamma s0 - pixels m0 - s2 m1)
-//   dshift = s0          dscale = weight s1 + bias s0
-//   dbias = sum over samples of (1 + scale) s0     dweight = sum over samples of (1 + scale) s1
+// and per group, gamma = weight (1 + scale), N elements, m0 = sum gamma s0 / N, m1 = sum gamma s1 /
+// N:
+//   dx = rstd (gamma dz - m0 - h_hat m1)           dchannel_bias = rstd (gamma s0 - pixels m0 - s2
+//   m1) dshift = s0          dscale = weight s1 + bias s0 dbias = sum over samples of (1 + scale)
+//   s0     dweight = sum over samples of (1 + scale) s1
 struct GroupNormSiluBackwardArgs {
   void* grad_x;     // as x, or null
   void* workspace;  // CUDA: float32, as many as the launcher asks for

@@ -9,8 +9,8 @@ constexpr int kGroupNormPairs = 2;  // vectors of x and of grad that a lane load
 // dz is needed twice, for the sums and for dx, and made from x and grad both times:
 //   d = x - center,  z = slope d + offset,  dz = grad act'(z),  h_hat = rstd d,
 //   dx = slope dz - rstd (m0 + h_hat m1) = slope dz - (constant + linear d).
-// A channel's coefficients are (center, slope, offset, rstd) for the first, whose sums are of d in place
-// of h_hat, and (center, slope, offset, linear) with the constant for the second.
+// A channel's coefficients are (center, slope, offset, rstd) for the first, whose sums are of d in
+// place of h_hat, and (center, slope, offset, linear) with the constant for the second.
 template <typename T>
 __device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
                                                      int64_t sample, int64_t channel, float mean,
@@ -47,15 +47,15 @@ __device__ __forceinline__ InputPair<T, V> load_pair(const GroupNormSiluBackward
           load_global<T, V>(static_cast<const T*>(args.grad) + index)};
 }
 
-// Sums over the items [begin, end), one per channel of an item, in `partials`, with the vectors from
-// load(k, item) and coefficients[c], c counted from `base`; keep(k, item, pair) is called for each.
+// Sums over the items [begin, end), one per channel of an item, in `partials`, with the vectors
+// from load(k, item) and coefficients[c], c counted from `base`; keep(k, item, pair) is called for
+// each.
 template <typename T, bool ChannelsLast, int V, typename Load, typename Keep>
 __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout,
                                                    const GroupNormTiling& tiling, int64_t channel,
                                                    int begin, int end, const float4* coefficients,
-                                                   int base, const Gate gate,
-                                                   float* partials, const Load& load,
-                                                   const Keep& keep) {
+                                                   int base, const Gate gate, float* partials,
+                                                   const Load& load, const Keep& keep) {
   constexpr int A = ChannelsLast ? V : 1;
   for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
     GradientSums sums[A];
@@ -65,8 +65,8 @@ __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout
           constexpr int R = sizeof(pairs) / sizeof(pairs[0]);
 #pragma unroll
           for (int r = 0; r < R; ++r) keep(k + r, item, pairs[r]);
-          // Channel by channel, so that in channels_last one channel's coefficients are live at a
-          // time. Few summands are added up before they join the sum of a lane.
+      // Channel by channel, so that in channels_last one channel's coefficients are live at a
+      // time. Few summands are added up before they join the sum of a lane.
 #pragma unroll
           for (int a = 0; a < A; ++a) {
             const float4 m = coefficients[item.channel - base + a];
@@ -87,7 +87,8 @@ __device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout
   });
 }
 
-// dx on the items [begin, end), with the constants of channels from c on in get_constants(c, constants).
+// dx on the items [begin, end), with the constants of channels from c on in get_constants(c,
+// constants).
 template <typename T, bool ChannelsLast, int V, typename Constants, typename Load>
 __device__ __forceinline__ void write_grad_x(T* grad_x, const GroupNormLayout& layout,
                                              const GroupNormTiling& tiling, int64_t channel,
@@ -129,8 +130,9 @@ __device__ __forceinline__ void store_gradient(const ChannelGradient& gradient, 
   }
 }
 
-// Where the sums of a backward pass lie in the workspace: parts of the gradients of bias and weight, one
-// row for the samples of a block; if split, (m0, m1) per sample and group and the chunks' sums too.
+// Where the sums of a backward pass lie in the workspace: parts of the gradients of bias and
+// weight, one row for the samples of a block; if split, (m0, m1) per sample and group and the
+// chunks' sums too.
 struct GradientWorkspace {
   int64_t rows;
   float* parameters;  // (2, rows, C)
@@ -152,7 +154,8 @@ struct GradientWorkspace {
         chunks(means + means_floats(layout)) {}
 };
 
-// A row's parts of the gradients of bias and weight: the gradients themselves if it is the only one.
+// A row's parts of the gradients of bias and weight: the gradients themselves if it is the only
+// one.
 template <typename T>
 __device__ __forceinline__ void store_parameter_sums(const GroupNormSiluBackwardArgs& args,
                                                      const GroupNormPlan& plan, int64_t row,
@@ -235,8 +238,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
   }
   __syncthreads();
   item_gradient_sums<T, ChannelsLast, V>(
-      layout, tiling, block.channel, block.begin, block.end, coefficients, 0,
-      Gate(args.activation),
+      layout, tiling, block.channel, block.begin, block.end, coefficients, 0, Gate(args.activation),
       partials,
       [&](int k, const LaneItem& item) {
         return load_pair<T, V>(args, base + item.offset + k * item.stride);
@@ -248,11 +250,10 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
       });
   __syncthreads();
   if (plan.cluster > 1) cluster_arrive(), cluster_wait();
-  merge_unit<GradientSums>(layout, plan, block, partials,
-                           [&](int c, const GradientSums& sums) {
-                             const float rstd = coefficients[c].w;
-                             channels[c] = {sums.s0, sums.s1 * rstd, sums.s2 * rstd};
-                           });
+  merge_unit<GradientSums>(layout, plan, block, partials, [&](int c, const GradientSums& sums) {
+    const float rstd = coefficients[c].w;
+    channels[c] = {sums.s0, sums.s1 * rstd, sums.s2 * rstd};
+  });
   if (plan.cluster > 1) cluster_arrive();  // the others' shared memory is not read any more
   __syncthreads();
 
@@ -352,8 +353,8 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 // needed twice, before and after (m0, m1) is known, and wait in their places of the workspace.
 template <typename T>
 __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
-    group_norm_silu_bwd_means_kernel(const GroupNormSiluBackwardArgs args,
-                                     const GroupNormPlan plan, const int64_t first_block) {
+    group_norm_silu_bwd_means_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
+                                     const int64_t first_block) {
   __shared__ GradientSums warps[kGroupNormSplitThreads / 32];
   __shared__ float2 shared_mean, statistics;
   const GroupNormLayout& layout = args.layout;
@@ -389,9 +390,8 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     const GradientSums total = {totals[c], totals[layout.channels + c] * statistics.y,
                                 totals[2 * layout.channels + c] * statistics.y};
     store_modulation_gradients<T>(args, sample, channel + c, total.s0, total.s1);
-    store_parameter_sums<T>(
-        args, plan, sample, channel + c,
-        parameter_sums<T>(args, sample, channel + c, total.s0, total.s1));
+    store_parameter_sums<T>(args, plan, sample, channel + c,
+                            parameter_sums<T>(args, sample, channel + c, total.s0, total.s1));
     store_channel_bias_gradient<T>(
         args, sample, channel + c,
         first_coefficients<T>(args, sample, channel + c, statistics.x, statistics.y), total,
@@ -402,8 +402,8 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 // Split, second reading of x and grad.
 template <typename T, bool ChannelsLast, int V>
 __global__ void __launch_bounds__(kGroupNormSplitThreads, V == 1 && !ChannelsLast ? 4 : 2)
-    group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
-                                     const GroupNormPlan plan, const int64_t first_block) {
+    group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
+                                     const int64_t first_block) {
   extern __shared__ float4 shared[];
   float4* coefficients = shared;
   float4* statistics = shared + plan.chunk_channels();  // mean, rstd, m0, m1
@@ -422,8 +422,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, V == 1 && !ChannelsLas
   __syncthreads();
   for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
     const float4 s = statistics[groups.of(c)];
-    const float4 first =
-        first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
+    const float4 first = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
     coefficients[c] = second_coefficients(first, make_float2(s.z, s.w));
     constants[c] = second_constant(first, make_float2(s.z, s.w));
   }

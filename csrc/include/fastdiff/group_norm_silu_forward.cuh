@@ -57,8 +57,7 @@ __device__ __forceinline__ void item_moments(const T* x, const GroupNormLayout& 
   for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
     LaneMoments<A> moments;
     for_batches<kGroupNormBatch>(
-        item.count,
-        [&](int k) { return load_global<T, V>(x + item.offset + k * item.stride); },
+        item.count, [&](int k) { return load_global<T, V>(x + item.offset + k * item.stride); },
         [&](int k, auto& vectors) {
           constexpr int R = sizeof(vectors) / sizeof(vectors[0]);
           float values[R * V];
@@ -76,9 +75,9 @@ __device__ __forceinline__ void item_moments(const T* x, const GroupNormLayout& 
   });
 }
 
-// y = act(slope (x - center) + offset) on the items [begin, end), with the vectors from load(k, item),
-// (slope, offset) in affine[c] and the center in centers[c].x, c counted from `base`, the first channel
-// that both have.
+// y = act(slope (x - center) + offset) on the items [begin, end), with the vectors from load(k,
+// item), (slope, offset) in affine[c] and the center in centers[c].x, c counted from `base`, the
+// first channel that both have.
 template <typename T, bool ChannelsLast, int V, typename Load>
 __device__ __forceinline__ void apply_affine(T* y, const GroupNormLayout& layout,
                                              const GroupNormTiling& tiling, int64_t channel,
@@ -91,7 +90,7 @@ __device__ __forceinline__ void apply_affine(T* y, const GroupNormLayout& layout
     float2 map[A];
 #pragma unroll
     for (int a = 0; a < A; ++a) map[a] = affine[item.channel - base + a];
-    const auto get_centers = [&](float(&to)[A]) {
+    const auto get_centers = [&](float (&to)[A]) {
 #pragma unroll
       for (int a = 0; a < A; ++a) to[a] = centers[item.channel - base + a].x;
     };
@@ -211,10 +210,10 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   extern __shared__ float4 shared[];
   float* partials = reinterpret_cast<float*>(shared);
   const ChunkBlock block(plan, first_block + blockIdx.x);
-  const T* x = static_cast<const T*>(args.x) +
-               block.sample * args.layout.channels * args.layout.pixels;
-  item_moments<T, ChannelsLast, V>(x, args.layout, plan.tiling, 0, block.begin, block.end,
-                                   partials, [](int, const LaneItem&, const Vector<T, V>&) {});
+  const T* x =
+      static_cast<const T*>(args.x) + block.sample * args.layout.channels * args.layout.pixels;
+  item_moments<T, ChannelsLast, V>(x, args.layout, plan.tiling, 0, block.begin, block.end, partials,
+                                   [](int, const LaneItem&, const Vector<T, V>&) {});
   __syncthreads();
   store_chunk<Moments>(args.layout, plan, block, partials, static_cast<float*>(args.workspace));
 }
@@ -227,7 +226,8 @@ __device__ __forceinline__ float* split_centers(const GroupNormSiluArgs& args,
          sample * plan.chunks * Moments::kFloats * args.layout.channels;
 }
 
-// Split, between the readings: a block merges the moments of one group, relative to its first channel.
+// Split, between the readings: a block merges the moments of one group, relative to its first
+// channel.
 template <typename T>
 __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_statistics_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
@@ -277,18 +277,17 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   for (int i = threadIdx.x; i < block.channels; i += blockDim.x) {
     const int64_t c = block.channel + i;
     const int64_t group = block.sample * layout.groups + c / layout.group_channels();
-    const auto map =
-        load_affine<T>(args, block.sample, c, static_cast<float*>(args.rstd)[group]);
+    const auto map = load_affine<T>(args, block.sample, c, static_cast<float*>(args.rstd)[group]);
     affine[i] = make_float2(map.slope, map.offset);
     centers[i].x = split_centers(args, plan, block.sample)[c];
   }
   __syncthreads();
   const T* x = static_cast<const T*>(args.x) + base;
-  apply_affine<T, ChannelsLast, V>(
-      static_cast<T*>(args.y) + base, layout, plan.tiling, 0, block.begin, block.end, affine,
-      centers, block.channel, Gate(args.activation), [&](int k, const LaneItem& item) {
-        return load_global<T, V>(x + item.offset + k * item.stride);
-      });
+  apply_affine<T, ChannelsLast, V>(static_cast<T*>(args.y) + base, layout, plan.tiling, 0,
+                                   block.begin, block.end, affine, centers, block.channel,
+                                   Gate(args.activation), [&](int k, const LaneItem& item) {
+                                     return load_global<T, V>(x + item.offset + k * item.stride);
+                                   });
 }
 
 }  // namespace fastdiff

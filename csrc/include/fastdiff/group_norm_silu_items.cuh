@@ -12,8 +12,8 @@ namespace fastdiff {
 // ---- items ----
 
 // What one lane has of an item: `count` vectors, `stride` elements apart, from `offset` in the
-// sample. Kept on chip, they are in `slot`, `slot + slot_stride`, ... `channel` is that of the first
-// element, within the unit; in the contiguous layout it is that of all.
+// sample. Kept on chip, they are in `slot`, `slot + slot_stride`, ... `channel` is that of the
+// first element, within the unit; in the contiguous layout it is that of all.
 struct LaneItem {
   int number;  // of the item; its place in a block's partial sums is number - begin
   bool first;  // this lane leaves the partial sums
@@ -66,8 +66,8 @@ __device__ __forceinline__ void for_items(const GroupNormLayout& layout,
   }
 }
 
-// Calls body(k, vectors) for the vectors k, k + 1, ... of a lane: `Batch` loads are under way before
-// the first is used.
+// Calls body(k, vectors) for the vectors k, k + 1, ... of a lane: `Batch` loads are under way
+// before the first is used.
 template <int Batch, typename Load, typename Body>
 __device__ __forceinline__ void for_batches(int count, const Load& load, const Body& body) {
   using Loaded = decltype(load(0));
@@ -143,14 +143,14 @@ __device__ __forceinline__ ChannelAffine<float> load_affine(const Args& args, in
 
 // ---- the activation ----
 
-// act(z) = z gate(z) with gate(z) = sigmoid(z) = 1 / (1 + exp(-z)), or 1 for the identity, where the
-// exponential is that of -infinity. Without a branch, on which the compiler would split loops and
-// with them 16-byte stores.
+// act(z) = z gate(z) with gate(z) = sigmoid(z) = 1 / (1 + exp(-z)), or 1 for the identity, where
+// the exponential is that of -infinity. Without a branch, on which the compiler would split loops
+// and with them 16-byte stores.
 //
-// With u = 2^-24, __expf(-z) is off by at most (1.5 |z| + 4) u and the quotient by 4 u, relatively. The
-// first goes into z sigmoid(z) times 1 - sigmoid(z). As |z| (1 - sigmoid(z)) < 0.3 for z > 0, and
-// |z| sigmoid(z) < 0.3 for z < 0, silu is off by at most (0.5 + 8) |z| u. Beyond |z| = 87 the exponential
-// over- or underflows to the right limit.
+// With u = 2^-24, __expf(-z) is off by at most (1.5 |z| + 4) u and the quotient by 4 u, relatively.
+// The first goes into z sigmoid(z) times 1 - sigmoid(z). As |z| (1 - sigmoid(z)) < 0.3 for z > 0,
+// and |z| sigmoid(z) < 0.3 for z < 0, silu is off by at most (0.5 + 8) |z| u. Beyond |z| = 87 the
+// exponential over- or underflows to the right limit.
 struct Gate {
   float slope, offset;
 
@@ -180,8 +180,8 @@ struct Moments {
 
   __device__ __forceinline__ void merge(const Moments& other) {
     const float total = n + other.n;
-    // The approximate quotient of a number by itself need not be 1, which the mean of the first has to
-    // be taken over with: those of a constant group are its value.
+    // The approximate quotient of a number by itself need not be 1, which the mean of the first has
+    // to be taken over with: those of a constant group are its value.
     const float weight = n > 0.0f ? __fdividef(other.n, total) : 1.0f;
     const float delta = other.mean - mean;
     mean += delta * weight;
@@ -224,8 +224,8 @@ __device__ __forceinline__ void merge_lanes(Sums& sums, int low, int high) {
   for (int offset = high / 2; offset >= low; offset /= 2) sums.merge(sums.other_lane(offset));
 }
 
-// As merge_lanes over a whole block; thread 0 has the result. `warps` is shared memory for one value
-// per warp.
+// As merge_lanes over a whole block; thread 0 has the result. `warps` is shared memory for one
+// value per warp.
 template <typename Sums>
 __device__ __forceinline__ void merge_block(Sums& sums, Sums* warps) {
   merge_lanes(sums, 1, 32);
@@ -259,8 +259,7 @@ template <bool ChannelsLast, int V, typename Sums, int A>
 __device__ __forceinline__ void store_item(const GroupNormTiling& tiling, const LaneItem& item,
                                            int begin, Sums (&sums)[A], float* partials) {
   const int side = ChannelsLast ? item.channel % tiling.block_channels : 0;
-  float* to = partials +
-              ((item.number - begin) * tiling.block_channels + side) * Sums::kFloats;
+  float* to = partials + ((item.number - begin) * tiling.block_channels + side) * Sums::kFloats;
 #pragma unroll
   for (int a = 0; a < A; ++a) {
     if constexpr (ChannelsLast) {
@@ -326,7 +325,8 @@ struct ChunkBlock {
   }
 };
 
-// The groups that a chunk has channels of. What channels need of their groups is read once per group.
+// The groups that a chunk has channels of. What channels need of their groups is read once per
+// group.
 struct ChunkGroups {
   int group_channels;
   int channel;  // the chunk's first
@@ -368,9 +368,9 @@ __device__ __forceinline__ void store_chunk(const GroupNormLayout& layout,
 
 // The partial sum of channel c of chunk j, as store_chunk left it.
 template <typename Sums>
-__device__ __forceinline__ Sums load_chunk(const GroupNormLayout& layout,
-                                           const GroupNormPlan& plan, const float* workspace,
-                                           int64_t sample, int64_t c, int j) {
+__device__ __forceinline__ Sums load_chunk(const GroupNormLayout& layout, const GroupNormPlan& plan,
+                                           const float* workspace, int64_t sample, int64_t c,
+                                           int j) {
   const int first = j * plan.chunk_segments;
   const int64_t begin = first * plan.tiling.segment_pixels;
   const int64_t size = plan.chunk_segments * plan.tiling.segment_pixels;
@@ -381,9 +381,9 @@ __device__ __forceinline__ Sums load_chunk(const GroupNormLayout& layout,
 
 // The sum over all items of channel c of a unit, in every block of the cluster, through `store`.
 template <typename Sums, typename Store>
-__device__ __forceinline__ void merge_unit(const GroupNormLayout& layout,
-                                           const GroupNormPlan& plan, const UnitBlock& block,
-                                           const float* partials, const Store& store) {
+__device__ __forceinline__ void merge_unit(const GroupNormLayout& layout, const GroupNormPlan& plan,
+                                           const UnitBlock& block, const float* partials,
+                                           const Store& store) {
   const GroupNormTiling& tiling = plan.tiling;
   const int width = tiling.block_channels;
   merge_channels<Sums>(

@@ -6,8 +6,8 @@ namespace fastdiff {
 
 constexpr int kParameterThreads = 256;
 
-// The gradients of weight and bias: sums over the rows of the workspace, of 32 channels per block. Warp
-// w adds the rows w, w + 8, ..., and the warps are added in their order.
+// The gradients of weight and bias: sums over the rows of the workspace, of 32 channels per block.
+// Warp w adds the rows w, w + 8, ..., and the warps are added in their order.
 template <typename T>
 __global__ void __launch_bounds__(kParameterThreads)
     group_norm_silu_bwd_parameters_kernel(const GroupNormSiluBackwardArgs args,

@@ -3,8 +3,8 @@
 // How group_norm_silu divides a tensor among blocks, and the choice between its kernels.
 //
 // The work is cut into items: `block_channels` adjacent channels of a sample times a run of pixels.
-// In the contiguous layout an item is a part of one channel's row; in channels_last it is a strip of
-// pixels, at least a 32-byte sector wide. A warp (or part of it) handles an item and leaves one
+// In the contiguous layout an item is a part of one channel's row; in channels_last it is a strip
+// of pixels, at least a 32-byte sector wide. A warp (or part of it) handles an item and leaves one
 // partial sum per channel. All later sums take the items in the order of their numbers, so a result
 // depends on the items, which follow from the shape of a sample, and not on the batch or on which
 // block had an item.
@@ -54,7 +54,7 @@ struct GroupNormPlan {
   int items_per_block;  // one pass
   int chunk_blocks;     // split
   int chunk_segments;
-  int chunks;  // per channel
+  int chunks;   // per channel
   int samples;  // one pass: of a block, side by side
   int threads;  // per sample of a block
   int64_t blocks_per_sample;
@@ -66,7 +66,8 @@ struct GroupNormPlan {
 };
 
 // What differs between the passes: tensors kept on chip, floats of a partial sum, floats of
-// coefficients per channel, and floats per channel that a block leaves to be added up over the batch.
+// coefficients per channel, and floats per channel that a block leaves to be added up over the
+// batch.
 struct GroupNormPass {
   int tensors;
   int partial;
@@ -122,8 +123,8 @@ inline GroupNormTiling tile(const GroupNormLayout& layout, int64_t channels, int
   return tiling;
 }
 
-// Channels that stay together on chip: one group; in channels_last as many as fill whole sectors, or
-// whole vectors, or (without vectors) the lanes of a warp.
+// Channels that stay together on chip: one group; in channels_last as many as fill whole sectors,
+// or whole vectors, or (without vectors) the lanes of a warp.
 inline int64_t unit_channels(const GroupNormLayout& layout, int vector, int64_t element_size) {
   const int64_t size = layout.group_channels();
   if (!layout.channels_last) return size;
@@ -159,10 +160,10 @@ inline GroupNormPlan one_pass(const GroupNormTiling& tiling, const GroupNormPass
   return plan;
 }
 
-// Samples side by side in a block, which adds up what they say about weight and bias: on small maps what
-// would be written and read for that is a part of the traffic. Twice as many until it is a 24th, as
-// long as they divide the batch, leave the device enough blocks (of 4 KB at most, if those are
-// fewer), and leave a multiprocessor room for two.
+// Samples side by side in a block, which adds up what they say about weight and bias: on small maps
+// what would be written and read for that is a part of the traffic. Twice as many until it is a
+// 24th, as long as they divide the batch, leave the device enough blocks (of 4 KB at most, if those
+// are fewer), and leave a multiprocessor room for two.
 inline int samples_per_block(const GroupNormLayout& layout, const GroupNormPlan& plan,
                              const GroupNormPass& pass, int64_t element_size,
                              const DeviceLimits& device) {
@@ -174,15 +175,16 @@ inline int samples_per_block(const GroupNormLayout& layout, const GroupNormPlan&
     const int64_t next = 2 * samples;
     const bool fits = next * plan.threads <= kGroupNormThreads &&
                       2 * next * plan.shared_bytes <= device.shared_bytes;
-    if (!fits || layout.batch % next || layout.batch / next * plan.blocks_per_sample < enough) break;
+    if (!fits || layout.batch % next || layout.batch / next * plan.blocks_per_sample < enough)
+      break;
     samples = static_cast<int>(next);
   }
   return samples;
 }
 
 // Chunks of 8 to 64 KB, so that one sample gives two blocks to every multiprocessor if it can; in
-// channels_last 64 bytes wide, as wider ones would read the operands of, and leave the sums of, more
-// channels.
+// channels_last 64 bytes wide, as wider ones would read the operands of, and leave the sums of,
+// more channels.
 inline GroupNormPlan split(const GroupNormLayout& layout, int vector, int64_t element_size,
                            const DeviceLimits& device) {
   constexpr int kWarps = kGroupNormSplitThreads / 32;
@@ -216,15 +218,16 @@ inline GroupNormLayout canonical(GroupNormLayout layout) {
   return layout;
 }
 
-// The one place that chooses. `vector` is the number of elements per access: 16 bytes where sizes and
-// pointers allow it, else 1. `layout` is canonical.
+// The one place that chooses. `vector` is the number of elements per access: 16 bytes where sizes
+// and pointers allow it, else 1. `layout` is canonical.
 //
 // One pass, if the groups that share sectors fit into the shared memory of one block, or of the
 // smallest possible cluster; else split. Where clusters exist, blocks are halved further as long as
 // the grid leaves more than an eighth of the device idle, or there is more than one block per
 // multiprocessor and no room for two (so that one reads while the other writes); down to 2 KB per
-// block and to where the operands, which every block reads, come to 4 % of it. Clusters of more than kPortableCluster blocks find room
-// less easily: they are for what fits no other way, and for an idle device and 8 KB per block.
+// block and to where the operands, which every block reads, come to 4 % of it. Clusters of more
+// than kPortableCluster blocks find room less easily: they are for what fits no other way, and for
+// an idle device and 8 KB per block.
 inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
                                      int64_t element_size, const GroupNormPass& pass,
                                      const DeviceLimits& device) {
@@ -236,14 +239,14 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
   const int64_t unit_bytes = channels * layout.pixels * element_size;
   if (unit_bytes / device.max_cluster <= device.shared_bytes) {
     const int64_t per_item = ceil_div(unit_bytes, kMaxItems);
-    const GroupNormTiling tiling = tile(layout, channels, vector, element_size,
-                                        per_item > kItemBytes ? per_item : kItemBytes);
+    const GroupNormTiling tiling =
+        tile(layout, channels, vector, element_size, per_item > kItemBytes ? per_item : kItemBytes);
     GroupNormPlan plan{};
     for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
       if (cluster > 1 && plan.one_pass) {
         const int64_t blocks = layout.batch * units * plan.cluster;
-        const bool crowded = blocks > device.multiprocessors &&
-                             2 * plan.shared_bytes > device.shared_bytes;
+        const bool crowded =
+            blocks > device.multiprocessors && 2 * plan.shared_bytes > device.shared_bytes;
         const bool idle = blocks < device.multiprocessors * 7 / 8;
         const bool portable = cluster <= kPortableCluster;
         const int64_t least = clamp(100 * channels, portable ? kItemBytes : 8 << 10, unit_bytes);
@@ -254,7 +257,8 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
       if (next.shared_bytes <= device.shared_bytes) plan = next;
     }
     plan.blocks_per_sample = units * plan.cluster;
-    if (plan.cluster == 1) plan.samples = samples_per_block(layout, plan, pass, element_size, device);
+    if (plan.cluster == 1)
+      plan.samples = samples_per_block(layout, plan, pass, element_size, device);
     if (plan.one_pass) return plan;
   }
   return split(layout, vector, element_size, device);

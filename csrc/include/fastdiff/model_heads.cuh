@@ -1,9 +1,10 @@
 #pragma once
 
 // Model outputs with two heads: 2C channels, first those of the prediction, then those of the
-// variance. In a channels_last tensor the heads alternate, C and C, from pixel to pixel, and with few
-// channels no vector fits into a head. There a block moves the 2C channels of its pixels between
-// global and shared memory in whole vectors, and picks the elements of a head in shared memory.
+// variance. In a channels_last tensor the heads alternate, C and C, from pixel to pixel, and with
+// few channels no vector fits into a head. There a block moves the 2C channels of its pixels
+// between global and shared memory in whole vectors, and picks the elements of a head in shared
+// memory.
 
 #include "fastdiff/elementwise.cuh"
 
@@ -27,8 +28,8 @@ inline int staged_head_bytes(const SampleLayout& layout, bool strided, int outpu
 
 #if defined(__CUDACC__)
 
-// One sample's model output, as a block sees it that works on `chunk`. A template over Tiled, so that
-// kernels without a tile keep its registers.
+// One sample's model output, as a block sees it that works on `chunk`. A template over Tiled, so
+// that kernels without a tile keep its registers.
 template <typename Output, bool Tiled>
 struct ModelHeads {
   const SampleLayout& layout;
@@ -40,9 +41,8 @@ struct ModelHeads {
 
   // `output` is the model output number `number` of the op.
   template <typename Args>
-  __device__ __forceinline__ ModelHeads(const Args& args, const ChunkPlan& plan,
-                                        const Chunk& chunk, const void* output, int number,
-                                        float4* shared)
+  __device__ __forceinline__ ModelHeads(const Args& args, const ChunkPlan& plan, const Chunk& chunk,
+                                        const void* output, int number, float4* shared)
       : layout(args.layout),
         chunk(chunk),
         sample(static_cast<const Output*>(output) + args.output_base(chunk.sample)),

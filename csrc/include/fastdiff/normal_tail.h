@@ -50,8 +50,8 @@ struct BinTerm {
   float slope_h;  // h times its derivative by h
 };
 
-// -log P(|Z - z| < h) for a standard normal Z: a bin of half-width h whose center is z away from the
-// mean. With edge 1 the bin has no upper end, with edge -1 no lower end.
+// -log P(|Z - z| < h) for a standard normal Z: a bin of half-width h whose center is z away from
+// the mean. With edge 1 the bin has no upper end, with edge -1 no lower end.
 //
 // Far from the mean P is the difference of the tails Q at both ends on that side, scaled by the
 // density at the nearer end, never of two numbers near 1. A narrow bin is the density times its

@@ -3,8 +3,8 @@
 // Noise as a pure function of (key, stream, element): docs/mathematics.md §9.
 //
 // Philox4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-// SplitMix64: Steele, Lea & Flood 2014. Nothing here calls libm, so that the CPU compiler vectorizes
-// it and both compilers give the same normals up to the contraction of multiply-adds.
+// SplitMix64: Steele, Lea & Flood 2014. Nothing here calls libm, so that the CPU compiler
+// vectorizes it and both compilers give the same normals up to the contraction of multiply-adds.
 
 #include <cmath>
 #include <cstdint>
@@ -106,8 +106,8 @@ FASTDIFF_HD uint32_t float_to_bits(float value) {
 #endif
 }
 
-// uint32 to the nearest float. Before AVX-512 there is no vector instruction for it, but both halves
-// convert exactly and their sum rounds once.
+// uint32 to the nearest float. Before AVX-512 there is no vector instruction for it, but both
+// halves convert exactly and their sum rounds once.
 FASTDIFF_HD float to_float(uint32_t w) {
 #if defined(__CUDA_ARCH__)
   return __uint2float_rn(w);
@@ -117,8 +117,9 @@ FASTDIFF_HD float to_float(uint32_t w) {
 #endif
 }
 
-// Natural logarithm of a positive normal float, to 0.7 ulp (measured over (2^-32, 1]): x = m 2^e with
-// m in [sqrt(1/2), sqrt(2)), log(m) = d - d^2/2 + d^3 P(d) with d = m - 1 exact, ln 2 in two parts.
+// Natural logarithm of a positive normal float, to 0.7 ulp (measured over (2^-32, 1]): x = m 2^e
+// with m in [sqrt(1/2), sqrt(2)), log(m) = d - d^2/2 + d^3 P(d) with d = m - 1 exact, ln 2 in two
+// parts.
 FASTDIFF_HD float log_positive(float x) {
   const uint32_t bits = float_to_bits(x);
   const int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
@@ -139,8 +140,8 @@ FASTDIFF_HD float log_positive(float x) {
   return e * 0.693359375f + (d + y);
 }
 
-// Sine and cosine of 2 pi w / 2^32 where the fraction is rounded to float first. The reduction to an
-// eighth of a turn is exact; the polynomials are within 1.1 ulp.
+// Sine and cosine of 2 pi w / 2^32 where the fraction is rounded to float first. The reduction to
+// an eighth of a turn is exact; the polynomials are within 1.1 ulp.
 FASTDIFF_HD void sincos_turns(uint32_t w, float& sin_out, float& cos_out) {
   const float quarters = to_float(w) * 9.31322574615478515625e-10f;  // 2^-30: in [0, 4]
   const int32_t quadrant = static_cast<int32_t>(quarters + 0.5f);
@@ -176,8 +177,8 @@ FASTDIFF_HD void box_muller(uint32_t w0, uint32_t w1, float& n0, float& n1) {
 
 // The four normals of elements 4 block .. 4 block + 3.
 FASTDIFF_HD Normals normal_block(uint64_t key, uint64_t stream, uint64_t block) {
-  const Words words = philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                                 stream, key);
+  const Words words =
+      philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, key);
   Normals n;
   box_muller(words.w0, words.w1, n.n0, n.n1);
   box_muller(words.w2, words.w3, n.n2, n.n3);

@@ -6,8 +6,9 @@
 
 namespace fastdiff {
 
-// One pass: reads x0 (and noise if given), writes x_t. V elements per thread, or one where shapes or
-// pointers do not allow vectors. The mode is uniform over the grid, so its branches cost nothing.
+// One pass: reads x0 (and noise if given), writes x_t. V elements per thread, or one where shapes
+// or pointers do not allow vectors. The mode is uniform over the grid, so its branches cost
+// nothing.
 template <typename Out, typename X0, typename Noise, int V>
 __global__ void __launch_bounds__(kElementwiseThreads)
     q_sample_fwd_kernel(const QSampleArgs args, const ChunkPlan plan) {

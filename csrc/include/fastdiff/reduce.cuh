@@ -35,8 +35,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// N sums over a block of whole warps, in every lane of the first one. Once per kernel: a second call
-// would need a barrier before it.
+// N sums over a block of whole warps, in every lane of the first one. Once per kernel: a second
+// call would need a barrier before it.
 template <int N>
 __device__ __forceinline__ void block_sums(float (&x)[N]) {
   __shared__ float warps[N][32];

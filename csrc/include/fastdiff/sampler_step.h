@@ -45,8 +45,8 @@ struct StepOptions {
   bool clip;
 };
 
-// A step of one sample, collapsed to two affine maps around the clip: with output the (guided) model
-// output,
+// A step of one sample, collapsed to two affine maps around the clip: with output the (guided)
+// model output,
 //   x0 = clip(x0_x x + x0_output output),
 //   x_s = next_x x + next_x0 x0 + next_output output + sigma exp(half_slope v) z.
 template <typename T>
@@ -117,8 +117,8 @@ FASTDIFF_HD T step_mean(const StepRow<T>& row, T x, T output, T x0) {
   return row.next_output == T(0) ? mean : mean + row.next_output * output;
 }
 
-// exp(x) to 1.3 ulps (measured over [-87, 88], beyond which it stays at the end): x = n ln 2 + r with
-// |r| <= ln 2 / 2, ln 2 in two parts, exp(r) a polynomial. NaN stays NaN.
+// exp(x) to 1.3 ulps (measured over [-87, 88], beyond which it stays at the end): x = n ln 2 + r
+// with |r| <= ln 2 / 2, ln 2 in two parts, exp(r) a polynomial. NaN stays NaN.
 FASTDIFF_HD float exp_of(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -148,13 +148,13 @@ struct SamplerStepArgs {
   void* pred_x0;  // or null
   const void* x_t;
   const void* model_output;
-  const void* uncond;  // or null
-  const void* noise;   // kGiven only
+  const void* uncond;   // or null
+  const void* noise;    // kGiven only
   const int64_t* step;  // (B,)
   const float* table;   // (num_rows, kStepColumns)
   int64_t num_rows;
   double guidance_scale;
-  NoiseSource source;  // kGenerated only
+  NoiseSource source;   // kGenerated only
   SampleLayout layout;  // of x_t
   NoiseMode mode;
   Prediction prediction;

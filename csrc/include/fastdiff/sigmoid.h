@@ -6,8 +6,8 @@
 
 namespace fastdiff {
 
-// 1 + exp(-z), within 4 float32 ulps (with fused multiply-adds), infinite for z < -88.72. No libm and no
-// branch, so that loops around it vectorize.
+// 1 + exp(-z), within 4 float32 ulps (with fused multiply-adds), infinite for z < -88.72. No libm
+// and no branch, so that loops around it vectorize.
 FASTDIFF_HD float one_plus_exp_minus(float z) {
   // z is brought into [-128 ln(2), 87] as integers: compilers make a branch of two comparisons of
   // floats. NaN goes to one of the ends. At -128 ln(2) r is 0, and what comes out is infinity.

@@ -7,8 +7,8 @@
 namespace fastdiff {
 
 // What one sample's elements need from its row of the table. Prediction and data are affine in each
-// other:  x0^ = clip(x0_x x + x0_output output),  and eps is affine in x and output, or where x0^ was
-// clipped, in x and x0^.
+// other:  x0^ = clip(x0_x x + x0_output output),  and eps is affine in x and output, or where x0^
+// was clipped, in x and x0^.
 struct VlbRow {
   StepRow<float> step;  // x0^ alone
   float eps_x, eps_output;
@@ -43,8 +43,8 @@ FASTDIFF_HD VlbRow vlb_row(const float* columns, bool first, Prediction predicti
   return row;
 }
 
-// 1 / sigma, and exp(w) - 1 - w with w the log of the posterior's variance over the model's: what an
-// element needs from its variance channel, or all elements of a sample if the variance is fixed.
+// 1 / sigma, and exp(w) - 1 - w with w the log of the posterior's variance over the model's: what
+// an element needs from its variance channel, or all elements of a sample if the variance is fixed.
 struct VlbVariance {
   float inverse_sigma, w, excess;
 };
@@ -65,7 +65,7 @@ struct VlbElement {
   float z;          // posterior's mean - model's mean, over the model's sigma
   float x0_error;   // x0 - x0^
   float eps_error;  // noise - eps^
-  float kept;       // 0 where the clip changed x0^, else 1; a bool would keep the structure in memory
+  float kept;  // 0 where the clip changed x0^, else 1; a bool would keep the structure in memory
 };
 
 FASTDIFF_HD VlbElement vlb_element(const VlbRow& row, const VlbVariance& variance, float x0,
@@ -116,8 +116,8 @@ FASTDIFF_HD VlbSlopes vlb_slopes(const VlbRow& row, const VlbVariance& variance,
     slope_z = bin.slope_z;
     slope_log_variance = -0.5f * (e.z * bin.slope_z + bin.slope_h);
   }
-  const float by_x0 = -(grad.kl * slope_z * row.mean_x0 * variance.inverse_sigma +
-                        2.0f * grad.x0_mse * e.x0_error);
+  const float by_x0 =
+      -(grad.kl * slope_z * row.mean_x0 * variance.inverse_sigma + 2.0f * grad.x0_mse * e.x0_error);
   const float by_eps = -2.0f * grad.eps_mse * e.eps_error;
   const float by_output = by_x0 * row.step.x0_output + by_eps * row.eps_output;
   return {by_output * e.kept * grad.mean, grad.kl * row.slope * slope_log_variance};

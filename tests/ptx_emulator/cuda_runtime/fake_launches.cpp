@@ -165,8 +165,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->requiredClusterWidth = get(cudaFuncAttributeRequiredClusterWidth);
   attributes->requiredClusterHeight = get(cudaFuncAttributeRequiredClusterHeight);
   attributes->requiredClusterDepth = get(cudaFuncAttributeRequiredClusterDepth);
-  attributes->nonPortableClusterSizeAllowed =
-      get(cudaFuncAttributeNonPortableClusterSizeAllowed);
+  attributes->nonPortableClusterSizeAllowed = get(cudaFuncAttributeNonPortableClusterSizeAllowed);
   return record(error);
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,

@@ -55,7 +55,7 @@ struct LaunchConfig {  // mirrored by launch.py
   u64 counting;
   u64 racecheck;  // enum RaceLevel
   u64 stack_bytes;
-  double timeout;  // seconds, 0: none
+  double timeout;   // seconds, 0: none
   u64 last_blocks;  // run only these, 0: all
 };
 

@@ -79,8 +79,7 @@ static void add_to_request(const Thread* thread, Direction* direction, u64 offse
 static void finish_requests(const Warp* warp) {
   for (u32 site : sectors->active[warp->slot]) {
     Requests& requests = sectors->warps[warp->slot][site];
-    for (u32 i = 0; i < requests.used; i++)
-      requests.items[i].count();
+    for (u32 i = 0; i < requests.used; i++) requests.items[i].count();
     requests.used = 0;
     memset(requests.executions, 0, sizeof requests.executions);
   }

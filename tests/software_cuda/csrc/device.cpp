@@ -1,9 +1,9 @@
 // Errors and devices.
 #include "runtime.h"
 
+#include <dlfcn.h>
 #include <cstdio>
 #include <cstring>
-#include <dlfcn.h>
 
 namespace sc {
 
@@ -52,50 +52,55 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-#define ERROR_NAMES(X)                                                                     \
-  X(cudaSuccess, "no error")                                                               \
-  X(cudaErrorInvalidValue, "invalid argument")                                             \
-  X(cudaErrorMemoryAllocation, "out of memory")                                            \
-  X(cudaErrorInvalidConfiguration, "invalid configuration argument")                       \
-  X(cudaErrorInvalidSymbol, "invalid device symbol")                                       \
-  X(cudaErrorMissingConfiguration, "__global__ function call is not configured")           \
-  X(cudaErrorInvalidDeviceFunction, "invalid device function")                             \
-  X(cudaErrorInvalidDevice, "invalid device ordinal")                                      \
-  X(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution")         \
-  X(cudaErrorInvalidResourceHandle, "invalid resource handle")                             \
-  X(cudaErrorNotReady, "device not ready")                                                 \
-  X(cudaErrorIllegalAddress, "an illegal memory access was encountered")                   \
-  X(cudaErrorLaunchOutOfResources, "too many resources requested for launch")              \
-  X(cudaErrorLaunchTimeout, "the launch timed out and was terminated")                     \
-  X(cudaErrorAssert, "device-side assert triggered")                                       \
-  X(cudaErrorMisalignedAddress, "misaligned address")                                      \
-  X(cudaErrorLaunchFailure, "unspecified launch failure")                                  \
-  X(cudaErrorNotSupported, "operation not supported")                                      \
-  X(cudaErrorInvalidClusterSize, "cluster misconfiguration")                               \
-  X(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing") \
-  X(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture") \
-  X(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream")   \
-  X(cudaErrorStreamCaptureUnmatched, "capture was not initiated in this stream")                 \
-  X(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work")                        \
-  X(cudaErrorStreamCaptureMerge, "stream capture attempt would merge two captures")              \
-  X(cudaErrorIllegalState, "the operation cannot be performed in the present state")             \
+#define ERROR_NAMES(X)                                                                             \
+  X(cudaSuccess, "no error")                                                                       \
+  X(cudaErrorInvalidValue, "invalid argument")                                                     \
+  X(cudaErrorMemoryAllocation, "out of memory")                                                    \
+  X(cudaErrorInvalidConfiguration, "invalid configuration argument")                               \
+  X(cudaErrorInvalidSymbol, "invalid device symbol")                                               \
+  X(cudaErrorMissingConfiguration, "__global__ function call is not configured")                   \
+  X(cudaErrorInvalidDeviceFunction, "invalid device function")                                     \
+  X(cudaErrorInvalidDevice, "invalid device ordinal")                                              \
+  X(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution")                 \
+  X(cudaErrorInvalidResourceHandle, "invalid resource handle")                                     \
+  X(cudaErrorNotReady, "device not ready")                                                         \
+  X(cudaErrorIllegalAddress, "an illegal memory access was encountered")                           \
+  X(cudaErrorLaunchOutOfResources, "too many resources requested for launch")                      \
+  X(cudaErrorLaunchTimeout, "the launch timed out and was terminated")                             \
+  X(cudaErrorAssert, "device-side assert triggered")                                               \
+  X(cudaErrorMisalignedAddress, "misaligned address")                                              \
+  X(cudaErrorLaunchFailure, "unspecified launch failure")                                          \
+  X(cudaErrorNotSupported, "operation not supported")                                              \
+  X(cudaErrorInvalidClusterSize, "cluster misconfiguration")                                       \
+  X(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing")         \
+  X(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture")  \
+  X(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream")    \
+  X(cudaErrorStreamCaptureUnmatched, "capture was not initiated in this stream")                   \
+  X(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work")                          \
+  X(cudaErrorStreamCaptureMerge, "stream capture attempt would merge two captures")                \
+  X(cudaErrorIllegalState, "the operation cannot be performed in the present state")               \
   X(cudaErrorHostMemoryNotRegistered, "pointer does not correspond to a registered memory region") \
-  X(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream")
+  X(cudaErrorCapturedEvent,                                                                        \
+    "operation not permitted on an event last recorded in a capturing stream")
 
 const char* cudaGetErrorString(cudaError_t error) {
 #define STRING_CASE(name, text) \
-  case name: return text;
+  case name:                    \
+    return text;
   switch (error) {
     ERROR_NAMES(STRING_CASE)
-    default: return "unrecognized error code";
+    default:
+      return "unrecognized error code";
   }
 }
 const char* cudaGetErrorName(cudaError_t error) {
 #define NAME_CASE(name, text) \
-  case name: return #name;
+  case name:                  \
+    return #name;
   switch (error) {
     ERROR_NAMES(NAME_CASE)
-    default: return "cudaErrorUnknown";
+    default:
+      return "cudaErrorUnknown";
   }
 }
 

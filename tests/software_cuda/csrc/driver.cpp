@@ -14,9 +14,12 @@ static int contexts[64];
 
 static CUresult driver_error(int runtime_error) {  // the numbers are the same, but for these
   switch (runtime_error) {
-    case cudaErrorInvalidDeviceFunction: return CUDA_ERROR_NOT_FOUND;
-    case cudaErrorInvalidConfiguration: return CUDA_ERROR_INVALID_VALUE;
-    default: return (CUresult)runtime_error;
+    case cudaErrorInvalidDeviceFunction:
+      return CUDA_ERROR_NOT_FOUND;
+    case cudaErrorInvalidConfiguration:
+      return CUDA_ERROR_INVALID_VALUE;
+    default:
+      return (CUresult)runtime_error;
   }
 }
 
@@ -100,11 +103,18 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
   auto* kernel = (const Kernel*)function;
   int number;
   switch (attribute) {
-    case CU_FUNC_ATTRIBUTE_NUM_REGS: return *value = 32, CUDA_SUCCESS;  // unknown here
-    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: return *value = 0, CUDA_SUCCESS;
-    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: number = MAX_THREADS; break;
-    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: number = STATIC_SHARED; break;
-    default: return (CUresult)unsupported("cuFuncGetAttribute", "does not know this attribute");
+    case CU_FUNC_ATTRIBUTE_NUM_REGS:
+      return *value = 32, CUDA_SUCCESS;  // unknown here
+    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
+      return *value = 0, CUDA_SUCCESS;
+    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+      number = MAX_THREADS;
+      break;
+    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
+      number = STATIC_SHARED;
+      break;
+    default:
+      return (CUresult)unsupported("cuFuncGetAttribute", "does not know this attribute");
   }
   int64_t found = 0;
   const int error = hooks.kernel_attribute(kernel->image, kernel->name.c_str(), number, &found);
@@ -134,11 +144,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
       cooperative = attribute.value.cooperative;
     }
   }
-  return driver_error(launch((const Kernel*)function,
-                             dim3(config->gridDimX, config->gridDimY, config->gridDimZ),
-                             dim3(config->blockDimX, config->blockDimY, config->blockDimZ),
-                             config->sharedMemBytes, arguments, cluster, cooperative,
-                             find_stream((cudaStream_t)config->hStream)));
+  return driver_error(
+      launch((const Kernel*)function, dim3(config->gridDimX, config->gridDimY, config->gridDimZ),
+             dim3(config->blockDimX, config->blockDimY, config->blockDimZ), config->sharedMemBytes,
+             arguments, cluster, cooperative, find_stream((cudaStream_t)config->hStream)));
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,

@@ -31,11 +31,19 @@ using torch::jit::Stack;
 std::map<std::string, int64_t> calls;  // by op, for `software_cuda.operator_calls()`
 
 // Stay torch's own.
-const std::set<std::string> kNative = {
-    "aten::empty.memory_format", "aten::empty_strided", "aten::resize_", "aten::_local_scalar_dense",
-    "aten::is_pinned", "aten::_pin_memory", "aten::_efficientzerotensor",
-    "aten::is_set_to", "aten::set_", "aten::set_.source_Storage", "aten::set_.source_Tensor",
-    "aten::set_.source_Storage_storage_offset", "aten::_cuda_getCurrentRawStream"};
+const std::set<std::string> kNative = {"aten::empty.memory_format",
+                                       "aten::empty_strided",
+                                       "aten::resize_",
+                                       "aten::_local_scalar_dense",
+                                       "aten::is_pinned",
+                                       "aten::_pin_memory",
+                                       "aten::_efficientzerotensor",
+                                       "aten::is_set_to",
+                                       "aten::set_",
+                                       "aten::set_.source_Storage",
+                                       "aten::set_.source_Tensor",
+                                       "aten::set_.source_Storage_storage_offset",
+                                       "aten::_cuda_getCurrentRawStream"};
 // Have no CUDA kernel of their own, but would choose cuDNN or another library by the device.
 const char* const kAlso[] = {"convolution", "convolution_backward"};
 // May take tensors of two devices.
@@ -108,16 +116,15 @@ uint64_t seed_now(const at::PhiloxCudaState& state) {
 // ---- running ----
 struct Call {
   OperatorHandle op;
-  Stack arguments;  // on the host
+  Stack arguments;              // on the host
   std::vector<Tensor> targets;  // where new results go, if their memory exists already
   std::optional<at::PhiloxCudaState> random;
 
   Stack operator()() const {
     at::AutoDispatchBelowADInplaceOrView below;
-    c10::impl::ExcludeDispatchKeyGuard plain(
-        DispatchKeySet({DispatchKey::Python, DispatchKey::PythonTLSSnapshot,
-                        DispatchKey::Functionalize, DispatchKey::FuncTorchDynamicLayerFrontMode,
-                        DispatchKey::FuncTorchDynamicLayerBackMode}));
+    c10::impl::ExcludeDispatchKeyGuard plain(DispatchKeySet(
+        {DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
+         DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode}));
     if (!random) return run(arguments);
     Stack given = arguments;
     const at::Generator generator = at::detail::createCPUGenerator(seed_now(*random));
@@ -193,8 +200,8 @@ Tensor allocated(const Tensor& like, c10::Device device) {
 
 bool waits(const OperatorHandle& op, const Stack& arguments) {
   const bool indexing = op.schema().name().find("index") != std::string::npos;
-  if (!indexing && (op.hasTag(at::Tag::dynamic_output_shape) ||
-                    op.hasTag(at::Tag::data_dependent_output)))
+  if (!indexing &&
+      (op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output)))
     return true;
   for (const auto& result : op.schema().returns()) {
     const auto text = result.type()->str();
@@ -248,9 +255,10 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
   if (!kMixed.count(name))
     for (const IValue& value : arguments)
       each_tensor(value, [&](const Tensor& x) {
-        TORCH_CHECK(!x.defined() || x.device() == *device || (x.is_cpu() && x.dim() == 0),
-                    "Expected all tensors to be on the same device, but found at least two devices, ",
-                    *device, " and ", x.device(), "! (", name, ")");
+        TORCH_CHECK(
+            !x.defined() || x.device() == *device || (x.is_cpu() && x.dim() == 0),
+            "Expected all tensors to be on the same device, but found at least two devices, ",
+            *device, " and ", x.device(), "! (", name, ")");
       });
   const c10::cuda::CUDAGuard guard(*device);
   sc::Stream* stream = sc::find_stream(c10::cuda::getCurrentCUDAStream(device->index()).stream());
@@ -272,8 +280,7 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
     call.arguments.push_back(device_replaced(replaced(arguments[i], argument_on_host), at::kCPU));
   }
   const auto fresh = [&](Stack& given, at::DeviceType type) {
-    for (size_t i : outs)
-      given[i] = at::empty({0}, arguments[i].toTensor().options().device(type));
+    for (size_t i : outs) given[i] = at::empty({0}, arguments[i].toTensor().options().device(type));
   };
   if (op.hasTag(at::Tag::nondeterministic_seeded)) {
     std::optional<at::Generator> given;
@@ -298,8 +305,9 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
   if (!deferred || waits(op, arguments)) {
     if (waits(op, arguments)) {
       c10::cuda::warn_or_error_on_sync();
-      TORCH_CHECK(!stream->capture, "CUDA error: operation not permitted when stream is capturing (",
-                  name, " waits for the device)");
+      TORCH_CHECK(!stream->capture,
+                  "CUDA error: operation not permitted when stream is capturing (", name,
+                  " waits for the device)");
       sc::note_wait(name.c_str());
     }
     const cudaError_t error = sc::drain(stream);
@@ -314,15 +322,14 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
       on_host(wanted).copy_(found);
     }
     for (size_t i = 0; i < results.size(); i++)
-      // Nothing is allocated for what was written in place: with deterministic algorithms new memory
-      // is filled by such an op.
-      push_result(i, !is_new(schema.returns()[i])
-                         ? IValue()
-                         : replaced(results[i], [&](const Tensor& x) {
-                             const Tensor made = allocated(x, *device);
-                             if (x.defined()) on_host(made).copy_(x);
-                             return made;
-                           }));
+      // Nothing is allocated for what was written in place: with deterministic algorithms new
+      // memory is filled by such an op.
+      push_result(
+          i, !is_new(schema.returns()[i]) ? IValue() : replaced(results[i], [&](const Tensor& x) {
+            const Tensor made = allocated(x, *device);
+            if (x.defined()) on_host(made).copy_(x);
+            return made;
+          }));
     return;
   }
 
@@ -347,8 +354,7 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
       once.arguments.clear();
       for (const IValue& value : arguments)
         once.arguments.push_back(device_replaced(
-            replaced(value,
-                     [](const Tensor& x) { return x.defined() ? on_host(x).clone() : x; }),
+            replaced(value, [](const Tensor& x) { return x.defined() ? on_host(x).clone() : x; }),
             at::kCPU));
       fresh(once.arguments, at::kCPU);
       given = once.arguments;
@@ -408,8 +414,8 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
 }
 
 void record_stream(Tensor& self, c10::Stream stream) {
-  const auto used_on = c10::cuda::CUDAStream::unpack3(stream.id(), stream.device_index(),
-                                                      stream.device_type());
+  const auto used_on =
+      c10::cuda::CUDAStream::unpack3(stream.id(), stream.device_index(), stream.device_type());
   sc::tensor_used_on((uintptr_t)self.storage().data(), sc::find_stream(used_on.stream()));
   c10::cuda::CUDACachingAllocator::recordStream(self.storage().data_ptr(), used_on);
 }
@@ -423,7 +429,8 @@ void watch_allocator() {
   c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker([](const Entry& entry) {
     sc::in_allocator = true;
     if (entry.action_ == Entry::ALLOC) {
-      const c10::cuda::CUDAGuard guard(entry.device_);  // of the default stream, whose handle is null
+      const c10::cuda::CUDAGuard guard(
+          entry.device_);  // of the default stream, whose handle is null
       sc::tensor_allocated(entry.addr_, entry.size_, entry.device_,
                            sc::find_stream((cudaStream_t)entry.stream_));
     } else if (entry.action_ == Entry::FREE_REQUESTED) {

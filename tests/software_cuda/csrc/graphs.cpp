@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#define FIND_STREAM(handle)                                    \
-  Lock lock;                                                   \
-  Stream* stream = find_stream(handle);                        \
+#define FIND_STREAM(handle)             \
+  Lock lock;                            \
+  Stream* stream = find_stream(handle); \
   if (!stream) return record(cudaErrorInvalidResourceHandle)
 
 namespace sc {
@@ -62,7 +62,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   FIND_STREAM(handle);
-  *status = !stream->capture            ? cudaStreamCaptureStatusNone
+  *status = !stream->capture           ? cudaStreamCaptureStatusNone
             : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                        : cudaStreamCaptureStatusActive;
   return cudaSuccess;

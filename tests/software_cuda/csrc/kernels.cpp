@@ -1,8 +1,8 @@
 // Registration of kernels, launches, and what is asked about kernels.
 #include "runtime.h"
 
-#include <cstdio>
 #include <cxxabi.h>
+#include <cstdio>
 #include <unordered_map>
 
 namespace {
@@ -221,8 +221,8 @@ cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
   auto found = symbols().find(symbol);
   if (found == symbols().end()) return record(cudaErrorInvalidSymbol);
   uint64_t size;
-  return record(hooks.symbol(found->second.image, found->second.name.c_str(), (uint64_t*)pointer,
-                             &size));
+  return record(
+      hooks.symbol(found->second.image, found->second.name.c_str(), (uint64_t*)pointer, &size));
 }
 
 }  // extern "C"

@@ -2,8 +2,8 @@
 #include "runtime.h"
 
 #include <dlfcn.h>
-#include <random>
 #include <unistd.h>
+#include <random>
 #include <utility>
 
 namespace sc {

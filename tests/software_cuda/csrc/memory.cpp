@@ -137,7 +137,8 @@ void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream
   Lock lock;
   auto& gone = freed_tensors();
   auto first = gone.upper_bound(address);
-  if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second > address) --first;
+  if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second > address)
+    --first;
   gone.erase(first, gone.lower_bound(address + size));
   tensors()[address] = {size, device, MemoryKind::device, false, stream};
   // Behind the work that still uses the memory for the tensor before.

@@ -43,8 +43,8 @@ struct Allocation {
   size_t size;
   int device;
   MemoryKind kind;
-  bool registered = false;           // cudaHostRegister: not ours to free
-  Stream* stream = nullptr;          // of a tensor: the stream that its memory belongs to
+  bool registered = false;            // cudaHostRegister: not ours to free
+  Stream* stream = nullptr;           // of a tensor: the stream that its memory belongs to
   std::vector<Stream*> also_used_by;  // Tensor.record_stream
 };
 struct Range {
@@ -139,7 +139,7 @@ struct TorchHooks {
   void (*watch_allocator)() = nullptr;  // called before the first cudaMalloc returns
 };
 
-struct Counters {  // totals
+struct Counters {          // totals
   int64_t host_waits = 0;  // times that the host waited for the device
   int64_t launches = 0, mallocs = 0, frees = 0;
 };
@@ -156,8 +156,8 @@ SC_API cudaError_t record(int error);  // sets the thread's last error
 SC_API cudaError_t& device_error(int device);
 SC_API int unsupported(const char* function, const char* why = "is not implemented");
 SC_API void report(const char* kind, const std::string& what);
-// Set while torch's allocator calls: it holds its lock, for which a thread with the GIL may wait, so
-// a report from here does not wait for the GIL.
+// Set while torch's allocator calls: it holds its lock, for which a thread with the GIL may wait,
+// so a report from here does not wait for the GIL.
 SC_API extern thread_local bool in_allocator;
 SC_API void note_wait(const char* what);  // the host waits for the device
 SC_API void jitter();                     // a pause that shakes out races between threads
@@ -172,7 +172,7 @@ SC_API cudaError_t drain(Stream* stream);  // runs all that is queued there
 SC_API cudaError_t run_until(const std::shared_ptr<Mark>& mark);
 SC_API cudaError_t drain_device(int device);
 SC_API cudaError_t drain_legacy(int device);  // what a synchronous call of the device waits for
-SC_API cudaError_t advance_all();  // runs what can run without a wait by the host
+SC_API cudaError_t advance_all();             // runs what can run without a wait by the host
 SC_API cudaError_t push(Stream* stream, Item item);
 SC_API std::shared_ptr<Mark> tail(Stream* stream);
 SC_API bool any_pending();

@@ -195,7 +195,8 @@ cudaError_t push(Stream* stream, Item item) {
         stream->queue.push_back({"legacy stream", {}, {}, {}, tail(other)});
   } else if (stream->blocking) {
     Stream* legacy = legacy_stream(stream->device);
-    if (!legacy->queue.empty()) stream->queue.push_back({"legacy stream", {}, {}, {}, tail(legacy)});
+    if (!legacy->queue.empty())
+      stream->queue.push_back({"legacy stream", {}, {}, {}, tail(legacy)});
   }
   stream->polls = 0;
   stream->queue.push_back(std::move(item));
@@ -285,9 +286,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
 cudaError_t cudaStreamCreate(cudaStream_t* handle) {
   return cudaStreamCreateWithPriority(handle, 0, 0);
 }
-#define FIND_STREAM(handle)                                    \
-  Lock lock;                                                   \
-  Stream* stream = find_stream(handle);                        \
+#define FIND_STREAM(handle)             \
+  Lock lock;                            \
+  Stream* stream = find_stream(handle); \
   if (!stream) return record(cudaErrorInvalidResourceHandle)
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   FIND_STREAM(handle);
@@ -323,8 +324,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
     } else if (stream->capture != event->capture) {
       return record(cudaErrorStreamCaptureMerge);
     }
-    // Items of a capture are kept in the order of their enqueueing. What the other stream had waited
-    // for counts as joined with it.
+    // Items of a capture are kept in the order of their enqueueing. What the other stream had
+    // waited for counts as joined with it.
     event->capture->unjoined[event->captured_on] = false;
     if (stream != event->capture->origin) event->capture->unjoined[stream] = true;
     return cudaSuccess;

@@ -74,7 +74,8 @@ __device__ void two_rounds(float* out) {
     if (threadIdx.x == 0) value = blockIdx.x + 10.f * round;
     cluster.sync();
     int next = (cluster.block_rank() + 1) % cluster.num_blocks();
-    if (threadIdx.x == 32) out[gridDim.x * round + blockIdx.x] = *cluster.map_shared_rank(&value, next);
+    if (threadIdx.x == 32)
+      out[gridDim.x * round + blockIdx.x] = *cluster.map_shared_rank(&value, next);
     if (kWithBarrier) cluster.sync();
   }
   if (!kWithBarrier) cluster.sync();
@@ -124,9 +125,11 @@ extern "C" __global__ void window_addresses(int* out) {
     int* remote = cluster.map_shared_rank(counters, next);
     int in_block, in_cluster;
     asm("{ .reg .pred p; isspacep.shared::cta p, %1; selp.s32 %0, 1, 0, p; }"
-        : "=r"(in_block) : "l"(remote));
+        : "=r"(in_block)
+        : "l"(remote));
     asm("{ .reg .pred p; isspacep.shared::cluster p, %1; selp.s32 %0, 1, 0, p; }"
-        : "=r"(in_cluster) : "l"(remote));
+        : "=r"(in_cluster)
+        : "l"(remote));
     int* row = out + 8 * blockIdx.x;
     row[0] = seen;
     row[1] = counters[1];
