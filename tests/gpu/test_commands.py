@@ -200,10 +200,14 @@ def test_verification(op: str | None, run: Callable) -> None:
     assert results >= (100 if op else 1251)
 
 
-QUICK_BENCHMARK = ("q_sample", "--shapes", "digits", "--modes", "given", "--rounds", "1")
+# A few shapes: the device in software takes hours for all.
+BENCHMARK = ("--shapes", "digits", "--rounds", "1")
+QUICK_BENCHMARK = ("q_sample", *BENCHMARK, "--modes", "given")
 
 
-@pytest.mark.parametrize("options", [QUICK_BENCHMARK, pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options", [QUICK_BENCHMARK, pytest.param(BENCHMARK, marks=pytest.mark.slow)]
+)
 def test_benchmarks(options: tuple, monkeypatch, capfd, tmp_path: Path) -> None:
     """Ours are right (a peer that is not is named in the table); a software device is named,
     and so are its times.

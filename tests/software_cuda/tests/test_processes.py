@@ -22,7 +22,7 @@ def run(device: str, code: str, *command: str) -> str:
         cwd=_PROJECT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1800,  # for another architecture all kernels are compiled
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
