@@ -193,6 +193,74 @@ def test_cuda(kind: str, layout: str, which: str, backend: str, monkeypatch) -> 
     assert_launched(launches, expected)
 
 
+TRITON_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "one block": ("bf16", lambda p: p.one_pass and p.blocks == 1 and not p.packed),
+    "in pieces": ("fp32", lambda p: p.one_pass and p.blocks == 1 and p.pieces > 1),
+    "in pairs": ("bf16", lambda p: p.packed and p.blocks == 1),
+    "cluster": ("fp32", lambda p: p.one_pass and p.blocks > 1),
+    "split": ("fp32", lambda p: not p.one_pass),
+}
+QUICK_KINDS = ("one block", "cluster")
+
+
+def triton_plan(shape: tuple[int, ...], groups: int, dtype: str, layout: str, which: str) -> Any:
+    from fastdiff.triton_kernels import _launch, group_norm_silu_plan
+
+    x = torch.empty(16, dtype={"fp32": torch.float32}.get(dtype, torch.bfloat16), device="cuda")
+    return group_norm_silu_plan.plan(
+        shape[1],
+        groups,
+        shape[2] * shape[3],
+        SIZES[dtype],
+        layout == "channels_last",
+        arrays=1 if which == "forward" else 2,
+        max_blocks=_launch.max_blocks(x.device),
+        pairs=_launch.holds_pairs(x),
+    )
+
+
+@pytest.mark.skipif(available("triton") is not None, reason=f"triton: {available('triton')}")
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k not in QUICK_KINDS)) for k in TRITON_KINDS],
+)
+def test_triton(kind: str, layout: str, backend: str, monkeypatch) -> None:
+    """The smallest shape whose forward pass is of that kind, in both passes."""
+    dtype, wanted = TRITON_KINDS[kind]
+    found = next((s for s in shapes() if wanted(triton_plan(*s, dtype, layout, "forward"))), None)
+    if found is None:
+        capability = torch.cuda.get_device_capability()
+        assert (kind == "cluster" and capability < (9, 0)) or (
+            kind == "in pairs" and capability >= (10, 0)
+        ), f"no shape has the plan {kind!r}"
+        pytest.skip(f"this device has no groups that are held {kind}")
+    shape, groups = found
+    monkeypatch.setitem(SHAPES, kind, found)
+    with recorded("group_norm_silu") as launches:
+        check(Case(shape=kind, layout=layout, dtype=dtype), backend)
+    print(f"{shape}, {groups} groups, {layout}: {[launch.name for launch in launches]}")
+    seen = [launch.name.removeprefix("group_norm_silu_") for launch in launches]
+    plans = {w: triton_plan(*found, dtype, layout, w) for w in ("forward", "backward")}
+    if plans["forward"].one_pass:
+        expected = ["fwd_kernel"]
+    else:
+        expected = ["fwd_moments_kernel", "fwd_merge_kernel", "fwd_apply_kernel"]
+    if plans["backward"].one_pass:
+        expected += ["bwd_kernel"]
+    else:
+        expected += ["bwd_sums_kernel", "bwd_finish_kernel", "bwd_apply_kernel"]
+    assert seen[: len(expected)] == expected
+    assert seen[len(expected) :] in ([], ["bwd_samples_kernel"])
+    plan = plans["forward"]
+    assert launches[0].threads == 32 * plan.num_warps
+    blocks = shape[0] * plan.channel_tiles(shape[1], groups) * plan.blocks
+    if plan.one_pass:
+        assert launches[0].blocks == blocks
+        assert launches[0].cluster in (plan.blocks, None)
+
+
 @two_devices
 @pytest.mark.skipif(available("cuda") is not None, reason=f"cuda: {available('cuda')}")
 @pytest.mark.parametrize("backend", ["cuda"])
