@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from .group_norm_silu_tiles import Tiling
 from .reduce import DEVICE_PROGRAMS
 
 
@@ -31,25 +32,23 @@ class Plan(NamedTuple):
         """Channel tiles of one sample."""
         return num_groups // self.groups * self.parts(channels, num_groups)
 
-    def constants(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
-        constants = {
-            "CHANNELS": channels,
-            "GROUP_CHANNELS": channels // num_groups,
-            "GROUPS": self.groups,
-            "CHANNELS_LAST": channels_last,
-            "CH": self.channels,
-            "PIX": self.pixels,
-            "num_warps": self.num_warps,
-            "num_ctas": self.blocks,
-        }
-        if not self.one_pass:
-            return constants
-        return constants | {
-            "SEGMENTS": self.blocks,
-            "PIECES": self.pieces,
-            "PACKED": self.packed,
-        }
+    def meta(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
+        """Of the kernels that work on tiles: compile-time arguments and launch options."""
+        tiling = Tiling(
+            channels,
+            channels // num_groups,
+            self.groups,
+            self.channels,
+            self.pixels,
+            channels_last,
+            self.blocks,
+            self.pieces,
+            self.packed,
+        )
+        meta = {"TILING": tiling, "num_warps": self.num_warps, "num_ctas": self.blocks}
+        if self.one_pass:
+            meta["HELD"] = tiling.as_held()
+        return meta
 
 
 # Of the 65536 registers of a multiprocessor, those for what a block holds, next to addresses, small
