@@ -25,7 +25,6 @@ from .group_norm_silu_tiles import (
     members_of,
     normalized,
     pivots,
-    rows_in,
     rows_of,
     spread,
     store_channel_gradients,
@@ -49,7 +48,8 @@ def piece_offsets(piece, tile, sample, pixels, HELD: tl.constexpr):
     """Where a piece of a tile lies in a sample, as `tile_offsets` says it, in units of HELD."""
     PACKED: tl.constexpr = HELD.packed
     PIXELS_IN_ONE: tl.constexpr = 1 if HELD.channels_last else 1 + PACKED
-    rows = rows_in(sample, rows_of(tile, HELD))
+    rows = rows_of(tile, HELD)
+    rows = Rows(sample, rows.first, rows.channel, rows.mask)
     first_pixel = piece * (HELD.tile_pixels // HELD.pieces)
     return tile_offsets(rows, first_pixel, pixels // PIXELS_IN_ONE, HELD)
 
@@ -194,7 +194,7 @@ def group_norm_silu_bwd_kernel(
     bias_share = tl.zeros((ROWS,), tl.float32)
     for k in tl.static_range(SAMPLES):
         sample = tile_rows.sample * SAMPLES + k
-        rows = rows_in(sample, tile_rows)
+        rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
         held_x = load_pieces(x, tile, sample, pixels, HELD)
         held_grad = load_pieces(grad, tile, sample, pixels, HELD)
         center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)

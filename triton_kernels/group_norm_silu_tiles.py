@@ -131,12 +131,6 @@ def rows_of(tile, TILING: tl.constexpr):
 
 
 @triton.jit
-def rows_in(sample, rows):
-    """The same rows of another sample."""
-    return Rows(sample, rows.first, rows.channel, rows.mask)
-
-
-@triton.jit
 def split_program(chunks, TILING: tl.constexpr):
     """The tile and the chunk of pixels of this program.
 
