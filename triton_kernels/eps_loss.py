@@ -44,7 +44,6 @@ def error(
     first,
     numel,
     inner,
-    GENERATE: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,7 +51,7 @@ def error(
     i = first + tl.arange(0, BLOCK)
     mask = i < numel
     p = tl.load(prediction + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
-    if GENERATE:
+    if noise is None:
         n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
     else:
         n = tl.load(noise + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
@@ -73,8 +72,6 @@ def eps_loss_fwd_kernel(
     inner,
     scale,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     WHOLE_SAMPLES: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -84,7 +81,7 @@ def eps_loss_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     begin = (program - sample * chunks) * (ROUNDS * BLOCK)
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     acc = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROUNDS):
         first = begin + r * BLOCK
@@ -97,7 +94,6 @@ def eps_loss_fwd_kernel(
             first,
             numel,
             inner,
-            GENERATE,
             LOGICAL_ORDER,
             BLOCK,
         )
@@ -123,8 +119,6 @@ def eps_loss_small_fwd_kernel(
     numel,
     inner,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,7 +130,7 @@ def eps_loss_small_fwd_kernel(
     for k in range(SAMPLES):
         sample = program * SAMPLES + k
         if sample < batch:
-            key = noise_key(keys, seed, sample, HAS_KEYS)
+            key = noise_key(keys, seed, sample)
             d = error(
                 prediction,
                 noise,
@@ -146,7 +140,6 @@ def eps_loss_small_fwd_kernel(
                 first,
                 numel,
                 inner,
-                GENERATE,
                 LOGICAL_ORDER,
                 BLOCK,
             )
@@ -173,8 +166,6 @@ def eps_loss_bwd_kernel(
     inner,
     scale,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,13 +174,11 @@ def eps_loss_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program - sample * chunks) * BLOCK
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     factor = scale * tl.load(grad + sample if PER_SAMPLE else grad)
     if weight is not None:
         factor *= tl.load(weight + sample)
-    d = error(
-        prediction, noise, key, stream, sample, first, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
-    )
+    d = error(prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK)
     g = factor * loss_slope(d, KIND)
     i = first + tl.arange(0, BLOCK)
     base = sample * numel
@@ -240,8 +229,6 @@ def eps_loss(
     numbers = (0 if seed is None else seed, stream)
     meta = {
         "KIND": kind,
-        "GENERATE": noise is None,
-        "HAS_KEYS": keys is not None,
         "LOGICAL_ORDER": layout.inner == 1,
         "BLOCK": block,
     }
@@ -323,8 +310,6 @@ def eps_loss_backward(
         layout.inner,
         scale,
         KIND=kind,
-        GENERATE=noise is None,
-        HAS_KEYS=keys is not None,
         PER_SAMPLE=grad.dim() == 1,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,

@@ -20,7 +20,6 @@ def philox_normal_kernel(
     chunks,
     numel,
     inner,
-    HAS_KEYS: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -29,7 +28,7 @@ def philox_normal_kernel(
     sample = program // chunks
     first = (program - sample * chunks) * BLOCK
     i = first + tl.arange(0, BLOCK)
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
     tl.store(out + sample * numel + i, n.to(out.dtype.element_ty), mask=i < numel)
 
@@ -54,7 +53,6 @@ def philox_normal(
         chunks,
         layout.numel,
         layout.inner,
-        HAS_KEYS=keys is not None,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,
     )
