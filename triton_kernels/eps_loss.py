@@ -85,18 +85,7 @@ def eps_loss_fwd_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROUNDS):
         first = begin + r * BLOCK
-        d = error(
-            prediction,
-            noise,
-            key,
-            stream,
-            sample,
-            first,
-            numel,
-            inner,
-            LOGICAL_ORDER,
-            BLOCK,
-        )
+        d = error(prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK)
         acc += loss_term(d, KIND)
     total = tl.sum(acc, axis=0)
     if WHOLE_SAMPLES:
@@ -132,16 +121,7 @@ def eps_loss_small_fwd_kernel(
         if sample < batch:
             key = noise_key(keys, seed, sample)
             d = error(
-                prediction,
-                noise,
-                key,
-                stream,
-                sample,
-                first,
-                numel,
-                inner,
-                LOGICAL_ORDER,
-                BLOCK,
+                prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK
             )
             loss = loss_term(d, KIND)
             if weight is not None:
@@ -227,11 +207,7 @@ def eps_loss(
     samples = samples_per_program(layout.batch, sample_bytes) if small else 1
     source = (prediction, noise, keys)
     numbers = (0 if seed is None else seed, stream)
-    meta = {
-        "KIND": kind,
-        "LOGICAL_ORDER": layout.inner == 1,
-        "BLOCK": block,
-    }
+    meta = {"KIND": kind, "LOGICAL_ORDER": layout.inner == 1, "BLOCK": block}
     if samples > 1:
         programs = triton.cdiv(layout.batch, samples)
         sums = reduce.workspace(out, programs)
@@ -292,22 +268,16 @@ def eps_loss_backward(
     layout = sample_layout(prediction, channels_last)
     block = block_elements(prediction.dtype)
     chunks = triton.cdiv(layout.numel, block)
+    tensors = grad_prediction, grad_noise, grad, prediction, noise, keys, weight
+    numbers = 0 if seed is None else seed, stream
+    sizes = chunks, layout.numel, layout.inner
     _launch.launch(
         eps_loss_bwd_kernel,
         layout.batch * chunks,
         prediction.device,
-        grad_prediction,
-        grad_noise,
-        grad,
-        prediction,
-        noise,
-        keys,
-        weight,
-        0 if seed is None else seed,
-        stream,
-        chunks,
-        layout.numel,
-        layout.inner,
+        *tensors,
+        *numbers,
+        *sizes,
         scale,
         KIND=kind,
         PER_SAMPLE=grad.dim() == 1,

@@ -32,7 +32,11 @@ SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
 
 
 class Tiling(NamedTuple):
-    """How samples are cut into tiles: what the kernels know at compile time."""
+    """How samples are cut into tiles: what the kernels know at compile time.
+
+    To Triton 3.6 its members are plain numbers. Where Triton asks for a constant, as in
+    `tl.static_range`, they need a name first: `PIECES: tl.constexpr = TILING.pieces`.
+    """
 
     channels: int  # of a sample
     group_channels: int

@@ -13,15 +13,7 @@ from .philox import chunk_normals, noise_key
 
 @triton.jit(do_not_specialize=["seed", "stream", "chunks"])
 def philox_normal_kernel(
-    out,
-    keys,
-    seed,
-    stream,
-    chunks,
-    numel,
-    inner,
-    LOGICAL_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    out, keys, seed, stream, chunks, numel, inner, LOGICAL_ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Standard normals for one chunk of one sample."""
     program = tl.program_id(0).to(tl.int64)

@@ -94,25 +94,16 @@ def q_sample(
     layout = sample_layout(x0, channels_last)
     block = block_elements(out.dtype)
     chunks = triton.cdiv(layout.numel, block)
+    tensors = out, x0, noise, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, keys, flip
+    numbers = 0 if seed is None else seed, stream, sqrt_alpha_bar.shape[0], chunks
+    sizes = layout.numel, layout.inner, layout.width
     _launch.launch(
         q_sample_fwd_kernel,
         layout.batch * chunks,
         out.device,
-        out,
-        x0,
-        noise,
-        t,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        keys,
-        flip,
-        0 if seed is None else seed,
-        stream,
-        sqrt_alpha_bar.shape[0],
-        chunks,
-        layout.numel,
-        layout.inner,
-        layout.width,
+        *tensors,
+        *numbers,
+        *sizes,
         GENERATE=keys is not None or seed is not None,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,

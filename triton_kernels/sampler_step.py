@@ -218,27 +218,16 @@ def sampler_step(
     two_heads = model_output.shape[1] != x_t.shape[1]
     heads = plan_heads(layout, two_heads, block)
     chunks = triton.cdiv(layout.numel, heads.span)
+    tensors = x_s, pred_x0, x_t, model_output, uncond, noise, step, table, keys
+    numbers = 0 if seed is None else seed, stream, table.shape[0], chunks, guidance_scale
+    sizes = layout.numel, layout.inner, heads.span
     _launch.launch(
         sampler_step_fwd_kernel,
         layout.batch * chunks,
         x_s.device,
-        x_s,
-        pred_x0,
-        x_t,
-        model_output,
-        uncond,
-        noise,
-        step,
-        table,
-        keys,
-        0 if seed is None else seed,
-        stream,
-        table.shape[0],
-        chunks,
-        guidance_scale,
-        layout.numel,
-        layout.inner,
-        heads.span,
+        *tensors,
+        *numbers,
+        *sizes,
         PREDICTION=prediction,
         CLIP=clip,
         HAS_EPS=not ddpm,

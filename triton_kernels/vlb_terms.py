@@ -286,23 +286,16 @@ def vlb_terms(
     chunks = triton.cdiv(layout.numel, rounds * heads.span)
     partials = reduce.workspace(out, 3 * layout.batch * chunks)
     if chunks > 0:
+        tensors = partials, Inputs(x0, x_t, model_output), t, table, noise, keys
+        numbers = 0 if seed is None else seed, stream, table.shape[0], chunks
+        sizes = layout.numel, layout.inner, heads.span
         _launch.launch(
             vlb_terms_fwd_kernel,
             layout.batch * chunks,
             out.device,
-            partials,
-            Inputs(x0, x_t, model_output),
-            t,
-            table,
-            noise,
-            keys,
-            0 if seed is None else seed,
-            stream,
-            table.shape[0],
-            chunks,
-            layout.numel,
-            layout.inner,
-            heads.span,
+            *tensors,
+            *numbers,
+            *sizes,
             SETTINGS=settings,
             ROUNDS=rounds,
         )
@@ -336,25 +329,16 @@ def vlb_terms_backward(
     heads = plan_heads(layout, learned, block)
     settings = Settings(prediction, learned, heads.staged, clip, layout.inner == 1, block)
     chunks = triton.cdiv(layout.numel, heads.span)
+    tensors = grad_output, grad, Inputs(x0, x_t, model_output), t, table, noise, keys
+    numbers = 0 if seed is None else seed, stream, table.shape[0], layout.batch, chunks
+    sizes = layout.numel, layout.inner, heads.span
     _launch.launch(
         vlb_terms_bwd_kernel,
         layout.batch * chunks,
         grad_output.device,
-        grad_output,
-        grad,
-        Inputs(x0, x_t, model_output),
-        t,
-        table,
-        noise,
-        keys,
-        0 if seed is None else seed,
-        stream,
-        table.shape[0],
-        layout.batch,
-        chunks,
-        layout.numel,
-        layout.inner,
-        heads.span,
+        *tensors,
+        *numbers,
+        *sizes,
         SETTINGS=settings,
         DETACH_MEAN=detach_mean,
     )
