@@ -172,8 +172,8 @@ def eps_loss_bwd_kernel(
 def samples_per_program(batch: int, sample_bytes: int) -> int:
     """Samples whose sums a program adds up before it writes, if only their total is wanted.
 
-    A partial sum is 8 bytes, written and read: twice as many samples until that is a 48th of the
-    prediction, as long as the programs fill a device, or have 4 KB each.
+    A partial sum is written and read: 8 bytes. So the number of samples is doubled until that is at
+    most a 48th of the prediction, as long as the programs fill a device or have 4 KB each.
     """
     enough = min(reduce.DEVICE_PROGRAMS, max(1, batch * sample_bytes // 4096))
     samples = 1
