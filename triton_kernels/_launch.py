@@ -35,10 +35,10 @@ def max_blocks(device: torch.device) -> int:
 
 
 def holds_pairs(*arrays: Tensor | None) -> bool:
-    """Whether elements of 16 bits can be held in pairs: if read as 32 bits, in 32-bit registers.
+    """Whether elements of 16 bits can be held in pairs, which are read and held as 32 bits.
 
-    From compute capability 10 on the compiler takes more registers for pairs than for single ones;
-    what AMD's does nobody has looked at, so there they are single.
+    From compute capability 10 on the compiler takes more registers for pairs than for single
+    elements. What AMD's compiler does has not been tried. On both, elements are held one by one.
     """
     given = [array for array in arrays if array is not None]
     device = given[0].device

@@ -44,7 +44,6 @@ def error(
     first,
     numel,
     inner,
-    GENERATE: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -52,7 +51,7 @@ def error(
     i = first + tl.arange(0, BLOCK)
     mask = i < numel
     p = tl.load(prediction + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
-    if GENERATE:
+    if noise is None:
         n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
     else:
         n = tl.load(noise + sample * numel + i, mask=mask, other=0.0).to(tl.float32)
@@ -73,8 +72,6 @@ def eps_loss_fwd_kernel(
     inner,
     scale,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     WHOLE_SAMPLES: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -84,23 +81,11 @@ def eps_loss_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     begin = (program - sample * chunks) * (ROUNDS * BLOCK)
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     acc = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROUNDS):
         first = begin + r * BLOCK
-        d = error(
-            prediction,
-            noise,
-            key,
-            stream,
-            sample,
-            first,
-            numel,
-            inner,
-            GENERATE,
-            LOGICAL_ORDER,
-            BLOCK,
-        )
+        d = error(prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK)
         acc += loss_term(d, KIND)
     total = tl.sum(acc, axis=0)
     if WHOLE_SAMPLES:
@@ -123,8 +108,6 @@ def eps_loss_small_fwd_kernel(
     numel,
     inner,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,19 +119,9 @@ def eps_loss_small_fwd_kernel(
     for k in range(SAMPLES):
         sample = program * SAMPLES + k
         if sample < batch:
-            key = noise_key(keys, seed, sample, HAS_KEYS)
+            key = noise_key(keys, seed, sample)
             d = error(
-                prediction,
-                noise,
-                key,
-                stream,
-                sample,
-                first,
-                numel,
-                inner,
-                GENERATE,
-                LOGICAL_ORDER,
-                BLOCK,
+                prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK
             )
             loss = loss_term(d, KIND)
             if weight is not None:
@@ -173,8 +146,6 @@ def eps_loss_bwd_kernel(
     inner,
     scale,
     KIND: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,13 +154,11 @@ def eps_loss_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program - sample * chunks) * BLOCK
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     factor = scale * tl.load(grad + sample if PER_SAMPLE else grad)
     if weight is not None:
         factor *= tl.load(weight + sample)
-    d = error(
-        prediction, noise, key, stream, sample, first, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
-    )
+    d = error(prediction, noise, key, stream, sample, first, numel, inner, LOGICAL_ORDER, BLOCK)
     g = factor * loss_slope(d, KIND)
     i = first + tl.arange(0, BLOCK)
     base = sample * numel
@@ -203,8 +172,8 @@ def eps_loss_bwd_kernel(
 def samples_per_program(batch: int, sample_bytes: int) -> int:
     """Samples whose sums a program adds up before it writes, if only their total is wanted.
 
-    A partial sum is 8 bytes, written and read: twice as many samples until that is a 48th of the
-    prediction, as long as the programs fill a device, or have 4 KB each.
+    A partial sum is written and read: 8 bytes. So the number of samples is doubled until that is at
+    most a 48th of the prediction, as long as the programs fill a device or have 4 KB each.
     """
     enough = min(reduce.DEVICE_PROGRAMS, max(1, batch * sample_bytes // 4096))
     samples = 1
@@ -238,13 +207,7 @@ def eps_loss(
     samples = samples_per_program(layout.batch, sample_bytes) if small else 1
     source = (prediction, noise, keys)
     numbers = (0 if seed is None else seed, stream)
-    meta = {
-        "KIND": kind,
-        "GENERATE": noise is None,
-        "HAS_KEYS": keys is not None,
-        "LOGICAL_ORDER": layout.inner == 1,
-        "BLOCK": block,
-    }
+    meta = {"KIND": kind, "LOGICAL_ORDER": layout.inner == 1, "BLOCK": block}
     if samples > 1:
         programs = triton.cdiv(layout.batch, samples)
         sums = reduce.workspace(out, programs)
@@ -305,26 +268,18 @@ def eps_loss_backward(
     layout = sample_layout(prediction, channels_last)
     block = block_elements(prediction.dtype)
     chunks = triton.cdiv(layout.numel, block)
+    tensors = grad_prediction, grad_noise, grad, prediction, noise, keys, weight
+    numbers = 0 if seed is None else seed, stream
+    sizes = chunks, layout.numel, layout.inner
     _launch.launch(
         eps_loss_bwd_kernel,
         layout.batch * chunks,
         prediction.device,
-        grad_prediction,
-        grad_noise,
-        grad,
-        prediction,
-        noise,
-        keys,
-        weight,
-        0 if seed is None else seed,
-        stream,
-        chunks,
-        layout.numel,
-        layout.inner,
+        *tensors,
+        *numbers,
+        *sizes,
         scale,
         KIND=kind,
-        GENERATE=noise is None,
-        HAS_KEYS=keys is not None,
         PER_SAMPLE=grad.dim() == 1,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,

@@ -1,148 +1,27 @@
-"""group_norm_silu forward in Triton: one pass while a program holds its groups, else two reads."""
+"""group_norm_silu in Triton: one pass while a program can hold its groups, else two reads."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from .group_norm_silu_backward import group_norm_silu_backward
-from .group_norm_silu_forward_split import (
+from .group_norm_silu_one_pass import group_norm_silu_bwd_kernel, group_norm_silu_fwd_kernel
+from .group_norm_silu_plan import Plan, plan, samples_per_program
+from .group_norm_silu_split import (
+    group_norm_silu_bwd_apply_kernel,
+    group_norm_silu_bwd_finish_kernel,
+    group_norm_silu_bwd_samples_kernel,
+    group_norm_silu_bwd_sums_kernel,
     group_norm_silu_fwd_apply_kernel,
     group_norm_silu_fwd_merge_kernel,
     group_norm_silu_fwd_moments_kernel,
 )
-from .group_norm_silu_held import load_pieces, piece_mask, plus, store_piece, unpack
-from .group_norm_silu_plan import plan
-from .group_norm_silu_tiles import (
-    activate,
-    affine,
-    channels_of,
-    first_elements,
-    load_channels,
-    masked,
-    members,
-    row_stride,
-    spread,
-    sum_groups,
-    workspace,
-)
+from .group_norm_silu_tiles import Gradients, Operands, Sums, Tiling, row_stride, workspace
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
-
-
-@triton.jit(do_not_specialize=["eps", "zero"])
-def group_norm_silu_fwd_kernel(
-    y,
-    mean,
-    rstd,
-    x,
-    weight,
-    bias,
-    channel_bias,
-    scale,
-    shift,
-    channel_bias_stride,
-    scale_stride,
-    shift_stride,
-    pixels,
-    eps,
-    zero,
-    CHANNELS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CH: tl.constexpr,
-    PIX: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PIECES: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """One span of whole groups of one sample, held in registers: x is read once."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    tile = tl.program_id(0).to(tl.int64)
-    i_b, first, i_c, m_c = channels_of(tile, CHANNELS, GROUP_CHANNELS, GROUPS, CH, SEGMENTS)
-    i_g, m_g, m_member = members(first, i_c, m_c, GROUP_CHANNELS, GROUPS, SEGMENTS)
-    b_bias = load_channels(channel_bias, i_b, channel_bias_stride, i_c, m_c, 0.0)
-    gamma, beta = affine(weight, bias, scale, scale_stride, shift, shift_stride, i_b, i_c, m_c)
-    held = load_pieces(
-        x,
-        tile,
-        i_b,
-        pixels,
-        CHANNELS,
-        GROUP_CHANNELS,
-        GROUPS,
-        CHANNELS_LAST,
-        CH,
-        PIX,
-        SEGMENTS,
-        PIECES,
-        PACKED,
-    )
-
-    b_first, b_bias_first = first_elements(
-        x,
-        channel_bias,
-        channel_bias_stride,
-        i_b,
-        i_g,
-        m_g,
-        pixels,
-        CHANNELS,
-        GROUP_CHANNELS,
-        CHANNELS_LAST,
-    )
-    pivot = spread(b_first, m_member)
-    if channel_bias is not None:
-        pivot += spread(b_bias_first, m_member) - b_bias
-
-    n = GROUP_CHANNELS * 1.0 * pixels
-    total, square = None, None
-    for piece in tl.static_range(PIECES):
-        m_tile = piece_mask(
-            piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
-        )
-        b_d = unpack(held[piece], 0, DTYPE, CHANNELS_LAST, PACKED) - pivot[:, None]
-        total = plus(total, tl.where(m_tile, b_d, 0.0))
-    b_mean = sum_groups(tl.sum(total, axis=1), m_member) / n
-    center = pivot + spread(b_mean, m_member)
-    b_mean += b_first + b_bias_first
-
-    for piece in tl.static_range(PIECES):
-        m_tile = piece_mask(
-            piece, i_b, first, m_c, pixels, CHANNELS, CHANNELS_LAST, CH, PIX, SEGMENTS, PIECES
-        )
-        b_d = unpack(held[piece], zero, DTYPE, CHANNELS_LAST, PACKED) - center[:, None]
-        square = plus(square, masked(b_d * b_d, m_tile))
-    b_rstd = 1.0 / tl.sqrt(sum_groups(tl.sum(square, axis=1), m_member) / n + eps)
-    p_group = i_b * (CHANNELS // GROUP_CHANNELS) + i_g
-    tl.store(mean + p_group, b_mean, mask=m_g)
-    tl.store(rstd + p_group, b_rstd, mask=m_g)
-
-    slope = spread(b_rstd, m_member) * gamma
-    for piece in tl.static_range(PIECES):
-        b_d = unpack(held[piece], 2 * zero, DTYPE, CHANNELS_LAST, PACKED) - center[:, None]
-        b_y = activate(b_d * slope[:, None] + beta[:, None], ACTIVATION)
-        store_piece(
-            y,
-            b_y,
-            piece,
-            tile,
-            i_b,
-            pixels,
-            CHANNELS,
-            GROUP_CHANNELS,
-            GROUPS,
-            CHANNELS_LAST,
-            CH,
-            PIX,
-            SEGMENTS,
-            PIECES,
-            PACKED,
-        )
 
 
 def group_norm_silu(
@@ -171,7 +50,6 @@ def group_norm_silu(
     pixels = x[0, 0].numel()
     # One pixel: both formats are the same, and the channels are adjacent.
     channels_last = channels_last or pixels == 1
-    blocks = _launch.max_blocks(x.device)
     cut = plan(
         channels,
         num_groups,
@@ -179,56 +57,41 @@ def group_norm_silu(
         x.element_size(),
         channels_last,
         arrays=1,
-        max_blocks=blocks,
+        max_blocks=_launch.max_blocks(x.device),
         pairs=_launch.holds_pairs(x, y),
     )
     tiles = batch * cut.channel_tiles(channels, num_groups)
-    shape = cut.constants(channels, num_groups, channels_last)
-    operands = (
-        y,
-        mean,
-        rstd,
-        x,
-        weight,
-        bias,
-        channel_bias,
-        scale,
-        shift,
-        row_stride(channel_bias),
-        row_stride(scale),
-        row_stride(shift),
-        pixels,
-    )
+    operands = _operands(weight, bias, channel_bias, scale, shift)
+    results_and_inputs = y, mean, rstd, x, operands, pixels
+    meta = cut.meta(channels, num_groups, channels_last)
     if cut.one_pass:
         _launch.launch(
             group_norm_silu_fwd_kernel,
             tiles,
             x.device,
-            *operands,
+            *results_and_inputs,
             eps,
             0,
             ACTIVATION=activation,
-            **shape,
+            **meta,
         )
         return
 
     chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
     parts = cut.parts(channels, num_groups) * chunks
-    numbers, means, squares = (workspace(x, mean.numel() * parts) for _ in range(3))
+    moments = [workspace(x, mean.numel() * parts) for _ in range(3)]
+    bias_only = Operands(channel_bias=channel_bias, channel_bias_stride=row_stride(channel_bias))
     _launch.launch(
         group_norm_silu_fwd_moments_kernel,
         tiles * chunks,
         x.device,
-        numbers,
-        means,
-        squares,
+        *moments,
         x,
-        channel_bias,
-        row_stride(channel_bias),
+        bias_only,
         pixels,
         chunks,
         cut.rounds,
-        **shape,
+        **meta,
     )
     _launch.launch(
         group_norm_silu_fwd_merge_kernel,
@@ -236,9 +99,7 @@ def group_norm_silu(
         x.device,
         mean,
         rstd,
-        numbers,
-        means,
-        squares,
+        *moments,
         mean.numel(),
         parts,
         eps,
@@ -250,9 +111,173 @@ def group_norm_silu(
         group_norm_silu_fwd_apply_kernel,
         tiles * chunks,
         x.device,
-        *operands,
+        *results_and_inputs,
         chunks,
         cut.rounds,
         ACTIVATION=activation,
-        **shape,
+        **meta,
     )
+
+
+def group_norm_silu_backward(
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_channel_bias: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_shift: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    channels_last: bool,
+) -> None:
+    """Fill the gradients that are not None, each contiguous (`grad_x` as `x`).
+
+    `grad` and `x` are dense, in the same memory format; `mean` and `rstd` are the forward pass's.
+    """
+    batch, channels = x.shape[:2]
+    pixels = x.shape[2:].numel()
+    # One pixel: both formats are the same, and the channels are adjacent.
+    channels_last = channels_last or pixels == 1
+    cut = plan(
+        channels,
+        num_groups,
+        pixels,
+        x.element_size(),
+        channels_last,
+        arrays=2,
+        max_blocks=_launch.max_blocks(x.device),
+        pairs=_launch.holds_pairs(x, grad, grad_x),
+    )
+    samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
+    # The shares of a program's samples in dweight and dbias: a single row is the gradients.
+    rows = batch // samples
+    shares = grad_weight, grad_bias
+    if rows != 1:
+        shares = tuple(None if total is None else workspace(x, rows * channels) for total in shares)
+    if x.numel() > 0:
+        _sample_gradients(
+            grad_x,
+            Gradients(*shares, grad_channel_bias, grad_scale, grad_shift),
+            (grad, x, mean, rstd),
+            _operands(weight, bias, channel_bias, scale, shift),
+            cut.meta(channels, num_groups, channels_last) | {"ACTIVATION": activation},
+            cut,
+            num_groups,
+            samples,
+        )
+    if rows != 1 and not (grad_weight is None and grad_bias is None):
+        block = min(32, triton.next_power_of_2(channels))
+        _launch.launch(
+            group_norm_silu_bwd_samples_kernel,
+            triton.cdiv(channels, block),
+            x.device,
+            grad_weight,
+            grad_bias,
+            *shares,
+            rows,
+            CHANNELS=channels,
+            ROWS=32,
+            CH=block,
+        )
+
+
+def _sample_gradients(
+    grad_x: Tensor | None,
+    gradients: Gradients,
+    inputs: tuple[Tensor, ...],
+    operands: Operands,
+    meta: dict[str, Any],
+    cut: Plan,
+    num_groups: int,
+    samples: int,
+) -> None:
+    """What needs no sum over the batch, and the shares of each program's `samples`."""
+    _, x, mean, rstd = inputs
+    channels, pixels = x.shape[1], x.shape[2:].numel()
+    tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
+    if cut.one_pass:
+        _launch.launch(
+            group_norm_silu_bwd_kernel,
+            tiles,
+            x.device,
+            grad_x,
+            gradients,
+            *inputs,
+            operands,
+            pixels,
+            0,
+            SAMPLES=samples,
+            **meta,
+        )
+        return
+
+    chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
+    s0, s1 = (workspace(x, tiles * chunks * cut.channels) for _ in range(2))
+    sums = Sums(s0, s1, None if gradients.channel_bias is None else workspace(x, s0.numel()))
+    means = [workspace(x, mean.numel()) for _ in range(2)]
+    _launch.launch(
+        group_norm_silu_bwd_sums_kernel,
+        tiles * chunks,
+        x.device,
+        sums,
+        *inputs,
+        operands,
+        pixels,
+        chunks,
+        cut.rounds,
+        **meta,
+    )
+    group_channels = channels // num_groups
+    block = min(32, triton.next_power_of_2(group_channels))
+    _launch.launch(
+        group_norm_silu_bwd_finish_kernel,
+        mean.numel(),
+        x.device,
+        *means,
+        gradients,
+        sums,
+        rstd,
+        operands._replace(
+            channel_bias=None, shift=None, channel_bias_stride=None, shift_stride=None
+        ),
+        pixels,
+        chunks,
+        SPAN=group_channels * cut.groups,
+        TILE=cut.channels,
+        TILING=Tiling(channels, group_channels, groups=1, tile_channels=block),
+        num_warps=1,
+    )
+    if grad_x is not None:
+        _launch.launch(
+            group_norm_silu_bwd_apply_kernel,
+            tiles * chunks,
+            x.device,
+            grad_x,
+            *means,
+            *inputs,
+            operands,
+            pixels,
+            chunks,
+            cut.rounds,
+            **meta,
+        )
+
+
+def _operands(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Operands:
+    rows = channel_bias, scale, shift
+    return Operands(weight, bias, *rows, *(row_stride(operand) for operand in rows))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 
+from .group_norm_silu_tiles import Tiling
 from .reduce import DEVICE_PROGRAMS
 
 
@@ -31,38 +32,40 @@ class Plan(NamedTuple):
         """Channel tiles of one sample."""
         return num_groups // self.groups * self.parts(channels, num_groups)
 
-    def constants(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
-        constants = {
-            "CHANNELS": channels,
-            "GROUP_CHANNELS": channels // num_groups,
-            "GROUPS": self.groups,
-            "CHANNELS_LAST": channels_last,
-            "CH": self.channels,
-            "PIX": self.pixels,
-            "num_warps": self.num_warps,
-            "num_ctas": self.blocks,
-        }
-        if not self.one_pass:
-            return constants
-        return constants | {
-            "SEGMENTS": self.blocks,
-            "PIECES": self.pieces,
-            "PACKED": self.packed,
-        }
+    def meta(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
+        """Of the kernels that work on tiles: compile-time arguments and launch options."""
+        tiling = Tiling(
+            channels,
+            channels // num_groups,
+            self.groups,
+            self.channels,
+            self.pixels,
+            channels_last,
+            self.blocks,
+            self.pieces,
+            self.packed,
+        )
+        meta = {"TILING": tiling, "num_warps": self.num_warps, "num_ctas": self.blocks}
+        if self.one_pass:
+            meta["HELD"] = tiling.as_held()
+        return meta
 
 
-# Of the 65536 registers of a multiprocessor, those for what a block holds, next to addresses, small
-# operands and the piece at work. With more it spills on sm_80, sm_90 or sm_100. So does half of it
-# where a thread has 16 bytes of channels, whose coefficients take registers, and a cluster's sums.
+# Registers in which a block may hold tiles, of the 65536 of a multiprocessor. The rest is for
+# addresses, small operands and the piece being worked on: with a larger share the kernels spill on
+# sm_80, sm_90 or sm_100.
 HELD = 32768
+# The same for the backward pass of a cluster in channels_last. A thread has several channels there,
+# and their coefficients take registers.
 HELD_CROWDED = 16384
-CLUSTER_CHANNELS = 128  # its kernels compare all channels with all rows, eight times as many
+# At most so many channels in a cluster: its kernels compare each of them with each of its rows,
+# which are eight times as many.
+CLUSTER_CHANNELS = 128
 SECTOR_BYTES = 32
-WARP_BYTES = 512  # that one access of a warp can have
+WARP_BYTES = 512  # of one access by a whole warp
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
-# channels_last: two sectors of adjacent channels. Wider tiles would be shorter, and so more of them
-# would leave partial sums.
+# channels_last: two sectors of adjacent channels. Wider tiles would have fewer pixels, so there
+# would be more of them and more partial sums.
 SPLIT_WIDTH_BYTES = 64
 REDUCTION_PROGRAMS = 512  # per sample: fills 132 multiprocessors at batch 1, and merges quickly
 WASTE = 1.1  # sectors touched / needed
@@ -85,11 +88,11 @@ def plan(
     max_blocks: int = 1,
     pairs: bool = True,
 ) -> Plan:
-    """The default choice for a sample, for a kernel that holds tiles of so many `arrays`.
+    """The choice for a sample, for a kernel that holds tiles of `arrays` tensors.
 
-    In the registers of one block, or of the smallest cluster of at most `max_blocks` that can or
-    that wastes less of the sectors it reads; else in two passes. `pairs`: whether elements of
-    16 bits may be held in pairs.
+    One pass, in the registers of one block or of a cluster of at most `max_blocks`: of the
+    smallest that can hold its groups, unless a larger one wastes less of the sectors it reads.
+    Otherwise two passes. `pairs`: whether elements of 16 bits may be held in pairs.
     """
     group_channels = channels // num_groups
     divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
@@ -159,9 +162,10 @@ def samples_per_program(
 ) -> int:
     """Samples that a program of the backward pass handles one after the other.
 
-    Its shares in the gradients of weight and bias are 16 bytes per channel, written and read: twice
-    as many samples until that is a 24th of x, grad and grad_x, as long as they divide the batch and
-    leave enough programs, to fill a device or of 4 KB; four at most, as their loop is unrolled.
+    A program writes its shares in the gradients of weight and bias, which are read again: 16 bytes
+    per channel. So the number of samples is doubled until that is at most a 24th of x, grad and
+    grad_x. It must divide the batch and leave enough programs: enough to fill a device, or to have
+    4 KB each. It is at most four, because the loop over samples is unrolled.
     """
     samples, size = 1, pixels * itemsize
     enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))
@@ -183,10 +187,10 @@ def _warps(elements: int) -> int:
 
 
 def _pieces(elements: int, arrays: int, itemsize: int, channels_last: bool) -> int:
-    """Pieces of a block's tile: the one at work is float32, next to all that is held.
+    """Pieces that a block's tile is cut into, for the fewest registers per thread.
 
-    What takes the fewest registers of a thread: up to 32 elements as they are, of two arrays 16 or
-    32 bfloat16 in channels_last; else 16 at a time.
+    One piece is float32 at a time, next to everything that is held. Up to 32 elements a thread are
+    one piece; of two arrays 16, or 32 bfloat16 in channels_last. More are worked on 16 at a time.
     """
     per_thread = elements // (32 * _warps(elements))
     at_once = 32 if arrays == 1 or (channels_last and itemsize == 2) else 16

@@ -1,16 +1,27 @@
-"""What the forward and backward kernels of group_norm_silu share: tiles, operands, formulas.
+"""What the kernels of group_norm_silu share: tiles, operands and formulas.
 
-A tile is [channels, pixels] of one sample in both memory formats; which of the two is contiguous is
-left to the offsets, from which the compiler finds 16-byte accesses. Its channels belong to a span:
-GROUPS whole groups, GROUP_CHANNELS channels each. A span of more than CH channels is cut.
+A tile is [channels, pixels] of one sample in both memory formats. Which of the two is contiguous is
+only visible in the offsets, from which the compiler finds 16-byte accesses. The channels of a tile
+belong to a span: `groups` whole groups. A span of more than `tile_channels` channels is cut.
 
-A tile that a cluster holds is [rows, pixels]: the channels of a first segment of pixels, those of a
-second, and so on, as the compiler gives each block of the cluster as many rows. Were the rows
-channels, they would be too few for 16 bytes in channels_last, and Triton 3.8 fails to compile fewer
-rows than blocks.
+A tile of a cluster is [rows, pixels]: the channels of a first segment of pixels, then those of a
+second, and so on, because the compiler gives each block of the cluster the same number of rows. If
+the rows were channels, they would be too few for 16 bytes in channels_last, and Triton 3.8 fails to
+compile fewer rows than blocks.
+
+The backward pass has, with dz = grad act'(z) and, per channel of a sample, s0 = sum dz,
+s1 = sum dz h_hat, s2 = sum h_hat over its pixels, and per group of N elements, with
+gamma = weight (1 + scale), m0 = sum gamma s0 / N, m1 = sum gamma s1 / N:
+
+    dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = rstd (gamma s0 - pixels m0 - s2 m1)
+    dshift = s0                                dscale = weight s1 + bias s0
+    dbias = sum over samples of (1 + scale) s0
+    dweight = sum over samples of (1 + scale) s1
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +29,76 @@ import triton.language as tl
 from torch import Tensor
 
 SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
+
+
+class Tiling(NamedTuple):
+    """How samples are cut into tiles: what the kernels know at compile time.
+
+    To Triton 3.6 its members are plain numbers. Where Triton asks for a constant, as in
+    `tl.static_range`, they need a name first: `PIECES: tl.constexpr = TILING.pieces`.
+    """
+
+    channels: int  # of a sample
+    group_channels: int
+    groups: int  # whole groups in a span of channels
+    tile_channels: int  # a power of two
+    tile_pixels: int = 1  # a power of two; of one block
+    channels_last: bool = False
+    segments: int = 1  # of pixels, one for each block of a cluster
+    pieces: int = 1  # that a held tile is cut into
+    packed: bool = False  # elements of 16 bits are held in pairs
+
+    def as_held(self) -> Tiling:
+        """The same tiles in units of what is held: pairs of neighbours in memory if `packed`."""
+        if not self.packed:
+            return self
+        if not self.channels_last:
+            return self._replace(tile_pixels=self.tile_pixels // 2)
+        return self._replace(
+            channels=self.channels // 2,
+            group_channels=self.group_channels // 2,
+            tile_channels=self.tile_channels // 2,
+        )
+
+
+class Operands(NamedTuple):
+    """The small operands, each of which may be absent, and the distance between their samples."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    channel_bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    channel_bias_stride: int | None = None
+    scale_stride: int | None = None
+    shift_stride: int | None = None
+
+
+class Gradients(NamedTuple):
+    """Of the small operands, None where not wanted; shares in those of weight and bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    channel_bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class Sums(NamedTuple):
+    """s0, s1 and s2 of the formulas above: pointers to them, or values."""
+
+    s0: Tensor
+    s1: Tensor
+    s2: Tensor | None
+
+
+class Rows(NamedTuple):
+    """The rows of a tile."""
+
+    sample: tl.tensor
+    first: tl.tensor  # channel of the tile
+    channel: tl.tensor  # of each row
+    mask: tl.tensor  # rows that exist
 
 
 @triton.jit
@@ -37,39 +118,30 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def channels_of(
-    tile,
-    CHANNELS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CH: tl.constexpr,
-    SEGMENTS: tl.constexpr = 1,
-):
-    """Channel tile number `tile` over all samples: sample, first channel, channels of its rows.
-
-    And which of these exist.
-    """
-    SPAN: tl.constexpr = GROUPS * GROUP_CHANNELS
+def rows_of(tile, TILING: tl.constexpr):
+    """The rows of tile number `tile`, counted over all samples."""
+    CH: tl.constexpr = TILING.tile_channels
+    SPAN: tl.constexpr = TILING.groups * TILING.group_channels
     PARTS: tl.constexpr = (SPAN + CH - 1) // CH
-    TILES: tl.constexpr = CHANNELS // SPAN * PARTS
-    i_b = tile // TILES
-    i_tile = tile - i_b * TILES
-    i_part = i_tile % PARTS
-    first = i_tile // PARTS * SPAN + i_part * CH
-    i_local = tl.arange(0, SEGMENTS * CH)
-    if SEGMENTS > 1:
-        i_local %= CH
-    return i_b, first, first + i_local, i_local + i_part * CH < SPAN
+    TILES: tl.constexpr = TILING.channels // SPAN * PARTS
+    sample = tile // TILES
+    tile_of_sample = tile - sample * TILES
+    part = tile_of_sample % PARTS
+    first = tile_of_sample // PARTS * SPAN + part * CH
+    row = tl.arange(0, TILING.segments * CH)
+    if TILING.segments > 1:
+        row %= CH
+    return Rows(sample, first, first + row, row + part * CH < SPAN)
 
 
 @triton.jit
-def split_program(chunks, CHANNELS_LAST: tl.constexpr):
-    """The channel tile and the chunk of pixels of this program.
+def split_program(chunks, TILING: tl.constexpr):
+    """The tile and the chunk of pixels of this program.
 
     Neighbours in memory are neighbours in the grid: they share lines of the L2 cache.
     """
     program = tl.program_id(0).to(tl.int64)
-    if CHANNELS_LAST:
+    if TILING.channels_last:
         tiles = tl.num_programs(0) // chunks
         chunk = program // tiles
         tile = program - chunk * tiles
@@ -80,161 +152,183 @@ def split_program(chunks, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(
-    i_b,
-    first,
-    first_pixel,
-    m_c,
-    pixels,
-    CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    CH: tl.constexpr,
-    PIX: tl.constexpr,
-    SEGMENTS: tl.constexpr = 1,
-    PIECES: tl.constexpr = 1,
-):
-    """Where a tile lies: its first element, the others relative to it, and which exist.
+def tile_offsets(rows, first_pixel, pixels, TILING: tl.constexpr):
+    """Where a tile, or a piece of one, lies.
 
-    A piece of a tile has a PIECES-th of its pixels.
+    Its first element, the others relative to it, and which of them exist.
     """
-    c = tl.arange(0, SEGMENTS * CH)[:, None]
-    p = tl.arange(0, PIX // PIECES)[None, :]
-    if SEGMENTS > 1:
-        p += c // CH * PIX
+    CH: tl.constexpr = TILING.tile_channels
+    c = tl.arange(0, TILING.segments * CH)[:, None]
+    p = tl.arange(0, TILING.tile_pixels // TILING.pieces)[None, :]
+    if TILING.segments > 1:
+        p += c // CH * TILING.tile_pixels
         c %= CH
-    if CHANNELS_LAST:
-        base = (i_b * pixels + first_pixel) * CHANNELS + first
-        offsets = p.to(tl.int64) * CHANNELS + c
+    if TILING.channels_last:
+        base = (rows.sample * pixels + first_pixel) * TILING.channels + rows.first
+        offsets = p.to(tl.int64) * TILING.channels + c
     else:
-        base = (i_b * CHANNELS + first) * pixels + first_pixel
+        base = (rows.sample * TILING.channels + rows.first) * pixels + first_pixel
         offsets = c.to(tl.int64) * pixels + p
-    return base, offsets, m_c[:, None] & (first_pixel + p < pixels)
+    return base, offsets, rows.mask[:, None] & (first_pixel + p < pixels)
 
 
 @triton.jit
-def load_tile(p_x, offsets, mask):
-    return tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
+def load_tile(pointer, offsets, mask):
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_channels(p, i_b, row_stride, i_c, m_c, NEUTRAL: tl.constexpr):
-    """A small operand's values for the channels of a tile, NEUTRAL where it is absent."""
-    if p is not None:
-        values = tl.load(p + i_b * row_stride + i_c, mask=m_c, other=NEUTRAL).to(tl.float32)
+def load_channels(pointer, stride, rows, NEUTRAL: tl.constexpr):
+    """A small operand's value for every row, NEUTRAL where the operand is absent."""
+    if pointer is not None:
+        row = pointer + rows.sample * stride
+        values = tl.load(row + rows.channel, mask=rows.mask, other=NEUTRAL).to(tl.float32)
     else:
-        values = tl.full(i_c.shape, NEUTRAL, tl.float32)
+        values = tl.full(rows.channel.shape, NEUTRAL, tl.float32)
     return values
 
 
 @triton.jit
-def load_groups(p, i_b, i_c, m_c, CHANNELS: tl.constexpr, GROUP_CHANNELS: tl.constexpr):
-    """A (B, G) float32 array's values for the channels of a tile."""
-    i_g = i_b * (CHANNELS // GROUP_CHANNELS) + i_c // GROUP_CHANNELS
-    return tl.load(p + i_g, mask=m_c, other=0.0)
+def load_channel_bias(operands, rows):
+    return load_channels(operands.channel_bias, operands.channel_bias_stride, rows, 0.0)
 
 
 @triton.jit
-def affine(
-    weight,
-    bias,
-    scale,
-    scale_stride,
-    shift,
-    shift_stride,
-    i_b,
-    i_c,
-    m_c,
-):
+def load_groups(pointer, rows, TILING: tl.constexpr):
+    """The value of a (B, G) float32 array for every row."""
+    GROUPS: tl.constexpr = TILING.channels // TILING.group_channels
+    at = rows.sample * GROUPS + rows.channel // TILING.group_channels
+    return tl.load(pointer + at, mask=rows.mask, other=0.0)
+
+
+@triton.jit
+def affine(operands, rows):
     """gamma and beta of z = gamma h_hat + beta."""
-    b_scale = 1.0 + load_channels(scale, i_b, scale_stride, i_c, m_c, 0.0)
-    gamma = load_channels(weight, 0, 0, i_c, m_c, 1.0) * b_scale
-    beta = load_channels(bias, 0, 0, i_c, m_c, 0.0) * b_scale
-    return gamma, beta + load_channels(shift, i_b, shift_stride, i_c, m_c, 0.0)
+    scale = 1.0 + load_channels(operands.scale, operands.scale_stride, rows, 0.0)
+    gamma = load_channels(operands.weight, 0, rows, 1.0) * scale
+    beta = load_channels(operands.bias, 0, rows, 0.0) * scale
+    return gamma, beta + load_channels(operands.shift, operands.shift_stride, rows, 0.0)
 
 
 @triton.jit
-def members(
-    first,
-    i_c,
-    m_c,
-    GROUP_CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SEGMENTS: tl.constexpr = 1,
-):
-    """The groups of the span that a tile begins in, and which row of the tile is in which.
+def members(rows, GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The groups of the span that a tile begins in, which of them exist, which row is in which.
 
     At least as many as the blocks of a cluster: the compiler cannot give them less than one each.
     """
     NUMBER: tl.constexpr = SEGMENTS if SEGMENTS > GROUPS else triton.next_power_of_2(GROUPS)
-    i_g = first // GROUP_CHANNELS + tl.arange(0, NUMBER)
-    m_member = (i_g[:, None] == (i_c // GROUP_CHANNELS)[None, :]) & m_c[None, :]
-    return i_g, tl.arange(0, NUMBER) < GROUPS, m_member
+    group = rows.first // GROUP_CHANNELS + tl.arange(0, NUMBER)
+    member = (group[:, None] == (rows.channel // GROUP_CHANNELS)[None, :]) & rows.mask[None, :]
+    return group, tl.arange(0, NUMBER) < GROUPS, member
 
 
 @triton.jit
-def first_elements(
-    x,
-    channel_bias,
-    channel_bias_stride,
-    i_b,
-    i_g,
-    mask,
-    pixels,
-    CHANNELS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+def members_of(rows, TILING: tl.constexpr):
+    return members(rows, TILING.group_channels, TILING.groups, TILING.segments)
+
+
+@triton.jit
+def pivots(
+    x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING: tl.constexpr
 ):
-    """The first element of each group i_g, and its channel's bias.
+    """What sums subtract from x, for every row; the first element of each group, and its bias.
 
-    Sums are taken relative to it, so that the mean of equal values is that value, not rounded.
+    Sums are relative to a group's first element, so that the mean of equal values is that value,
+    not rounded.
     """
-    i_c = i_g * GROUP_CHANNELS
-    i = i_b * CHANNELS * pixels + i_c * (1 if CHANNELS_LAST else pixels)
-    b_x = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
-    return b_x, load_channels(channel_bias, i_b, channel_bias_stride, i_c, mask, 0.0)
+    channel = group * TILING.group_channels
+    at = rows.sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
+    first = tl.load(x + at, mask=group_mask, other=0.0).to(tl.float32)
+    first_bias = load_channel_bias(operands, Rows(rows.sample, rows.first, channel, group_mask))
+    pivot = spread(first, member)
+    if operands.channel_bias is not None:
+        pivot += spread(first_bias, member) - channel_bias
+    return pivot, first, first_bias
 
 
 @triton.jit
-def masked(product, m_tile):
+def masked(product, mask):
     """A product that will be summed, 0 outside of the tile.
 
-    The select is needed inside too: the product would be fused with the first addition between
-    lanes, every lane would round the sum in its own way, and which one counts would be a race.
+    The select is needed although both factors are 0 there. Without it the compiler fuses the
+    product with the first addition between lanes; each lane then rounds the sum in its own way, and
+    which of them is stored would be a race.
     """
-    return tl.where(m_tile, product, 0.0)
+    return tl.where(mask, product, 0.0)
 
 
 @triton.jit
-def sum_products(a, b, m_tile):
+def sum_products(a, b, mask):
     """Sums of a b over the pixels of a tile: see `masked`."""
-    return tl.sum(masked(a * b, m_tile), axis=1)
+    return tl.sum(masked(a * b, mask), axis=1)
 
 
 @triton.jit
-def sum_groups(b_c, m_member):
+def sum_groups(row_values, member):
     """Sums of the rows' values over the rows of each group."""
-    return tl.sum(tl.where(m_member, b_c[None, :], 0.0), axis=1)
+    return tl.sum(tl.where(member, row_values[None, :], 0.0), axis=1)
 
 
 @triton.jit
-def spread(b_g, m_member):
+def spread(group_values, member):
     """Per-group values, for every row."""
-    return tl.sum(tl.where(m_member, b_g[:, None], 0.0), axis=0)
+    return tl.sum(tl.where(member, group_values[:, None], 0.0), axis=0)
 
 
 @triton.jit
-def sum_segments(b_r, first, i_c, m_c, CH: tl.constexpr, SEGMENTS: tl.constexpr):
+def sum_segments(row_values, rows, TILING: tl.constexpr):
     """For every row the sum over all rows of its channel."""
-    if SEGMENTS > 1:
-        _, _, m_channel = members(first, i_c, m_c, 1, CH, SEGMENTS)
-        b_r = spread(sum_groups(b_r, m_channel), m_channel)
-    return b_r
+    if TILING.segments > 1:
+        _, _, member = members(rows, 1, TILING.tile_channels, TILING.segments)
+        row_values = spread(sum_groups(row_values, member), member)
+    return row_values
 
 
 @triton.jit
-def store_if_wanted(p, i, value, mask):
-    if p is not None:
-        tl.store(p + i, value.to(p.dtype.element_ty), mask=mask)
+def store_if_wanted(pointer, offsets, value, mask):
+    if pointer is not None:
+        tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_statistics(mean, rstd, operands, rows, TILING: tl.constexpr):
+    """center and rstd of h_hat = (x - center) rstd, for every row."""
+    center = load_groups(mean, rows, TILING) - load_channel_bias(operands, rows)
+    return center, load_groups(rstd, rows, TILING)
+
+
+@triton.jit
+def normalized(x, grad, mask, center, rstd, gamma, beta, ACTIVATION: tl.constexpr):
+    """h_hat and dz of a tile of x and grad, 0 outside of it."""
+    h_hat = masked((x - center[:, None]) * rstd[:, None], mask)
+    z = h_hat * gamma[:, None] + beta[:, None]
+    return h_hat, masked(grad * activation_slope(z, ACTIVATION), mask)
+
+
+@triton.jit
+def input_gradient(h_hat, dz, m0, m1, rstd, gamma):
+    slope, m0, m1 = rstd * gamma, rstd * m0, rstd * m1
+    return slope[:, None] * dz - m0[:, None] - m1[:, None] * h_hat
+
+
+@triton.jit
+def store_channel_gradients(
+    gradients, operands, sums, m0, m1, rstd, gamma, pixels, rows, CHANNELS: tl.constexpr
+):
+    """Store the gradients of the small operands that need no sum over the batch.
+
+    Returns this sample's shares in the others, those of weight and bias.
+    """
+    at = rows.sample * CHANNELS + rows.channel
+    weight = load_channels(operands.weight, 0, rows, 1.0)
+    bias = load_channels(operands.bias, 0, rows, 0.0)
+    by_scale = weight * sums.s1 + bias * sums.s0
+    store_if_wanted(gradients.scale, at, by_scale, rows.mask)
+    store_if_wanted(gradients.shift, at, sums.s0, rows.mask)
+    by_channel_bias = rstd * (gamma * sums.s0 - pixels * m0 - sums.s2 * m1)
+    store_if_wanted(gradients.channel_bias, at, by_channel_bias, rows.mask)
+    scale = 1.0 + load_channels(operands.scale, operands.scale_stride, rows, 0.0)
+    return scale * sums.s1, scale * sums.s0
 
 
 def row_stride(operand: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
 The twin of csrc/include/fastdiff/model_heads.cuh. In a channels_last tensor the heads alternate, C
 and C, from pixel to pixel. With few channels a program moves the 2C channels of its pixels as one
-tile of consecutive elements, and picks the elements of a head from the tile.
+tile of consecutive elements, and gathers the elements of each head from that tile.
 """
 
 from __future__ import annotations

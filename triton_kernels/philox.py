@@ -18,9 +18,9 @@ def sample_key(seed, sample):
 
 
 @triton.jit
-def noise_key(keys, seed, sample, HAS_KEYS: tl.constexpr):
+def noise_key(keys, seed, sample):
     """Key of one sample: given, or derived from the seed."""
-    if HAS_KEYS:
+    if keys is not None:
         return tl.load(keys + sample).to(tl.uint64, bitcast=True)
     return sample_key(seed, sample)
 

@@ -13,23 +13,14 @@ from .philox import chunk_normals, noise_key
 
 @triton.jit(do_not_specialize=["seed", "stream", "chunks"])
 def philox_normal_kernel(
-    out,
-    keys,
-    seed,
-    stream,
-    chunks,
-    numel,
-    inner,
-    HAS_KEYS: tl.constexpr,
-    LOGICAL_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    out, keys, seed, stream, chunks, numel, inner, LOGICAL_ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Standard normals for one chunk of one sample."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program - sample * chunks) * BLOCK
     i = first + tl.arange(0, BLOCK)
-    key = noise_key(keys, seed, sample, HAS_KEYS)
+    key = noise_key(keys, seed, sample)
     n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
     tl.store(out + sample * numel + i, n.to(out.dtype.element_ty), mask=i < numel)
 
@@ -54,7 +45,6 @@ def philox_normal(
         chunks,
         layout.numel,
         layout.inner,
-        HAS_KEYS=keys is not None,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,
     )

@@ -37,10 +37,7 @@ def q_sample_fwd_kernel(
     numel,
     inner,
     width,
-    HAS_NOISE: tl.constexpr,
     GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    HAS_FLIP: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,7 +54,7 @@ def q_sample_fwd_kernel(
     valid = (step >= 0) & (step < num_timesteps)
     a = tl.load(sqrt_alpha_bar + step, mask=valid, other=float("nan"))
 
-    if HAS_FLIP:
+    if flip is not None:
         if tl.load(flip + sample) != 0:
             column = (i // inner) % width
             x = load_pixels(x0 + base, i + (width - 1 - 2 * column) * inner, mask)
@@ -67,10 +64,10 @@ def q_sample_fwd_kernel(
         x = load_pixels(x0 + base, i, mask)
 
     y = a * x
-    if HAS_NOISE or GENERATE:
+    if noise is not None or GENERATE:
         b = tl.load(sqrt_one_minus_alpha_bar + step, mask=valid, other=float("nan"))
         if GENERATE:
-            key = noise_key(keys, seed, sample, HAS_KEYS)
+            key = noise_key(keys, seed, sample)
             n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
         else:
             n = tl.load(noise + base + i, mask=mask).to(tl.float32)
@@ -97,29 +94,17 @@ def q_sample(
     layout = sample_layout(x0, channels_last)
     block = block_elements(out.dtype)
     chunks = triton.cdiv(layout.numel, block)
+    tensors = out, x0, noise, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, keys, flip
+    numbers = 0 if seed is None else seed, stream, sqrt_alpha_bar.shape[0], chunks
+    sizes = layout.numel, layout.inner, layout.width
     _launch.launch(
         q_sample_fwd_kernel,
         layout.batch * chunks,
         out.device,
-        out,
-        x0,
-        noise,
-        t,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        keys,
-        flip,
-        0 if seed is None else seed,
-        stream,
-        sqrt_alpha_bar.shape[0],
-        chunks,
-        layout.numel,
-        layout.inner,
-        layout.width,
-        HAS_NOISE=noise is not None,
+        *tensors,
+        *numbers,
+        *sizes,
         GENERATE=keys is not None or seed is not None,
-        HAS_KEYS=keys is not None,
-        HAS_FLIP=flip is not None,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,
     )

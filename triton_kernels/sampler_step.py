@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,40 +31,54 @@ LOG_VARIANCE_SLOPE = tl.constexpr(13)
 COLUMNS = tl.constexpr(16)
 
 
+class TableRow(NamedTuple):
+    """The row of the step table that a sample needs."""
+
+    index: tl.tensor
+    valid: tl.tensor  # inside of the table
+    coefficients: tl.tensor  # a pointer to them
+
+
 @triton.jit
-def column(row, valid, COLUMN: tl.constexpr):
+def table_row(table, index, num_rows):
+    valid = (index >= 0) & (index < num_rows)
+    return TableRow(index, valid, table + index * COLUMNS)
+
+
+@triton.jit
+def column(row, COLUMN: tl.constexpr):
     """One coefficient; NaN for a step outside the table."""
-    return tl.load(row + COLUMN, mask=valid, other=float("nan"))
+    return tl.load(row.coefficients + COLUMN, mask=row.valid, other=float("nan"))
 
 
 @triton.jit
-def predicted_x0(row, valid, x, output, PREDICTION: tl.constexpr):
+def predicted_x0(row, x, output, PREDICTION: tl.constexpr):
     """x0 from the network's output."""
     if PREDICTION == EPS:
-        a = column(row, valid, RECIP_SQRT_ALPHA_BAR)
-        return a * x - column(row, valid, NOISE_TO_SIGNAL) * output
+        a = column(row, RECIP_SQRT_ALPHA_BAR)
+        return a * x - column(row, NOISE_TO_SIGNAL) * output
     if PREDICTION == V:
-        a = column(row, valid, SQRT_ALPHA_BAR)
-        return a * x - column(row, valid, SQRT_ONE_MINUS_ALPHA_BAR) * output
+        a = column(row, SQRT_ALPHA_BAR)
+        return a * x - column(row, SQRT_ONE_MINUS_ALPHA_BAR) * output
     if PREDICTION == MEAN:
-        a = column(row, valid, X0_FROM_MEAN)
-        return a * output - column(row, valid, X0_FROM_MEAN_X_T) * x
+        a = column(row, X0_FROM_MEAN)
+        return a * output - column(row, X0_FROM_MEAN_X_T) * x
     return output
 
 
 @triton.jit
 def predicted_eps(
-    row, valid, x, output, x0, clipped, PREDICTION: tl.constexpr, FROM_CLIPPED: tl.constexpr
+    row, x, output, x0, clipped, PREDICTION: tl.constexpr, FROM_CLIPPED: tl.constexpr
 ):
     """eps from the clipped x0, or from the network's output."""
     if PREDICTION == EPS and not FROM_CLIPPED:
         return output
     if PREDICTION == V and not FROM_CLIPPED:
-        s = column(row, valid, SQRT_ONE_MINUS_ALPHA_BAR)
-        return s * x + column(row, valid, SQRT_ALPHA_BAR) * output
+        s = column(row, SQRT_ONE_MINUS_ALPHA_BAR)
+        return s * x + column(row, SQRT_ALPHA_BAR) * output
     source = clipped if FROM_CLIPPED else x0
-    a = column(row, valid, RECIP_SQRT_ONE_MINUS_ALPHA_BAR)
-    return a * x - column(row, valid, SIGNAL_TO_NOISE) * source
+    a = column(row, RECIP_SQRT_ONE_MINUS_ALPHA_BAR)
+    return a * x - column(row, SIGNAL_TO_NOISE) * source
 
 
 @triton.jit
@@ -110,11 +126,7 @@ def sampler_step_fwd_kernel(
     TWO_HEADS: tl.constexpr,
     LEARNED: tl.constexpr,
     STAGED: tl.constexpr,
-    HAS_UNCOND: tl.constexpr,
-    HAS_NOISE: tl.constexpr,
     GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    RETURN_X0: tl.constexpr,
     LOGICAL_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -132,9 +144,7 @@ def sampler_step_fwd_kernel(
     i = first + e
     base = sample * numel
 
-    index = tl.load(step + sample)
-    valid = (index >= 0) & (index < num_rows)
-    row = table + index * COLUMNS
+    row = table_row(table, tl.load(step + sample), num_rows)
 
     x = tl.load(x_t + base + i, mask=mask).to(tl.float32)
     if STAGED:
@@ -143,38 +153,38 @@ def sampler_step_fwd_kernel(
     else:
         head, to_variance = head_index(base, i, numel, inner, TWO_HEADS, LOGICAL_ORDER)
         output = tl.load(model_output + head, mask=mask).to(tl.float32)
-    if HAS_UNCOND:
+    if uncond is not None:
         if STAGED:
             other = head_of_tile(load_tile(uncond, base, first, count, BLOCK), inner, 0, BLOCK)
         else:
             other = tl.load(uncond + head, mask=mask).to(tl.float32)
         output = other + guidance_scale * (output - other)
 
-    x0 = predicted_x0(row, valid, x, output, PREDICTION)
+    x0 = predicted_x0(row, x, output, PREDICTION)
     clipped = x0
     if CLIP:  # comparisons, so that NaN stays NaN
         clipped = tl.where(clipped > 1.0, 1.0, clipped)
         clipped = tl.where(clipped < -1.0, -1.0, clipped)
-    y = column(row, valid, COEF_X0) * clipped + column(row, valid, COEF_X_T) * x
+    y = column(row, COEF_X0) * clipped + column(row, COEF_X_T) * x
     if HAS_EPS:
-        eps = predicted_eps(row, valid, x, output, x0, clipped, PREDICTION, EPS_FROM_CLIPPED)
-        y += column(row, valid, COEF_EPS) * eps
-    if HAS_NOISE or GENERATE:
-        sigma = column(row, valid, SIGMA)
+        eps = predicted_eps(row, x, output, x0, clipped, PREDICTION, EPS_FROM_CLIPPED)
+        y += column(row, COEF_EPS) * eps
+    if noise is not None or GENERATE:
+        sigma = column(row, SIGMA)
         if LEARNED:
             if STAGED:
                 v = head_of_tile(tile, inner, 1, BLOCK)
             else:
                 v = tl.load(model_output + head + to_variance, mask=mask).to(tl.float32)
-            sigma = sigma * exp_of(0.5 * column(row, valid, LOG_VARIANCE_SLOPE) * v)
+            sigma = sigma * exp_of(0.5 * column(row, LOG_VARIANCE_SLOPE) * v)
         if GENERATE:
-            key = noise_key(keys, seed, sample, HAS_KEYS)
+            key = noise_key(keys, seed, sample)
             n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
         else:
             n = tl.load(noise + base + i, mask=mask).to(tl.float32)
         y += sigma * n
     tl.store(x_s + base + i, y.to(x_s.dtype.element_ty), mask=mask)
-    if RETURN_X0:
+    if pred_x0 is not None:
         tl.store(pred_x0 + base + i, clipped.to(pred_x0.dtype.element_ty), mask=mask)
 
 
@@ -208,27 +218,16 @@ def sampler_step(
     two_heads = model_output.shape[1] != x_t.shape[1]
     heads = plan_heads(layout, two_heads, block)
     chunks = triton.cdiv(layout.numel, heads.span)
+    tensors = x_s, pred_x0, x_t, model_output, uncond, noise, step, table, keys
+    numbers = 0 if seed is None else seed, stream, table.shape[0], chunks, guidance_scale
+    sizes = layout.numel, layout.inner, heads.span
     _launch.launch(
         sampler_step_fwd_kernel,
         layout.batch * chunks,
         x_s.device,
-        x_s,
-        pred_x0,
-        x_t,
-        model_output,
-        uncond,
-        noise,
-        step,
-        table,
-        keys,
-        0 if seed is None else seed,
-        stream,
-        table.shape[0],
-        chunks,
-        guidance_scale,
-        layout.numel,
-        layout.inner,
-        heads.span,
+        *tensors,
+        *numbers,
+        *sizes,
         PREDICTION=prediction,
         CLIP=clip,
         HAS_EPS=not ddpm,
@@ -236,11 +235,7 @@ def sampler_step(
         TWO_HEADS=two_heads,
         LEARNED=ddpm and flag,
         STAGED=heads.staged,
-        HAS_UNCOND=uncond is not None,
-        HAS_NOISE=noise is not None,
         GENERATE=keys is not None or seed is not None,
-        HAS_KEYS=keys is not None,
-        RETURN_X0=pred_x0 is not None,
         LOGICAL_ORDER=layout.inner == 1,
         BLOCK=block,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +15,6 @@ from .normal_tail import decoder_term, exp_minus_linear
 from .philox import chunk_normals, noise_key
 from .sampler_step import (
     COEF_X0,
-    COLUMNS,
     EPS,
     LOG_VARIANCE_SLOPE,
     MEAN,
@@ -27,6 +28,7 @@ from .sampler_step import (
     exp_of,
     predicted_eps,
     predicted_x0,
+    table_row,
 )
 
 LOG_VARIANCE = tl.constexpr(12)
@@ -35,94 +37,102 @@ BITS_PER_NAT = tl.constexpr(1.44269504)
 
 
 @triton.jit
-def slopes_of_prediction(row, valid, PREDICTION: tl.constexpr):
+def slopes_of_prediction(row, PREDICTION: tl.constexpr):
     """Derivatives of the unclipped x0 and eps by the network's output."""
     if PREDICTION == EPS:
-        return -column(row, valid, NOISE_TO_SIGNAL), 1.0
+        return -column(row, NOISE_TO_SIGNAL), 1.0
     if PREDICTION == V:
-        return -column(row, valid, SQRT_ONE_MINUS_ALPHA_BAR), column(row, valid, SQRT_ALPHA_BAR)
+        return -column(row, SQRT_ONE_MINUS_ALPHA_BAR), column(row, SQRT_ALPHA_BAR)
     if PREDICTION == MEAN:
-        by_output = column(row, valid, X0_FROM_MEAN)
-        return by_output, -column(row, valid, SIGNAL_TO_NOISE) * by_output
-    return 1.0, -column(row, valid, SIGNAL_TO_NOISE)
+        by_output = column(row, X0_FROM_MEAN)
+        return by_output, -column(row, SIGNAL_TO_NOISE) * by_output
+    return 1.0, -column(row, SIGNAL_TO_NOISE)
+
+
+class Settings(NamedTuple):
+    """What the kernels know at compile time."""
+
+    prediction: int
+    learned: bool  # the model's output has a second head, of variances
+    staged: bool  # both heads are moved as one tile
+    clip: bool
+    logical_order: bool  # memory order is logical order
+    block: int
+
+
+class Inputs(NamedTuple):
+    """The large inputs but for the noise."""
+
+    x0: Tensor
+    x_t: Tensor
+    model_output: Tensor
+
+
+class Terms(NamedTuple):
+    """What the bound of each element is made of, as in csrc/include/fastdiff/vlb_terms.h."""
+
+    x0: tl.tensor
+    x0_error: tl.tensor  # x0 - x0^
+    eps: tl.tensor  # eps^
+    kept: tl.tensor  # the clip left x0^ alone
+    z: tl.tensor
+    inverse_sigma: tl.tensor
+    w: tl.tensor
 
 
 @triton.jit
-def elements(
-    x0,
-    x_t,
-    model_output,
-    row,
-    valid,
-    sample,
-    first,
-    count,
-    numel,
-    inner,
-    PREDICTION: tl.constexpr,
-    LEARNED: tl.constexpr,
-    STAGED: tl.constexpr,
-    CLIP: tl.constexpr,
-    LOGICAL_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """x0, x0 - x0^, eps^, whether the clip left x0^ alone, z, 1 / sigma, w (as vlb_terms.h)."""
+def terms_of(inputs, row, sample, first, count, numel, inner, SETTINGS: tl.constexpr):
+    """Those of memory indices first .. first + count - 1 of a sample, in a block."""
+    BLOCK: tl.constexpr = SETTINGS.block
+    model_output = inputs.model_output
     e = tl.arange(0, BLOCK)
     i = first + e
     mask = e < count
     base = sample * numel
-    true_x0 = tl.load(x0 + base + i, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_t + base + i, mask=mask, other=0.0).to(tl.float32)
-    log_variance = column(row, valid, LOG_VARIANCE)
-    if STAGED:
+    true_x0 = tl.load(inputs.x0 + base + i, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(inputs.x_t + base + i, mask=mask, other=0.0).to(tl.float32)
+    log_variance = column(row, LOG_VARIANCE)
+    if SETTINGS.staged:
         tile = load_tile(model_output, base, first, count, BLOCK)
         output = head_of_tile(tile, inner, 0, BLOCK)
     else:
-        head, to_variance = head_index(base, i, numel, inner, LEARNED, LOGICAL_ORDER)
+        head, to_variance = head_index(
+            base, i, numel, inner, SETTINGS.learned, SETTINGS.logical_order
+        )
         output = tl.load(model_output + head, mask=mask, other=0.0).to(tl.float32)
-    if LEARNED:
-        if STAGED:
+    if SETTINGS.learned:
+        if SETTINGS.staged:
             v = head_of_tile(tile, inner, 1, BLOCK)
         else:
             v = tl.load(model_output + head + to_variance, mask=mask, other=0.0).to(tl.float32)
-        log_variance = log_variance + column(row, valid, LOG_VARIANCE_SLOPE) * v
-    raw = predicted_x0(row, valid, x, output, PREDICTION)
+        log_variance = log_variance + column(row, LOG_VARIANCE_SLOPE) * v
+    raw = predicted_x0(row, x, output, SETTINGS.prediction)
     clipped = raw
-    if CLIP:  # comparisons, so that NaN stays NaN
+    if SETTINGS.clip:  # comparisons, so that NaN stays NaN
         clipped = tl.where(clipped > 1.0, 1.0, clipped)
         clipped = tl.where(clipped < -1.0, -1.0, clipped)
     kept = raw == clipped
     eps = tl.where(
         kept,
-        predicted_eps(row, valid, x, output, raw, clipped, PREDICTION, False),
-        predicted_eps(row, valid, x, output, raw, clipped, PREDICTION, True),
+        predicted_eps(row, x, output, raw, clipped, SETTINGS.prediction, False),
+        predicted_eps(row, x, output, raw, clipped, SETTINGS.prediction, True),
     )
     x0_error = true_x0 - clipped
     inverse_sigma = exp_of(-0.5 * log_variance)
-    z = column(row, valid, COEF_X0) * x0_error * inverse_sigma
-    w = column(row, valid, POSTERIOR_LOG_VARIANCE) - log_variance
-    return true_x0, x0_error, eps, kept, z, inverse_sigma, w
+    z = column(row, COEF_X0) * x0_error * inverse_sigma
+    w = column(row, POSTERIOR_LOG_VARIANCE) - log_variance
+    return Terms(true_x0, x0_error, eps, kept, z, inverse_sigma, w)
 
 
 @triton.jit
-def load_noise(
-    noise,
-    key,
-    stream,
-    sample,
-    first,
-    count,
-    numel,
-    inner,
-    GENERATE: tl.constexpr,
-    LOGICAL_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def load_noise(noise, key, stream, sample, first, count, numel, inner, SETTINGS: tl.constexpr):
     """The noise of memory indices first .. first + count - 1, in a block."""
-    e = tl.arange(0, BLOCK)
+    e = tl.arange(0, SETTINGS.block)
     i = first + e
-    if GENERATE:
-        n = chunk_normals(key, stream, first, i, numel, inner, LOGICAL_ORDER, BLOCK)
+    if noise is None:
+        n = chunk_normals(
+            key, stream, first, i, numel, inner, SETTINGS.logical_order, SETTINGS.block
+        )
     else:
         n = tl.load(noise + sample * numel + i, mask=e < count, other=0.0).to(tl.float32)
     return n
@@ -131,9 +141,7 @@ def load_noise(
 @triton.jit(do_not_specialize=["seed", "stream", "num_rows", "chunks"])
 def vlb_terms_fwd_kernel(
     partials,
-    x0,
-    x_t,
-    model_output,
+    inputs,
     t,
     table,
     noise,
@@ -145,60 +153,33 @@ def vlb_terms_fwd_kernel(
     numel,
     inner,
     span,
-    PREDICTION: tl.constexpr,
-    LEARNED: tl.constexpr,
-    STAGED: tl.constexpr,
-    CLIP: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    LOGICAL_ORDER: tl.constexpr,
+    SETTINGS: tl.constexpr,
     ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Sums of the bound's terms in bits and of the squared errors of one chunk of one sample."""
+    BLOCK: tl.constexpr = SETTINGS.block
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    width = span if STAGED else BLOCK
+    width = span if SETTINGS.staged else BLOCK
     begin = (program - sample * chunks) * (ROUNDS * width)
-    key = noise_key(keys, seed, sample, HAS_KEYS)
-    index = tl.load(t + sample)
-    valid = (index >= 0) & (index < num_rows)
-    row = table + index * COLUMNS
+    key = noise_key(keys, seed, sample)
+    row = table_row(table, tl.load(t + sample), num_rows)
     bits = tl.zeros((BLOCK,), tl.float32)
     x0_square = tl.zeros((BLOCK,), tl.float32)
     eps_square = tl.zeros((BLOCK,), tl.float32)
     for r in range(ROUNDS):
         first = begin + r * width
         count = tl.minimum(numel - first, width)
-        true_x0, x0_error, eps, _kept, z, inverse_sigma, w = elements(
-            x0,
-            x_t,
-            model_output,
-            row,
-            valid,
-            sample,
-            first,
-            count,
-            numel,
-            inner,
-            PREDICTION,
-            LEARNED,
-            STAGED,
-            CLIP,
-            LOGICAL_ORDER,
-            BLOCK,
-        )
-        n = load_noise(
-            noise, key, stream, sample, first, count, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
-        )
-        if index == 0:
-            nats, _slope_z, _slope_h = decoder_term(true_x0, z, inverse_sigma)
+        terms = terms_of(inputs, row, sample, first, count, numel, inner, SETTINGS)
+        n = load_noise(noise, key, stream, sample, first, count, numel, inner, SETTINGS)
+        if row.index == 0:
+            nats, _slope_z, _slope_h = decoder_term(terms.x0, terms.z, terms.inverse_sigma)
         else:
-            nats = 0.5 * (exp_minus_linear(w) + z * z)
+            nats = 0.5 * (exp_minus_linear(terms.w) + terms.z * terms.z)
         mask = tl.arange(0, BLOCK) < count
         bits += tl.where(mask, BITS_PER_NAT * nats, 0.0)
-        x0_square += tl.where(mask, x0_error * x0_error, 0.0)
-        eps_square += tl.where(mask, (n - eps) * (n - eps), 0.0)
+        x0_square += tl.where(mask, terms.x0_error * terms.x0_error, 0.0)
+        eps_square += tl.where(mask, (n - terms.eps) * (n - terms.eps), 0.0)
     programs = tl.num_programs(0).to(tl.int64)
     tl.store(partials + program, tl.sum(bits, axis=0))
     tl.store(partials + programs + program, tl.sum(x0_square, axis=0))
@@ -209,9 +190,7 @@ def vlb_terms_fwd_kernel(
 def vlb_terms_bwd_kernel(
     grad_output,
     grad,
-    x0,
-    x_t,
-    model_output,
+    inputs,
     t,
     table,
     noise,
@@ -224,83 +203,58 @@ def vlb_terms_bwd_kernel(
     numel,
     inner,
     span,
-    PREDICTION: tl.constexpr,
-    LEARNED: tl.constexpr,
-    STAGED: tl.constexpr,
-    CLIP: tl.constexpr,
+    SETTINGS: tl.constexpr,
     DETACH_MEAN: tl.constexpr,
-    GENERATE: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    LOGICAL_ORDER: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Gradient of the model's output of one chunk of one sample.
 
     Where the gradient of eps_mse is zero the noise is neither read nor made.
     """
+    BLOCK: tl.constexpr = SETTINGS.block
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
-    width = span if STAGED else BLOCK
+    width = span if SETTINGS.staged else BLOCK
     first = (program - sample * chunks) * width
     count = tl.minimum(numel - first, width)
-    index = tl.load(t + sample)
-    valid = (index >= 0) & (index < num_rows)
-    row = table + index * COLUMNS
+    row = table_row(table, tl.load(t + sample), num_rows)
     scale = 1.0 / numel
     grad_kl = scale * BITS_PER_NAT * tl.load(grad + sample)
     grad_x0 = scale * tl.load(grad + batch + sample)
     grad_eps = scale * tl.load(grad + 2 * batch + sample)
 
-    true_x0, x0_error, eps, kept, z, inverse_sigma, w = elements(
-        x0,
-        x_t,
-        model_output,
-        row,
-        valid,
-        sample,
-        first,
-        count,
-        numel,
-        inner,
-        PREDICTION,
-        LEARNED,
-        STAGED,
-        CLIP,
-        LOGICAL_ORDER,
-        BLOCK,
-    )
+    terms = terms_of(inputs, row, sample, first, count, numel, inner, SETTINGS)
     eps_error = tl.zeros((BLOCK,), tl.float32)
     if grad_eps != 0.0:
-        key = noise_key(keys, seed, sample, HAS_KEYS)
-        n = load_noise(
-            noise, key, stream, sample, first, count, numel, inner, GENERATE, LOGICAL_ORDER, BLOCK
-        )
-        eps_error = n - eps
-    if index == 0:
-        _nats, slope_z, slope_h = decoder_term(true_x0, z, inverse_sigma)
-        slope_log_variance = -0.5 * (z * slope_z + slope_h)
+        key = noise_key(keys, seed, sample)
+        n = load_noise(noise, key, stream, sample, first, count, numel, inner, SETTINGS)
+        eps_error = n - terms.eps
+    if row.index == 0:
+        _nats, slope_z, slope_h = decoder_term(terms.x0, terms.z, terms.inverse_sigma)
+        slope_log_variance = -0.5 * (terms.z * slope_z + slope_h)
     else:
-        slope_z = z
-        slope_log_variance = -0.5 * (exp_minus_linear(w) + w + z * z)
+        slope_z = terms.z
+        slope_log_variance = -0.5 * (exp_minus_linear(terms.w) + terms.w + terms.z * terms.z)
 
-    x0_by_output, eps_by_output = slopes_of_prediction(row, valid, PREDICTION)
-    by_x0 = grad_kl * slope_z * column(row, valid, COEF_X0) * inverse_sigma
-    by_x0 += 2.0 * grad_x0 * x0_error
+    x0_by_output, eps_by_output = slopes_of_prediction(row, SETTINGS.prediction)
+    by_x0 = grad_kl * slope_z * column(row, COEF_X0) * terms.inverse_sigma
+    by_x0 += 2.0 * grad_x0 * terms.x0_error
     g = -(by_x0 * x0_by_output + 2.0 * grad_eps * eps_error * eps_by_output)
-    g = g * tl.where(kept, 1.0, 0.0)  # NaN stays NaN
+    g = g * tl.where(terms.kept, 1.0, 0.0)  # NaN stays NaN
     if DETACH_MEAN:
         g = tl.zeros((BLOCK,), tl.float32)
     g = g.to(grad_output.dtype.element_ty)
     base = sample * numel
-    g_v = grad_kl * column(row, valid, LOG_VARIANCE_SLOPE) * slope_log_variance
+    g_v = grad_kl * column(row, LOG_VARIANCE_SLOPE) * slope_log_variance
     g_v = g_v.to(grad_output.dtype.element_ty)
-    if STAGED:
+    if SETTINGS.staged:
         store_tile(grad_output, g, g_v, base, first, count, inner, BLOCK)
     else:
         e = tl.arange(0, BLOCK)
-        head, to_variance = head_index(base, first + e, numel, inner, LEARNED, LOGICAL_ORDER)
+        head, to_variance = head_index(
+            base, first + e, numel, inner, SETTINGS.learned, SETTINGS.logical_order
+        )
         tl.store(grad_output + head, g, mask=e < count)
-        if LEARNED:
+        if SETTINGS.learned:
             tl.store(grad_output + head + to_variance, g_v, mask=e < count)
 
 
@@ -327,38 +281,23 @@ def vlb_terms(
     layout = sample_layout(x_t, channels_last)
     block = block_elements(model_output.dtype)
     heads = plan_heads(layout, learned, block)
+    settings = Settings(prediction, learned, heads.staged, clip, layout.inner == 1, block)
     rounds = reduce.rounds_per_program(layout.numel, heads.span)
     chunks = triton.cdiv(layout.numel, rounds * heads.span)
     partials = reduce.workspace(out, 3 * layout.batch * chunks)
     if chunks > 0:
+        tensors = partials, Inputs(x0, x_t, model_output), t, table, noise, keys
+        numbers = 0 if seed is None else seed, stream, table.shape[0], chunks
+        sizes = layout.numel, layout.inner, heads.span
         _launch.launch(
             vlb_terms_fwd_kernel,
             layout.batch * chunks,
             out.device,
-            partials,
-            x0,
-            x_t,
-            model_output,
-            t,
-            table,
-            noise,
-            keys,
-            0 if seed is None else seed,
-            stream,
-            table.shape[0],
-            chunks,
-            layout.numel,
-            layout.inner,
-            heads.span,
-            PREDICTION=prediction,
-            LEARNED=learned,
-            STAGED=heads.staged,
-            CLIP=clip,
-            GENERATE=noise is None,
-            HAS_KEYS=keys is not None,
-            LOGICAL_ORDER=layout.inner == 1,
+            *tensors,
+            *numbers,
+            *sizes,
+            SETTINGS=settings,
             ROUNDS=rounds,
-            BLOCK=block,
         )
     scale = 1.0 / layout.numel if layout.numel else float("inf")
     reduce.finish_sums(out.view(-1), partials, None, 3 * layout.batch, chunks, scale)
@@ -388,35 +327,18 @@ def vlb_terms_backward(
     layout = sample_layout(x_t, channels_last)
     block = block_elements(model_output.dtype)
     heads = plan_heads(layout, learned, block)
+    settings = Settings(prediction, learned, heads.staged, clip, layout.inner == 1, block)
     chunks = triton.cdiv(layout.numel, heads.span)
+    tensors = grad_output, grad, Inputs(x0, x_t, model_output), t, table, noise, keys
+    numbers = 0 if seed is None else seed, stream, table.shape[0], layout.batch, chunks
+    sizes = layout.numel, layout.inner, heads.span
     _launch.launch(
         vlb_terms_bwd_kernel,
         layout.batch * chunks,
         grad_output.device,
-        grad_output,
-        grad,
-        x0,
-        x_t,
-        model_output,
-        t,
-        table,
-        noise,
-        keys,
-        0 if seed is None else seed,
-        stream,
-        table.shape[0],
-        layout.batch,
-        chunks,
-        layout.numel,
-        layout.inner,
-        heads.span,
-        PREDICTION=prediction,
-        LEARNED=learned,
-        STAGED=heads.staged,
-        CLIP=clip,
+        *tensors,
+        *numbers,
+        *sizes,
+        SETTINGS=settings,
         DETACH_MEAN=detach_mean,
-        GENERATE=noise is None,
-        HAS_KEYS=keys is not None,
-        LOGICAL_ORDER=layout.inner == 1,
-        BLOCK=block,
     )

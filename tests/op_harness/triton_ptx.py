@@ -34,28 +34,39 @@ def compile_kernel(
     constants: set[str],
 ) -> Any:
     """Compile as Triton's own launcher would for these arguments (its specialization rules)."""
-    signature, attributes = [], []
-    skipped = kernel.do_not_specialize or ()
-    constexprs = []
-    for index, (name, value) in enumerate(arguments.items()):
-        specialize = name not in skipped and index not in skipped
+    attributes: list[tuple] = []
+    constexprs: list[tuple] = []
+
+    def kind(path: tuple[int, ...], value: Any, specialize: bool) -> Any:
+        """The type of an argument, or those of what a tuple holds."""
+        if isinstance(value, tuple):
+            kinds = [kind((*path, k), member, specialize) for k, member in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
         is_tensor = isinstance(value, Tensor)
-        is_one = not is_tensor and value == 1 and specialize
-        if name in constants or value is None or is_one:
-            signature.append((name, "constexpr"))
-            constexprs.append(((index,), value))
-            continue
+        if value is None or (not is_tensor and value == 1 and specialize):
+            constexprs.append((path, value))
+            return "constexpr"
         if is_tensor:
-            signature.append((name, f"*{_TYPES[value.dtype]}"))
             divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-            divisible = False
         else:
-            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            divisible = specialize and value % 16 == 0
+            divisible = isinstance(value, int) and specialize and value % 16 == 0
         if divisible:
-            attributes.append(((index,), (("tt.divisibility", 16),)))
+            attributes.append((path, (("tt.divisibility", 16),)))
+        if is_tensor:
+            return f"*{_TYPES[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = []
+    skipped = kernel.do_not_specialize or ()
+    for index, (name, value) in enumerate(arguments.items()):
+        if name in constants:
+            constexprs.append(((index,), value))
+            signature.append((name, "constexpr"))
+        else:
+            specialize = name not in skipped and index not in skipped
+            signature.append((name, kind((index,), value, specialize)))
     return _compile(
         kernel,
         capability,
@@ -64,6 +75,15 @@ def compile_kernel(
         tuple(constexprs),
         tuple(attributes),
     )
+
+
+def run_time_values(kind: Any, value: Any) -> Iterator[Any]:
+    """What of an argument the compiled kernel takes."""
+    if isinstance(kind, tuple):
+        for member_kind, member in zip(kind, value, strict=True):
+            yield from run_time_values(member_kind, member)
+    elif kind != "constexpr":
+        yield value
 
 
 @functools.cache
@@ -111,7 +131,8 @@ def emulated_launches(
         chosen = {"num_warps": num_warps, "num_ctas": num_ctas}
         bound = inspect.signature(kernel.fn).bind(*args, **meta).arguments
         compiled = compile_kernel(kernel, capability, chosen, bound, set(meta))
-        runtime = [bound[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
+        kinds = compiled.src.signature
+        runtime = [value for name in kinds for value in run_time_values(kinds[name], bound[name])]
         results.append(
             ptx_emulator.run_triton(compiled, runtime, programs, racecheck=racecheck, **options)
         )
