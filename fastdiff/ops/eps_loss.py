@@ -321,7 +321,7 @@ class _EpsLoss(torch.autograd.Function):
         a = Arguments(*arguments)
         gradient = None
         with torch._C._AutoDispatchBelowAutograd():
-            if _computes_gradient(op, a, ctx.needs_input_grad):
+            if ctx.needs_input_grad[2:] == _PREDICTION_ALONE and _computes_gradient(op, a):
                 loss, gradient = _with_gradient_op.default(*arguments)
             else:
                 loss = op(*arguments)
@@ -333,17 +333,19 @@ class _EpsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         prediction, noise, keys, weight, gradient = ctx.saved_tensors
+        grads = dict.fromkeys(Arguments._fields)
+        create_graph = torch.is_grad_enabled()
+        if gradient is not None and not create_graph and _is_one(grad):
+            grads["prediction"] = gradient
+            return None, None, *grads.values()
         seed, stream, reduction, kind = ctx.constants
         a = Arguments(prediction, noise, keys, seed, stream, weight, reduction, kind)
         needed = Arguments(*ctx.needs_input_grad[2:])
-        grads = dict.fromkeys(Arguments._fields)
-        if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
+        if create_graph:  # gradients that can be differentiated again
             wanted = [name for name in ("prediction", "noise", "weight") if getattr(needed, name)]
             inputs = [getattr(a, name) for name in wanted]
             found = torch.autograd.grad(_reference(a), inputs, grad, create_graph=True)
             grads.update(zip(wanted, found, strict=True))
-        elif gradient is not None and _is_one(grad):
-            grads["prediction"] = gradient
         else:
             if needed.prediction or needed.noise:
                 found = ctx.backward_op(grad, *a, needed.prediction, needed.noise)
@@ -362,14 +364,13 @@ def _unweighted(op: Callable, a: Arguments) -> Tensor:
     return losses / len(a.prediction) if a.reduction == _MEAN else losses
 
 
-def _computes_gradient(op: Callable, a: Arguments, needs_input_grad: tuple[bool, ...]) -> bool:
+_PREDICTION_ALONE = tuple(name == "prediction" for name in Arguments._fields)
+
+
+def _computes_gradient(op: Callable, a: Arguments) -> bool:
     """Whether the forward pass computes the gradient: the compiled CPU kernels do, of one loss."""
-    needed = Arguments(*needs_input_grad[2:])
     return (
-        needed.prediction
-        and not needed.noise
-        and not needed.weight
-        and a.reduction != _NONE
+        a.reduction != _NONE
         and op is _op.default
         and a.prediction.is_cpu
         and a.prediction.dtype != torch.float64

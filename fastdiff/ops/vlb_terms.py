@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
     detach_mean: bool
 
 
-_TENSORS = slice(0, Arguments._fields.index("seed"))
+_NUM_TENSORS = Arguments._fields.index("seed")  # tensors come first
 
 _SCHEMA = (
     "Tensor x0, Tensor x_t, Tensor model_output, Tensor t, Tensor table, Tensor? noise, "
@@ -345,10 +345,9 @@ class _VlbTerms(torch.autograd.Function):
     def forward(ctx, op, backward, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
             terms = op(*arguments)
-        a = Arguments(*arguments)
         ctx.backward_op = backward
-        ctx.save_for_backward(*a[_TENSORS])
-        ctx.constants = a[_TENSORS.stop :]
+        ctx.save_for_backward(*arguments[:_NUM_TENSORS])
+        ctx.constants = arguments[_NUM_TENSORS:]
         return terms
 
     @staticmethod
