@@ -29,7 +29,7 @@ _library = torch.library.Library("fastdiff", "FRAGMENT")
 
 
 def in_functorch_transform() -> bool:
-    """Whether torch.func.grad, vmap etc. are active: they skip kernels at the Autograd key."""
+    """Inside torch.func.grad, vmap and the like, which do not run kernels at the Autograd key."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None

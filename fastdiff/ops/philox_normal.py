@@ -1,4 +1,4 @@
-"""`philox_normal`: the standard normals that the other ops make in their kernels, in memory."""
+"""`philox_normal`: the standard normals that the other ops generate in their kernels, as a tensor."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def _triton(a: Arguments) -> None:
         raise ValueError(f"{op}: pass either keys or seed")
     memory_format = memory_format_of(a.out)
     if not a.out.is_contiguous(memory_format=memory_format):
-        raise ValueError(f"{op}: out must be contiguous or channels_last")
+        raise ValueError(
+            f"{op}: out has strides {a.out.stride()}, expected a contiguous or channels_last tensor"
+        )
     if a.keys is not None:
         checks.check_per_sample(op, "keys", a.keys, torch.int64, a.out.shape[0], a.out.device)
     kernels.philox_normal(

@@ -75,9 +75,11 @@ def check_position(op: str, name: str, position: int, choices: tuple[str, ...]) 
 
 def check_sources(op: str, **sources: object) -> None:
     """Raise unless exactly one source of noise is given."""
-    check_exclusive(op, **sources)
-    if all(value is None for value in sources.values()):
+    given = [name for name, value in sources.items() if value is not None]
+    if not given:
         raise ValueError(f"{op}: pass one of {', '.join(sources)}")
+    if len(given) > 1:
+        raise ValueError(f"{op}: {' and '.join(given)} exclude each other")
 
 
 def check_per_sample(
@@ -157,7 +159,7 @@ def check_timestep_range(
         t = torch._C._functorch.get_unwrapped(t)
     outside = (t < 0) | (t >= num)
     # A FakeTensor has no values to look at.
-    if type(outside) is Tensor and t.numel() and bool(outside.any()):
+    if type(outside) is Tensor and bool(outside.any()):
         raise IndexError(
             f"{op}: {name} has values from {int(t.min())} to {int(t.max())}, "
             f"expected 0 <= {name} < {num}, the {of}"
