@@ -1,4 +1,4 @@
-"""`philox_normal`: the standard normals that the other ops generate in their kernels, as a tensor."""
+"""`philox_normal`: the standard normals that other ops generate in their kernels, as a tensor."""
 
 from __future__ import annotations
 
