@@ -118,7 +118,7 @@ def check(name: str, a: Arguments, *, check_range: bool) -> None:
         checks.check_tensor(name, tensor_name, getattr(a, tensor_name))
     checks.check_position(name, "prediction", a.prediction, PREDICTIONS)
     checks.check_flags(name, clip=a.clip, return_pred_x0=a.return_pred_x0, **{_FLAGS[name]: a.flag})
-    checks.check_exclusive(name, noise=a.noise, keys=a.keys, seed=a.seed)
+    checks.check_noise_source(name, a.noise, a.keys, a.seed, required=False)
     device = a.x_t.device
     channels = a.x_t.shape[1] if a.x_t.dim() > 1 else 0
     two_heads = (2 * channels,)

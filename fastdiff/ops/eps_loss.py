@@ -152,7 +152,7 @@ def _check(a: Arguments, *, check_range: bool) -> None:
     op = "eps_loss"
     checks.check_tensor(op, "prediction", a.prediction)
     checks.check_float(op, "prediction", a.prediction.dtype)
-    checks.check_sources(op, noise=a.noise, keys=a.keys, seed=a.seed)
+    checks.check_noise_source(op, a.noise, a.keys, a.seed, required=True)
     checks.check_position(op, "reduction", a.reduction, REDUCTIONS)
     checks.check_position(op, "kind", a.kind, LOSS_KINDS)
     if a.prediction.dim() == 0:

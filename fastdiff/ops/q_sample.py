@@ -148,7 +148,7 @@ def _unsupported(
 def _check(a: Arguments, *, check_range: bool) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
     op = "q_sample"
-    checks.check_exclusive(op, noise=a.noise, keys=a.keys, seed=a.seed)
+    checks.check_noise_source(op, a.noise, a.keys, a.seed, required=False)
     checks.check_tensor(op, "x0", a.x0)
     if a.x0.dtype != torch.uint8:
         checks.check_float(op, "x0", a.x0.dtype, "uint8 or a floating-point dtype")

@@ -199,7 +199,7 @@ def _check(a: Arguments, *, check_range: bool) -> None:
     op = "vlb_terms"
     for name in ("x0", "x_t", "model_output", "t", "table"):
         checks.check_tensor(op, name, getattr(a, name))
-    checks.check_sources(op, noise=a.noise, keys=a.keys, seed=a.seed)
+    checks.check_noise_source(op, a.noise, a.keys, a.seed, required=True)
     checks.check_position(op, "prediction", a.prediction, PREDICTIONS)
     checks.check_flags(op, learned=a.learned, clip=a.clip, detach_mean=a.detach_mean)
     checks.check_float(op, "x_t", a.x_t.dtype)

@@ -36,11 +36,16 @@ def check_device(op: str, name: str, given: torch.device, device: torch.device) 
         raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
 
 
-def check_exclusive(op: str, **sources: object) -> None:
-    """Raise if more than one source of noise is given."""
-    given = [name for name, value in sources.items() if value is not None]
+def check_noise_source(
+    op: str, noise: Tensor | None, keys: Tensor | None, seed: int | None, *, required: bool
+) -> None:
+    """At most one source of noise is given; exactly one if it is `required`."""
+    sources = (("noise", noise), ("keys", keys), ("seed", seed))
+    given = [name for name, value in sources if value is not None]
     if len(given) > 1:
         raise ValueError(f"{op}: {' and '.join(given)} exclude each other")
+    if required and not given:
+        raise ValueError(f"{op}: pass one of noise, keys, seed")
 
 
 def check_one_device(x: Tensor, *others: object) -> None:
@@ -71,15 +76,6 @@ def check_position(op: str, name: str, position: int, choices: tuple[str, ...]) 
     """A raw operator has a position in `choices` where the public function has a name."""
     if not 0 <= position < len(choices):
         raise ValueError(f"{op}: {name} is {position}, expected 0 to {len(choices) - 1}")
-
-
-def check_sources(op: str, **sources: object) -> None:
-    """Raise unless exactly one source of noise is given."""
-    given = [name for name, value in sources.items() if value is not None]
-    if not given:
-        raise ValueError(f"{op}: pass one of {', '.join(sources)}")
-    if len(given) > 1:
-        raise ValueError(f"{op}: {' and '.join(given)} exclude each other")
 
 
 def check_per_sample(
