@@ -173,7 +173,9 @@ def _check_backward(b: BackwardArguments, *, check_range: bool) -> None:
     _check(a, check_range=check_range)
     if b.grad.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: grad has dtype {b.grad.dtype}, expected {torch.float32}")
-    checks.check_operand(op, "grad", b.grad, _shape(a), "that of the loss", a.prediction.device)
+    checks.check_operand(
+        op, "grad", b.grad, _loss_shape(a), "that of the loss", a.prediction.device
+    )
     if b.need_noise and a.noise is None:
         raise ValueError(f"{op}: noise is generated, expected a tensor that can have a gradient")
 
@@ -182,13 +184,12 @@ def _compute_dtype(a: Arguments) -> torch.dtype:
     return torch.float64 if a.prediction.dtype == torch.float64 else torch.float32
 
 
-def _shape(a: Arguments) -> tuple[int, ...]:
-    """Of the loss."""
+def _loss_shape(a: Arguments) -> tuple[int, ...]:
     return a.prediction.shape[:1] if a.reduction == _NONE else ()
 
 
 def _empty_result(a: Arguments) -> Tensor:
-    return a.prediction.new_empty(_shape(a), dtype=_compute_dtype(a))
+    return a.prediction.new_empty(_loss_shape(a), dtype=_compute_dtype(a))
 
 
 def _empty_gradients(

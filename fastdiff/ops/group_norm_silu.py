@@ -188,8 +188,9 @@ def _unsupported(x: Tensor) -> str | None:
 
 def _check(a: Arguments, *, check_range: bool) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
-    checks.check_position("group_norm_silu", "activation", a.activation, ACTIVATIONS)
-    check_arguments(*a[:-1])
+    *arguments, activation = a
+    checks.check_position("group_norm_silu", "activation", activation, ACTIVATIONS)
+    check_arguments(*arguments)
 
 
 def _check_backward(b: BackwardArguments, *, check_range: bool) -> None:
@@ -243,7 +244,8 @@ def _fake_backward(b: BackwardArguments) -> _Gradients:
 
 
 def _normalized(a: Arguments) -> Tensor:
-    return unchecked_group_norm_silu(*a[:-1], ACTIVATIONS[a.activation])
+    *arguments, activation = a
+    return unchecked_group_norm_silu(*arguments, ACTIVATIONS[activation])
 
 
 def _reference(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
