@@ -1,4 +1,4 @@
-"""Group normalization with channel bias, scale, shift and SiLU in plain PyTorch."""
+"""Reference of `group_norm_silu`: group normalization, time embedding and SiLU."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def unchecked_group_norm_silu(
     def per_channel(parameter: Tensor) -> Tensor:
         return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
 
-    # Other strides are copied first: torch.group_norm would choose its kernel by a rule of its own.
+    # Other strides are copied first: for them torch.group_norm chooses a kernel by its own rule.
     h = _biased(in_memory_format(x, memory_format), channel_bias)
-    if h.numel() == 0:  # of which torch.group_norm takes some
+    if h.numel() == 0:  # torch.group_norm refuses some empty tensors
         y = h if weight is None else h * cast(weight).reshape(-1, *[1] * (x.dim() - 2))
         y = y if bias is None else y + cast(bias).reshape(-1, *[1] * (x.dim() - 2))
     else:
@@ -126,9 +126,9 @@ def check_arguments(
 def group_statistics(
     x: Tensor, num_groups: int, eps: float, channel_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and ``1 / sqrt(var + eps)`` of each group of ``x + channel_bias``: (B, G) each.
+    """Mean and 1 / sqrt(var + eps) of each group of x + channel_bias: (B, G) each.
 
-    float32, or float64 for float64 `x`; zeros for groups without elements.
+    float32, or float64 for float64 x; zeros for groups without elements.
     """
     h = _biased(x, channel_bias).flatten(2)
     h = h.unflatten(1, (num_groups, h.shape[1] // num_groups)).flatten(2)
@@ -153,9 +153,9 @@ def group_norm_silu_backward(
 ) -> tuple[Tensor, ...]:
     r"""Gradients of x, weight, bias, channel_bias, scale and shift, written out.
 
-    With ``h_hat = (x + channel_bias - mean) rstd``, ``gamma = weight (1 + scale)``, ``dz = grad
-    act'(z)``, per channel of a sample ``s0 = sum dz``, ``s1 = sum dz h_hat``, ``s2 = sum h_hat``,
-    and per group of N elements ``m0 = sum gamma s0 / N``, ``m1 = sum gamma s1 / N``::
+    With h_hat = (x + channel_bias - mean) rstd, gamma = weight (1 + scale), dz = grad act'(z), per
+    channel of a sample s0 = sum dz, s1 = sum dz h_hat, s2 = sum h_hat, and per group of N elements
+    m0 = sum gamma s0 / N, m1 = sum gamma s1 / N:
 
         dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = sum of dx over positions
         dshift = s0                                dscale = weight s1 + bias s0
@@ -163,17 +163,17 @@ def group_norm_silu_backward(
 
     Parameters
     ----------
-    grad : (B, C, \*spatial)
-        Gradient of the result.
-    mean, rstd : (B, G)
-        Those of `group_statistics`.
-    others
+    grad
+        (B, C, \*spatial), the gradient of the result.
+    mean, rstd
+        (B, G), from `group_statistics`.
+    x, num_groups, weight, bias, channel_bias, scale, shift, activation
         As in `group_norm_silu`.
 
     Returns
     -------
-    tuple of six tensors
-        In float32 (float64 for float64 `x`), those of absent operands too.
+    tuple of Tensor
+        Six, in float32 (float64 for float64 x), those of absent operands too.
     """
     compute_dtype = compute_dtype_of(x)
     batch, channels = x.shape[:2]
@@ -217,7 +217,7 @@ def group_norm_silu_backward(
 
 
 def compute_dtype_of(x: Tensor) -> torch.dtype:
-    """What statistics and arithmetic are in: float32, or float64 for float64 `x`."""
+    """What statistics and arithmetic are in: float32, or float64 for float64 x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
