@@ -67,8 +67,8 @@ def unchecked_group_norm_silu(
     else:
         # PyTorch's kernels compute rstd h + (bias - rstd mean), which is off by 0.1 in a group of
         # 1e4 everywhere, and the channels_last one on the CPU E[h^2] - E[h]^2: with mean 100 and
-        # standard deviation 0.01 it is off by 10. The op does not see a constant added to a group,
-        # so the mean is taken away first, and needs no gradient for the same reason.
+        # standard deviation 0.01 it is off by 10. A constant added to a group does not change the
+        # result, so the mean is subtracted first, and needs no gradient for the same reason.
         h = h - per_channel(_group_mean(h.detach(), num_groups))
         factors, terms = cast(weight), cast(bias)
         if factors is None and terms is not None:

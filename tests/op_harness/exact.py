@@ -299,7 +299,7 @@ def _step_gradients(
 def _vlb_gradients(args: dict[str, Any], grad: Tensor, compute: torch.dtype) -> dict[str, Exact]:
     exact = vlb_terms_cases.double_arguments(args)
     output = exact["model_output"] = exact["model_output"].detach().clone().requires_grad_()
-    terms = _vlb_reference(*exact.values())
+    terms = _vlb_reference(VlbArguments(**exact))
     value = torch.zeros_like(output)
     if terms.requires_grad:
         (value,) = torch.autograd.grad(terms, output, grad)
