@@ -85,14 +85,22 @@ def _problem(name: str, source: str) -> Exception | None:
     return None
 
 
+# What runs on CUDA without compiled kernels.
 _without_kernels = "triton" if importlib.util.find_spec("triton") else "reference"
 
 
+def default_without_kernels(device_type: str) -> str:
+    """The default backend of "cpu" or "cuda" where there are no compiled kernels."""
+    return _without_kernels if device_type == "cuda" else "reference"
+
+
 def _default_backends() -> dict[str, str]:
-    """By device type; whether there is a device at all is known once there is a tensor on it."""
+    """By device type. Whether the device exists is known once there is a tensor on it."""
     return {
-        "cpu": "cpu" if _native.load("cpu") is None else "reference",
-        "cuda": "cuda" if _native.load("cuda") is None else _without_kernels,
+        device_type: device_type
+        if _native.load(device_type) is None
+        else default_without_kernels(device_type)
+        for device_type in ("cpu", "cuda")
     }
 
 

@@ -1,7 +1,7 @@
-"""The fused operators. Each module holds one op: public function, schema, fake, autograd.
+"""The fused operators. Each module holds one op: public function, schema, checks, autograd.
 
-The public functions check their arguments, choose a backend (`fastdiff.backends`,
-`fastdiff.use_backend`) and call `torch.ops.fastdiff.<name>`.
+The public functions choose a backend (`fastdiff.backends`, `fastdiff.use_backend`) and call
+`torch.ops.fastdiff.<name>` or the reference.
 """
 
 from fastdiff.ops.ddim_step import ddim_step

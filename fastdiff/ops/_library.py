@@ -1,35 +1,35 @@
 """Defines ops in the `fastdiff` namespace and registers what the C++ libraries do not.
 
-Every op has one schema and up to two overloads: the default one, whose CPU and CUDA kernels are
-the compiled ones where the libraries are built (else Triton's, else the reference), and `.triton`,
-which always runs the Triton kernel. They are defined with `torch.library.Library` rather than
-`custom_op` because a call costs half as much.
+Every op has one schema and two overloads. The default one runs the compiled kernels of the tensors'
+device or, where that library is not built, what `default_without_kernels` names. `.triton` always
+runs the Triton kernel. Ops are defined with `torch.library.Library` because a call costs half of
+what it costs with `custom_op`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from fastdiff import _native
-from fastdiff.ops import _checks
+from fastdiff._backends import default_without_kernels
+from fastdiff.reference import checks
 
-# flexible_layout: kernels take any strides and fakes tell those of the results, so Inductor need
-# not convert between its own layouts and eager's around an op.
+# flexible_layout: kernels take any strides, and fake kernels give the strides of the results. So
+# Inductor does not convert between its own layouts and those of eager mode around an op.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # Kept alive for the process: dropping a Library undoes its registrations.
 _library = torch.library.Library("fastdiff", "FRAGMENT")
 
 
 def in_functorch_transform() -> bool:
-    """Inside torch.func.grad, vmap and the like, which do not know kernels at the Autograd key."""
+    """Inside torch.func.grad, vmap and the like, which do not run kernels at the Autograd key."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
@@ -48,9 +48,9 @@ def _needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Let autograd record inside a kernel, which the dispatcher calls with its keys switched off.
+    """Switch autograd on inside a kernel; the dispatcher calls kernels with its keys switched off.
 
-    For reference kernels of backward ops that differentiate the reference of the forward op.
+    For backward ops whose reference kernel differentiates the reference of the forward op.
     """
     keys = torch._C.DispatchKey
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
@@ -60,38 +60,48 @@ def recording() -> Iterator[None]:
 
 
 class Op(NamedTuple):
-    """The overloads of one op, its autograd kernel, and its public function's argument check.
-
-    `cpp` calls the default overload in C++; it returns None if autograd has to record what only the
-    Python kernel records.
-    """
+    """One op: its overloads, and what its public function needs to call them."""
 
     default: Callable
     triton: Callable
+    arguments: Callable[..., Any]
+    """Makes the op's `Arguments` from the arguments of its schema."""
     check: Callable | None
+    """`check(arguments, check_range=...)` raises the clear error."""
+    reference: Callable
+    """`reference(arguments)`, in plain PyTorch; assumes arguments that passed the check."""
     autograd: Callable | None
+    """`autograd(overload, *args)`: an overload's call with its autograd node."""
     cpp: Callable | None
+    """Calls the default overload in C++; returns None where the node in Python has to record."""
 
     def call(
         self, backend: str, arguments: tuple, differentiable: tuple[torch.Tensor | None, ...]
-    ) -> torch.Tensor:
-        """Run a public function's call on a backend with kernels, at the least cost.
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Run a public function's call on the selected backend.
 
         Parameters
         ----------
+        arguments
+            Those of the schema, in a plain tuple: a good call of a kernel needs no `Arguments`,
+            which take 0.3 us to make.
         differentiable
-            The tensor arguments that may need a gradient. If none does, the call skips the Python
-            kernel at the Autograd key, which costs microseconds even when it has nothing to do; if
-            one does, it calls that kernel itself, which saves the way there through the dispatcher.
+            The tensor arguments that may need a gradient. If none does, the call skips the kernel
+            at the Autograd key, which takes microseconds even when it has nothing to do. If one
+            does, the call runs that kernel itself, without the dispatcher.
         """
+        if backend == "reference":
+            bundle = self.arguments(*arguments)
+            self.check(bundle, check_range=True)
+            return self.reference(bundle)
         overload = self.triton if backend == "triton" else self.default
         if torch.compiler.is_compiling():
-            self.check(*arguments, check_range=False)
+            self.check(self.arguments(*arguments), check_range=False)
             return overload(*arguments)
-        # The bindings of compiled kernels refuse what the check refuses, so for them it runs only
-        # after a refusal, for its message. Kernels in Python run it themselves.
-        if _checks.DEBUG:
-            self.check(*arguments, check_range=True)
+        # The bindings of compiled kernels refuse what the check refuses. So the check runs only
+        # after they did, for its message. Kernels in Python run the check themselves.
+        if checks.DEBUG:
+            self.check(self.arguments(*arguments), check_range=True)
         guard = None
         try:
             if (
@@ -106,7 +116,7 @@ class Op(NamedTuple):
             guard = torch._C._AutoDispatchBelowAutograd()
             return overload(*arguments)
         except (RuntimeError, TypeError, AttributeError):
-            self.check(*arguments, check_range=True)
+            self.check(self.arguments(*arguments), check_range=True)
             raise
         finally:
             del guard
@@ -115,6 +125,7 @@ class Op(NamedTuple):
 def define(
     name: str,
     signature: str,
+    arguments: Callable[..., Any],
     *,
     fake: Callable,
     autograd: Callable | None,
@@ -128,109 +139,112 @@ def define(
     ----------
     signature
         The schema from its opening parenthesis on.
+    arguments
+        Makes one object of the schema's arguments: a NamedTuple, usually. `fake`, `reference`,
+        `triton` and `check` take it.
     fake
         Shape, dtype and stride propagation.
     autograd
-        `autograd(overload, *args)`, the kernel at the Autograd key; None for an op whose output
-        never needs a gradient.
+        `autograd(overload, *args)`, the kernel at the Autograd key, with the schema's arguments.
+        None for an op whose output never needs a gradient.
     reference, triton
-        Implementations with the schema's arguments, used where no compiled kernel is.
+        Implementations, used where there is no compiled kernel.
     check
-        `check(*arguments, check_range=...)` raises the clear error; needed for `Op.call`.
+        `check(arguments, check_range=...)` raises the clear error; `Op.call` needs it.
     """
-    fake = _kept_whole_by_inductor(f"fastdiff::{name}", fake)
-    reference = _checked(reference, check, check_range=True)
-    # As on a device, where it would wait: samples of timesteps out of range are NaN.
-    triton = _checked(triton, check, check_range=False)
+    fake_kernel = _kept_whole_by_inductor(f"fastdiff::{name}", fake, arguments)
+    kernels = {
+        "reference": _kernel(reference, arguments, check, check_range=True),
+        # The range is not checked, as on a device: samples of timesteps out of range are NaN.
+        "triton": _kernel(triton, arguments, check, check_range=False),
+    }
     for overload in ("", ".triton"):
-        _library.define(f"{name}{overload}{signature}", tags=TAGS)
         qualified = f"{name}{overload}"
-        kernels = {"CPU": triton, "CUDA": triton}
-        if not overload:
-            kernels = _default_kernels(qualified, reference, triton)
-        for key, kernel in kernels.items():
-            _library.impl(qualified, kernel, key)
-        torch.library.register_fake(f"fastdiff::{qualified}", fake, lib=_library)
+        _library.define(f"{qualified}{signature}", tags=TAGS)
+        for key in ("CPU", "CUDA"):
+            # Loading the compiled library, as fastdiff._backends does, registers its kernels.
+            if overload or not _has_kernel(qualified, key):
+                backend = "triton" if overload else default_without_kernels(key.lower())
+                _library.impl(qualified, kernels[backend], key)
+        torch.library.register_fake(f"fastdiff::{qualified}", fake_kernel, lib=_library)
     packet = getattr(torch.ops.fastdiff, name)
-    # What torch.onnx.export makes of the op; torch.compile and torch.export have tables of their
-    # own and leave it whole. FakeTensor looks for a decomposition before it looks for our fake,
-    # unless there is one for meta tensors.
-    torch._decomp.register_decomposition([packet.default, packet.triton])(reference)
-    torch._decomp.register_decomposition([packet.default, packet.triton], type="meta")(fake)
+    overloads = [packet.default, packet.triton]
+    # For torch.onnx.export; torch.compile and torch.export have tables of their own, and keep the
+    # op. FakeTensor would use this instead of our fake kernel if there were none for meta tensors.
+    torch._decomp.register_decomposition(overloads)(kernels["reference"])
+    torch._decomp.register_decomposition(overloads, type="meta")(fake_kernel)
     cpp, _ = _native.dispatch()
-    op = Op(packet.default, packet.triton, check, autograd, getattr(cpp, name, None))
     if autograd is not None:
-        for qualified, overload in ((name, op.default), (f"{name}.triton", op.triton)):
-            kernel = _bind(name, autograd, overload)
+        for qualified, overload in ((name, packet.default), (f"{name}.triton", packet.triton)):
+            kernel = _autograd_kernel(name, autograd, overload)
             if cpp is None:
                 _library.impl(qualified, kernel, "Autograd")
             else:
                 cpp.register_autograd(qualified, kernel)
-    return op
+    return Op(*overloads, arguments, check, reference, autograd, getattr(cpp, name, None))
 
 
-def _kept_whole_by_inductor(name: str, fake: Callable) -> Callable:
-    """A fake that tells Inductor, which always calls it first, to call the op as it is.
+def _has_kernel(qualified: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{qualified}", key)
+
+
+def _kernel(
+    implementation: Callable, arguments: Callable, check: Callable | None, *, check_range: bool
+) -> Callable:
+    """An implementation in Python as a kernel; like a compiled one's binding it checks first."""
+
+    def kernel(*args: object) -> object:
+        bundle = arguments(*args)
+        if check is not None:
+            check(bundle, check_range=check_range)
+        return implementation(bundle)
+
+    return kernel
+
+
+def _kept_whole_by_inductor(name: str, fake: Callable, arguments: Callable) -> Callable:
+    """A fake kernel that tells Inductor, which always calls it first, not to decompose the op.
 
     With CI set in the environment Inductor fails for an op that has a decomposition, such as ours
-    for ONNX, but for those it lists here.
+    for ONNX, unless the op is in this list of Inductor's.
     """
 
     def kernel(*args: object, **kwargs: object) -> object:
         if inductor := sys.modules.get("torch._inductor.lowering"):
             inductor.FALLBACK_ALLOW_LIST.add(name)
-        return fake(*args, **kwargs)
+        return fake(arguments(*args, **kwargs))
 
     return kernel
 
 
+def joined_seed(arguments: Any) -> int | torch.Tensor | None:
+    """An op's `keys` and `seed`, of which at most one is given, as a reference takes them."""
+    return arguments.seed if arguments.keys is None else arguments.keys
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional argument as a Triton kernel reads it."""
+    return None if x is None else x.contiguous()
+
+
 def refuse_float64(op: str, *inputs: torch.Tensor | torch.dtype | None) -> None:
-    """For Triton kernels, which compute in float32."""
+    """Raise on float64, which the Triton kernels do not compute in."""
     for x in inputs:
         if torch.float64 in (x, getattr(x, "dtype", None)):
             raise RuntimeError(f"{op}: there are no float64 Triton kernels")
 
 
-def _checked(implementation: Callable, check: Callable | None, *, check_range: bool) -> Callable:
-    """An implementation in Python as a kernel, which refuses what a compiled one's binding does."""
-    if check is None:
-        return implementation
-
-    def kernel(*arguments: object) -> object:
-        check(*arguments, check_range=check_range)
-        return implementation(*arguments)
-
-    return kernel
-
-
-def _bind(name: str, autograd: Callable, op: Callable) -> Callable:
-    def autograd_kernel(*args: object, **kwargs: object) -> object:
+def _autograd_kernel(name: str, autograd: Callable, overload: Callable) -> Callable:
+    def kernel(*args: object, **kwargs: object) -> object:
         if in_functorch_transform():
             raise RuntimeError(
                 f"torch.ops.fastdiff.{name} does not run under torch.func's transforms; use "
                 f"fastdiff.ops.{name}, which does"
             )
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-            # Nobody records: as in a compiled training step, which calls the operators from a
-            # Function of its own.
+            # No autograd, as in a compiled training step, whose own node calls the operators.
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args, **kwargs)
-        return autograd(op, *args, **kwargs)
+                return overload(*args, **kwargs)
+        return autograd(overload, *args, **kwargs)
 
-    return autograd_kernel
-
-
-def _default_kernels(name: str, reference: Callable, triton: Callable) -> dict[str, Callable]:
-    """Python kernels of the defined op for the device keys that no compiled library serves."""
-
-    def is_compiled(key: str) -> bool:
-        _native.load(key.lower())
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{name}", key)
-
-    kernels = {}
-    if not is_compiled("CPU"):
-        kernels["CPU"] = reference
-    if not is_compiled("CUDA"):
-        has_triton = importlib.util.find_spec("triton") is not None
-        kernels["CUDA"] = triton if has_triton else reference
-    return kernels
+    return kernel

@@ -6,8 +6,8 @@ use_clipped_model_output of ddim_step, learned_range of ddpm_step.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _library
+from fastdiff.ops import _library
+from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_table import PREDICTIONS, check_step
 
@@ -70,7 +71,7 @@ def call(
         )
     if noise is not None and seed is not None:
         raise ValueError(f"{name}: pass either noise or seed; both were given")
-    keys, integer = _checks.split_seed(name, seed)
+    keys, integer = checks.split_seed(name, seed)
     arguments = (
         x_t,
         model_output,
@@ -84,19 +85,15 @@ def call(
         noise,
         keys,
         integer,
-        _checks.as_int64(name, "stream", stream),
+        checks.as_int64(name, "stream", stream),
         return_pred_x0,
     )
     try:
         backend = select_backend(name, x_t, unsupported(x_t, table, noise, seed))
     except AttributeError:  # not a tensor
-        op.check(*arguments, check_range=False)
+        op.check(Arguments(*arguments), check_range=False)
         raise
-    if backend == "reference":
-        op.check(*arguments, check_range=True)
-        x_s, pred_x0 = run_reference(name, Arguments(*arguments))
-    else:
-        x_s, pred_x0 = op.call(backend, arguments, (x_t, model_output, uncond, noise))
+    x_s, pred_x0 = op.call(backend, arguments, (x_t, model_output, uncond, noise))
     return (x_s, pred_x0) if return_pred_x0 else x_s
 
 
@@ -115,24 +112,22 @@ def unsupported(
     return None
 
 
-def check(name: str, a: Arguments, check_range: bool) -> None:
+def check(name: str, a: Arguments, *, check_range: bool) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
     for tensor_name in ("x_t", "model_output", "step", "table"):
-        _checks.check_tensor(name, tensor_name, getattr(a, tensor_name))
-    _checks.check_position(name, "prediction", a.prediction, PREDICTIONS)
-    _checks.check_flags(
-        name, clip=a.clip, return_pred_x0=a.return_pred_x0, **{_FLAGS[name]: a.flag}
-    )
-    _checks.check_exclusive(name, noise=a.noise, keys=a.keys, seed=a.seed)
+        checks.check_tensor(name, tensor_name, getattr(a, tensor_name))
+    checks.check_position(name, "prediction", a.prediction, PREDICTIONS)
+    checks.check_flags(name, clip=a.clip, return_pred_x0=a.return_pred_x0, **{_FLAGS[name]: a.flag})
+    checks.check_noise_source(name, a.noise, a.keys, a.seed, required=False)
     device = a.x_t.device
     channels = a.x_t.shape[1] if a.x_t.dim() > 1 else 0
     two_heads = (2 * channels,)
     allowed = (channels, *two_heads) if name == DDIM else two_heads if a.flag else (channels,)
-    _checks.check_float(name, "x_t", a.x_t.dtype)
+    checks.check_float(name, "x_t", a.x_t.dtype)
     for tensor_name in ("model_output", "uncond", "noise"):
         if (tensor := getattr(a, tensor_name)) is not None:
-            _checks.check_tensor(name, tensor_name, tensor)
-            _checks.check_float(name, tensor_name, tensor.dtype)
+            checks.check_tensor(name, tensor_name, tensor)
+            checks.check_float(name, tensor_name, tensor.dtype)
     check_step(
         name,
         a.x_t,
@@ -142,7 +137,7 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
         PREDICTIONS[a.prediction],
         a.uncond,
         a.noise,
-        a.keys if a.seed is None else a.seed,
+        _library.joined_seed(a),
         allowed,
     )
     if a.uncond is not None and a.uncond.shape != a.model_output.shape:
@@ -158,7 +153,7 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
                 f"{name}: {tensor_name} is on {tensor.device}, expected {device} as x_t"
             )
     if a.keys is not None:
-        _checks.check_per_sample(name, "seed", a.keys, torch.int64, a.x_t.shape[0], device)
+        checks.check_per_sample(name, "seed", a.keys, torch.int64, a.x_t.shape[0], device)
     if name == DDPM and a.noise is None and a.keys is None and a.seed is None:
         raise ValueError(f"{name}: pass either noise or seed; neither was given")
     if not isinstance(a.guidance_scale, (int, float, torch.SymFloat)):
@@ -169,7 +164,7 @@ def check(name: str, a: Arguments, check_range: bool) -> None:
         )
     if check_range:
         rows = a.table.shape[0]
-        _checks.check_timestep_range(name, a.step, rows, "step", "number of rows of the table")
+        checks.check_timestep_range(name, a.step, rows, "step", "number of rows of the table")
 
 
 def run_reference(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -185,7 +180,7 @@ def run_reference(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
         uncond=a.uncond,
         guidance_scale=a.guidance_scale,
         noise=a.noise,
-        seed=a.keys if a.seed is None else a.seed,
+        seed=_library.joined_seed(a),
         stream=a.stream,
         return_pred_x0=a.return_pred_x0,
     )
@@ -196,7 +191,7 @@ def run_reference(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def empty_results(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Memory for x_s and x0; (0,) for an x0 that nobody asked for."""
+    """Memory for x_s and x0; (0,) for an x0 that is not returned."""
 
     def empty() -> Tensor:
         return torch.empty(
@@ -233,7 +228,7 @@ def run_triton(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
         name == DDPM,
         a.flag,
         a.guidance_scale,
-        None if a.keys is None else a.keys.contiguous(),
+        _library.contiguous(a.keys),
         a.seed,
         a.stream,
         memory_format != torch.contiguous_format,
@@ -241,28 +236,37 @@ def run_triton(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
     return x_s, pred_x0
 
 
-def _gradients(
-    name: str,
-    grad_x_s: Tensor,
-    grad_pred_x0: Tensor | None,
-    needs: list[bool],
-    a: Arguments,
-    create_graph: bool,
-) -> list[Tensor | None]:
+class BackwardArguments(NamedTuple):
+    """The arguments of the backward operator, which has the forward one's among its own."""
+
+    grad_x_s: Tensor
+    grad_pred_x0: Tensor | None
+    needs: list[bool]
+    forward: Arguments
+
+    @classmethod
+    def from_schema(
+        cls, grad_x_s: Tensor, grad_pred_x0: Tensor | None, needs: list[bool], *forward: object
+    ) -> BackwardArguments:
+        return cls(grad_x_s, grad_pred_x0, needs, Arguments(*forward))
+
+
+def _gradients(name: str, b: BackwardArguments, *, create_graph: bool) -> list[Tensor | None]:
     """The gradients of `_DIFFERENTIABLE`, by differentiating the reference."""
+    a = b.forward
     inputs = [getattr(a, k) for k in _DIFFERENTIABLE]
     with torch.enable_grad():
         if not create_graph:
             inputs = [
                 None if x is None else x.detach().requires_grad_(n)
-                for x, n in zip(inputs, needs, strict=True)
+                for x, n in zip(inputs, b.needs, strict=True)
             ]
             a = a._replace(**dict(zip(_DIFFERENTIABLE, inputs, strict=True)))
         outputs = run_reference(name, a)
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
-    pairs = [(outputs[0], grad_x_s)]
-    if grad_pred_x0 is not None:
-        pairs.append((outputs[1], grad_pred_x0))
+    wanted = [x for x, needed in zip(inputs, b.needs, strict=True) if needed]
+    pairs = [(outputs[0], b.grad_x_s)]
+    if b.grad_pred_x0 is not None:
+        pairs.append((outputs[1], b.grad_pred_x0))
     pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
     found = iter(
         torch.autograd.grad(
@@ -276,55 +280,42 @@ def _gradients(
         if wanted
         else ()
     )
-    return [next(found) if needed else None for needed in needs]
+    return [next(found) if needed else None for needed in b.needs]
 
 
-def define(name: str) -> tuple[_library.Op, Callable, Callable, Callable]:
-    """The op called `name` and, for the tests, its reference, Triton and Autograd kernels.
+def _fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    checks.check_one_device(*a)
+    return empty_results(a)
+
+
+def _fake_backward(b: BackwardArguments) -> list[Tensor]:
+    inputs = [getattr(b.forward, k) for k in _DIFFERENTIABLE]
+    return [torch.empty_like(x) for x, needed in zip(inputs, b.needs, strict=True) if needed]
+
+
+def _reference_backward(name: str, b: BackwardArguments) -> list[Tensor]:
+    results = _fake_backward(b)
+    gradients = [g for g in _gradients(name, b, create_graph=False) if g is not None]
+    for result, gradient in zip(results, gradients, strict=True):
+        result.copy_(gradient)
+    return results
+
+
+def define(name: str) -> _library.Op:
+    """The op called `name`.
 
     The backward pass is an op of its own, so that torch.compile need not look into it. It runs in
     plain PyTorch on every backend: sampling, where time matters, needs no gradient.
     """
-
-    def checked(*arguments: object, check_range: bool) -> None:
-        check(name, Arguments(*arguments), check_range)
-
-    def fake(*arguments: object) -> tuple[Tensor, Tensor]:
-        a = Arguments(*arguments)
-        _checks.check_one_device(a.x_t, a.model_output, a.step, a.table, a.uncond, a.noise, a.keys)
-        return empty_results(a)
-
-    def reference_kernel(*arguments: object) -> tuple[Tensor, Tensor]:
-        return run_reference(name, Arguments(*arguments))
-
-    def triton_kernel(*arguments: object) -> tuple[Tensor, Tensor]:
-        return run_triton(name, Arguments(*arguments))
-
-    def backward_fake(
-        grad_x_s: Tensor, grad_pred_x0: Tensor | None, needs: list[bool], *arguments: object
-    ) -> list[Tensor]:
-        inputs = [getattr(Arguments(*arguments), k) for k in _DIFFERENTIABLE]
-        return [torch.empty_like(x) for x, needed in zip(inputs, needs, strict=True) if needed]
-
-    def backward_reference(
-        grad_x_s: Tensor, grad_pred_x0: Tensor | None, needs: list[bool], *arguments: object
-    ) -> list[Tensor]:
-        gradients = _gradients(
-            name, grad_x_s, grad_pred_x0, needs, Arguments(*arguments), create_graph=False
-        )
-        results = backward_fake(grad_x_s, grad_pred_x0, needs, *arguments)
-        found = [g for g in gradients if g is not None]
-        for result, gradient in zip(results, found, strict=True):
-            result.copy_(gradient)
-        return results
-
+    schema = _schema(name)
     backward_op = _library.define(
         f"{name}_backward",
-        f"(Tensor grad_x_s, Tensor? grad_pred_x0, bool[] needs, {_schema(name)}) -> Tensor[]",
-        fake=backward_fake,
+        f"(Tensor grad_x_s, Tensor? grad_pred_x0, bool[] needs, {schema}) -> Tensor[]",
+        BackwardArguments.from_schema,
+        fake=_fake_backward,
         autograd=None,
-        reference=backward_reference,
-        triton=backward_reference,
+        reference=functools.partial(_reference_backward, name),
+        triton=functools.partial(_reference_backward, name),
     )
 
     class Step(torch.autograd.Function):
@@ -332,40 +323,40 @@ def define(name: str) -> tuple[_library.Op, Callable, Callable, Callable]:
         def forward(ctx, op, *arguments):
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*arguments)
-            a = Arguments(*arguments)
-            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in a))
-            ctx.others = tuple(None if isinstance(x, Tensor) else x for x in a)
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arguments))
+            ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in arguments)
             return outputs
 
         @staticmethod
         def backward(ctx, grad_x_s, grad_pred_x0):
-            saved = zip(ctx.saved_tensors, ctx.others, strict=True)
-            a = Arguments(*(other if x is None else x for x, other in saved))
-            needed = dict(zip(Arguments._fields, ctx.needs_input_grad[1:], strict=True))
-            needs = [needed[k] for k in _DIFFERENTIABLE]
-            if not a.return_pred_x0:
-                grad_pred_x0 = None
+            saved = zip(ctx.saved_tensors, ctx.constants, strict=True)
+            a = Arguments(*(constant if x is None else x for x, constant in saved))
+            needed = Arguments(*ctx.needs_input_grad[1:])
+            b = BackwardArguments(
+                grad_x_s,
+                grad_pred_x0 if a.return_pred_x0 else None,
+                [getattr(needed, k) for k in _DIFFERENTIABLE],
+                a,
+            )
             if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
-                gradients = _gradients(name, grad_x_s, grad_pred_x0, needs, a, create_graph=True)
+                gradients = _gradients(name, b, create_graph=True)
             else:
-                found = iter(backward_op.default(grad_x_s, grad_pred_x0, needs, *a))
-                gradients = [next(found) if n else None for n in needs]
-            by_name = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
-            return (None, *(by_name.get(k) for k in Arguments._fields))
+                found = iter(backward_op.default(b.grad_x_s, b.grad_pred_x0, b.needs, *a))
+                gradients = [next(found) if n else None for n in b.needs]
+            grads = dict.fromkeys(Arguments._fields)
+            grads.update(zip(_DIFFERENTIABLE, gradients, strict=True))
+            return None, *grads.values()
 
-    def autograd(op: Callable, *arguments: object) -> tuple[Tensor, Tensor]:
-        return Step.apply(op, *arguments)
-
-    op = _library.define(
+    return _library.define(
         name,
-        f"({_schema(name)}) -> (Tensor, Tensor)",
-        fake=fake,
-        autograd=autograd,
-        reference=reference_kernel,
-        triton=triton_kernel,
-        check=checked,
+        f"({schema}) -> (Tensor, Tensor)",
+        Arguments,
+        fake=_fake,
+        autograd=Step.apply,
+        reference=functools.partial(run_reference, name),
+        triton=functools.partial(run_triton, name),
+        check=functools.partial(check, name),
     )
-    return op, reference_kernel, triton_kernel, autograd
 
 
 def _schema(name: str) -> str:

@@ -99,4 +99,4 @@ def ddim_step(
     )
 
 
-_op, _reference, _triton, _autograd = _sampler_step.define("ddim_step")
+_op = _sampler_step.define("ddim_step")

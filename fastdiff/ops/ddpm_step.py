@@ -100,4 +100,4 @@ def ddpm_step(
     )
 
 
-_op, _reference, _triton, _autograd = _sampler_step.define("ddpm_step")
+_op = _sampler_step.define("ddpm_step")

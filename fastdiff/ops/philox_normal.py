@@ -1,15 +1,17 @@
-"""`philox_normal`: the standard normals that the other ops make in their kernels, in memory."""
+"""`philox_normal`: the standard normals that other ops generate in their kernels, as a tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _library
+from fastdiff.ops import _library
+from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
 
 _CHANNELS_LAST_DIMS = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -67,12 +69,12 @@ def philox_normal(
     op = "philox_normal"
     if isinstance(shape, (int, str)) or not hasattr(shape, "__iter__"):
         raise TypeError(f"{op}: shape is {shape!r}, expected a sequence of ints")
-    shape = tuple(_checks.as_int64(op, "shape", size) for size in shape)
+    shape = tuple(checks.as_int64(op, "shape", size) for size in shape)
     if any(size < 0 for size in shape):
         raise ValueError(f"{op}: shape is {shape}, expected sizes >= 0")
     if not shape:
         raise ValueError(f"{op}: shape is (), expected (B, ...)")
-    _checks.check_float(op, "dtype", dtype)
+    checks.check_float(op, "dtype", dtype)
     if not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"{op}: memory_format is {memory_format!r}, expected a torch.memory_format")
     dims = _CHANNELS_LAST_DIMS.get(memory_format)
@@ -86,10 +88,10 @@ def philox_normal(
     out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     if seed is None:
         raise TypeError(f"{op}: seed is None, expected an int or int64 keys (B,)")
-    keys, integer = _checks.split_seed(op, seed)
+    keys, integer = checks.split_seed(op, seed)
     if keys is not None:
-        _checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
-    stream = _checks.as_int64(op, "stream", stream)
+        checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
+    stream = checks.as_int64(op, "stream", stream)
     unsupported = "float64 runs on the reference backend only" if dtype == torch.float64 else None
     backend = select_backend(op, out, unsupported)
     if backend == "reference":
@@ -105,37 +107,57 @@ def philox_normal(
     return out
 
 
-def _fake(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
+class Arguments(NamedTuple):
+    """The raw operator's arguments, in the order of its schema."""
+
+    out: Tensor
+    keys: Tensor | None
+    seed: int | None
+    stream: int
+
+
+def _fake(a: Arguments) -> None:
     return None
 
 
-def _reference(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
-    source = keys if keys is not None else seed
+def _reference(a: Arguments) -> None:
     normals = reference.philox_normal(
-        out.shape, source, stream=stream, dtype=out.dtype, device=out.device
+        a.out.shape,
+        _library.joined_seed(a),
+        stream=a.stream,
+        dtype=a.out.dtype,
+        device=a.out.device,
     )
-    out.copy_(normals)
+    a.out.copy_(normals)
 
 
-def _triton(out: Tensor, keys: Tensor | None, seed: int | None, stream: int) -> None:
+def _triton(a: Arguments) -> None:
     from fastdiff.triton_kernels import philox_normal as kernels
 
     op = "philox_normal"
-    _checks.check_float(op, "out", out.dtype)
-    if (keys is None) == (seed is None):
+    checks.check_float(op, "out", a.out.dtype)
+    if (a.keys is None) == (a.seed is None):
         raise ValueError(f"{op}: pass either keys or seed")
-    memory_format = memory_format_of(out)
-    if not out.is_contiguous(memory_format=memory_format):
-        raise ValueError(f"{op}: out must be contiguous or channels_last")
-    if keys is not None:
-        _checks.check_per_sample(op, "keys", keys, torch.int64, out.shape[0], out.device)
-        keys = keys.contiguous()
-    kernels.philox_normal(out, keys, seed, stream, memory_format != torch.contiguous_format)
+    memory_format = memory_format_of(a.out)
+    if not a.out.is_contiguous(memory_format=memory_format):
+        raise ValueError(
+            f"{op}: out has strides {a.out.stride()}, expected a contiguous or channels_last tensor"
+        )
+    if a.keys is not None:
+        checks.check_per_sample(op, "keys", a.keys, torch.int64, a.out.shape[0], a.out.device)
+    kernels.philox_normal(
+        a.out,
+        _library.contiguous(a.keys),
+        a.seed,
+        a.stream,
+        memory_format != torch.contiguous_format,
+    )
 
 
 _op = _library.define(
     "philox_normal_",
     "(Tensor(a!) out, Tensor? keys, SymInt? seed, SymInt stream) -> ()",
+    Arguments,
     fake=_fake,
     autograd=None,
     reference=_reference,

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks
+from fastdiff.ops.q_sample import Arguments, _unsupported
 from fastdiff.ops.q_sample import _op as _q_sample_op
-from fastdiff.ops.q_sample import _unsupported
+from fastdiff.reference import checks
 
 
 def posterior_mean(x0: Tensor, x_t: Tensor, t: Tensor, coef_x0: Tensor, coef_x_t: Tensor) -> Tensor:
@@ -56,18 +55,16 @@ def posterior_mean(x0: Tensor, x_t: Tensor, t: Tensor, coef_x0: Tensor, coef_x_t
     ...     x0, x_t, t, tables.posterior_coef_x0, tables.posterior_coef_x_t
     ... )
     """
-    _checks.check_tensor("posterior_mean", "x_t", x_t)
+    checks.check_tensor("posterior_mean", "x_t", x_t)
     if not x_t.dtype.is_floating_point:  # before its dtype is asked for as that of the result
-        _checks.check_float("posterior_mean", "x_t", x_t.dtype)
+        checks.check_float("posterior_mean", "x_t", x_t.dtype)
     arguments = (x0, t, coef_x0, coef_x_t, x_t, None, None, 0, None, x_t.dtype)
     try:
-        backend = select_backend("posterior_mean", x_t, _unsupported(*arguments))
+        unsupported = _unsupported(x0, coef_x0, coef_x_t, x_t, x_t.dtype)
+        backend = select_backend("posterior_mean", x_t, unsupported)
     except AttributeError:  # not a tensor
-        _check(*arguments, check_range=False)
+        _check(Arguments(*arguments), check_range=False)
         raise
-    if backend == "reference":
-        _check(*arguments, check_range=True)
-        return reference.posterior_mean(x0, x_t, t, coef_x0, coef_x_t)
     return _op.call(backend, arguments, (x0, x_t))
 
 
@@ -119,8 +116,8 @@ def posterior_mean_variance(
     0.0
     """
     op = "posterior_mean_variance"
-    _checks.check_tensor(op, "x_t", x_t)
-    num = _checks.check_tables(
+    checks.check_tensor(op, "x_t", x_t)
+    num = checks.check_tables(
         op, x_t.device, coef_x0=coef_x0, variance=variance, log_variance=log_variance
     )
     mean = posterior_mean(x0, x_t, t, coef_x0, coef_x_t)
@@ -134,32 +131,21 @@ def posterior_mean_variance(
     return mean, per_sample(variance), per_sample(log_variance)
 
 
-def _check(
-    x0: Tensor,
-    t: Tensor,
-    coef_x0: Tensor,
-    coef_x_t: Tensor,
-    x_t: Tensor,
-    keys: None,
-    seed: None,
-    stream: int,
-    flip: None,
-    dtype: torch.dtype,
-    *,
-    check_range: bool,
-) -> None:
-    """Everything that can be wrong with the arguments, with the clear message."""
-    op = "posterior_mean"
-    _checks.check_tensor(op, "x0", x0)
+def _check(a: Arguments, *, check_range: bool) -> None:
+    """The check of `q_sample`, in the words of `posterior_mean`."""
+    op, x0, x_t = "posterior_mean", a.x0, a.noise
+    checks.check_tensor(op, "x0", x0)
     if x0.dtype != torch.uint8:
-        _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
+        checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
     if x0.dim() == 0:
         raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
-    _checks.check_like(op, "x_t", x_t, "x0", x0)
-    num = _checks.check_tables(op, x0.device, coef_x0=coef_x0, coef_x_t=coef_x_t)
-    _checks.check_per_sample(op, "t", t, torch.int64, x0.shape[0], x0.device)
+    checks.check_like(op, "x_t", x_t, "x0", x0)
+    num = checks.check_tables(
+        op, x0.device, coef_x0=a.sqrt_alpha_bar, coef_x_t=a.sqrt_one_minus_alpha_bar
+    )
+    checks.check_per_sample(op, "t", a.t, torch.int64, x0.shape[0], x0.device)
     if check_range:
-        _checks.check_timestep_range(op, t, num)
+        checks.check_timestep_range(op, a.t, num)
 
 
 _op = _q_sample_op._replace(check=_check)

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _library
+from fastdiff.ops import _library
+from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
+
+
+class Arguments(NamedTuple):
+    """The raw operator's arguments, in the order of its schema."""
+
+    x0: Tensor
+    t: Tensor
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    noise: Tensor | None
+    keys: Tensor | None
+    seed: int | None
+    stream: int
+    flip: Tensor | None
+    dtype: torch.dtype | None
+
+
+_SCHEMA = (
+    "(Tensor x0, Tensor t, Tensor sqrt_alpha_bar, Tensor sqrt_one_minus_alpha_bar, Tensor? noise, "
+    "Tensor? keys, SymInt? seed, SymInt stream, Tensor? flip, ScalarType? dtype) -> Tensor"
+)
 
 
 def q_sample(
@@ -76,8 +100,7 @@ def q_sample(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"q_sample: pass either noise or seed; {given} was given")
-    keys, integer = _checks.split_seed("q_sample", seed)
-    stream = _checks.as_int64("q_sample", "stream", stream)
+    keys, integer = checks.split_seed("q_sample", seed)
     arguments = (
         x0,
         t,
@@ -86,85 +109,24 @@ def q_sample(
         noise,
         keys,
         integer,
-        stream,
+        checks.as_int64("q_sample", "stream", stream),
         flip,
         dtype,
     )
     try:
-        backend = select_backend("q_sample", x0, _unsupported(*arguments))
+        unsupported = _unsupported(x0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, dtype)
+        backend = select_backend("q_sample", x0, unsupported)
     except AttributeError:  # not a tensor
-        _check(*arguments, check_range=False)
+        _check(Arguments(*arguments), check_range=False)
         raise
-    if backend == "reference":
-        _check(*arguments, check_range=True)
-        return reference.q_sample(
-            x0,
-            t,
-            sqrt_alpha_bar,
-            sqrt_one_minus_alpha_bar,
-            noise,
-            seed=seed,
-            stream=stream,
-            flip=flip,
-            dtype=dtype,
-        )
     return _op.call(backend, arguments, (x0, noise))
-
-
-def _check(
-    x0: Tensor,
-    t: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    flip: Tensor | None,
-    dtype: torch.dtype | None,
-    *,
-    check_range: bool,
-) -> None:
-    """Everything that can be wrong with the arguments, with the clear message."""
-    op = "q_sample"
-    _checks.check_exclusive(op, noise=noise, keys=keys, seed=seed)
-    _checks.check_tensor(op, "x0", x0)
-    if x0.dtype != torch.uint8:
-        _checks.check_float(op, "x0", x0.dtype, "uint8 or a floating-point dtype")
-    if dtype is not None:
-        _checks.check_float(op, "dtype", dtype)
-    if x0.dim() == 0:
-        raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
-    batch, device = x0.shape[0], x0.device
-    num = _checks.check_tables(
-        op,
-        device,
-        sqrt_alpha_bar=sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar=sqrt_one_minus_alpha_bar,
-    )
-    if noise is not None:
-        _checks.check_like(op, "noise", noise, "x0", x0)
-    if keys is not None:
-        _checks.check_per_sample(op, "seed", keys, torch.int64, batch, device)
-    if flip is not None:
-        _checks.check_per_sample(op, "flip", flip, torch.bool, batch, device)
-        if x0.dim() < 2:
-            raise ValueError(f"{op}: flip needs x0 with a width, got shape {tuple(x0.shape)}")
-    _checks.check_per_sample(op, "t", t, torch.int64, batch, device)
-    if check_range:
-        _checks.check_timestep_range(op, t, num)
 
 
 def _unsupported(
     x0: Tensor,
-    t: Tensor,
     sqrt_alpha_bar: Tensor,
     sqrt_one_minus_alpha_bar: Tensor,
     noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    flip: Tensor | None,
     dtype: torch.dtype | None,
 ) -> str | None:
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
@@ -183,80 +145,85 @@ def _unsupported(
     return None
 
 
-def _fake(
-    x0: Tensor,
-    t: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    flip: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    _checks.check_one_device(x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, flip)
-    if dtype is None:
-        dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-    return torch.empty(x0.shape, dtype=dtype, device=x0.device, memory_format=memory_format_of(x0))
-
-
-def _reference(
-    x0: Tensor,
-    t: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    flip: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    out = reference.q_sample(
-        x0,
-        t,
-        sqrt_alpha_bar,
-        sqrt_one_minus_alpha_bar,
-        noise,
-        seed=keys if keys is not None else seed,
-        stream=stream,
-        flip=flip,
-        dtype=dtype,
+def _check(a: Arguments, *, check_range: bool) -> None:
+    """Everything that can be wrong with the arguments, with the clear message."""
+    op = "q_sample"
+    checks.check_noise_source(op, a.noise, a.keys, a.seed, required=False)
+    checks.check_tensor(op, "x0", a.x0)
+    if a.x0.dtype != torch.uint8:
+        checks.check_float(op, "x0", a.x0.dtype, "uint8 or a floating-point dtype")
+    if a.dtype is not None:
+        checks.check_float(op, "dtype", a.dtype)
+    if a.x0.dim() == 0:
+        raise ValueError(f"{op}: x0 has shape (), expected (B, ...)")
+    batch, device = a.x0.shape[0], a.x0.device
+    num = checks.check_tables(
+        op,
+        device,
+        sqrt_alpha_bar=a.sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar=a.sqrt_one_minus_alpha_bar,
     )
-    return out.contiguous(memory_format=memory_format_of(x0))
+    if a.noise is not None:
+        checks.check_like(op, "noise", a.noise, "x0", a.x0)
+    if a.keys is not None:
+        checks.check_per_sample(op, "seed", a.keys, torch.int64, batch, device)
+    if a.flip is not None:
+        checks.check_per_sample(op, "flip", a.flip, torch.bool, batch, device)
+        if a.x0.dim() < 2:
+            raise ValueError(
+                f"{op}: x0 has shape {tuple(a.x0.shape)}, expected (B, ..., W) to flip along W"
+            )
+    checks.check_per_sample(op, "t", a.t, torch.int64, batch, device)
+    if check_range:
+        checks.check_timestep_range(op, a.t, num)
 
 
-def _triton(
-    x0: Tensor,
-    t: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    flip: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
+def _empty_result(a: Arguments) -> Tensor:
+    dtype = a.dtype
+    if dtype is None:
+        dtype = torch.float32 if a.x0.dtype == torch.uint8 else a.x0.dtype
+    return torch.empty(
+        a.x0.shape, dtype=dtype, device=a.x0.device, memory_format=memory_format_of(a.x0)
+    )
+
+
+def _fake(a: Arguments) -> Tensor:
+    checks.check_one_device(*a)
+    return _empty_result(a)
+
+
+def _reference(a: Arguments) -> Tensor:
+    x_t = reference.q_sample(
+        a.x0,
+        a.t,
+        a.sqrt_alpha_bar,
+        a.sqrt_one_minus_alpha_bar,
+        a.noise,
+        seed=_library.joined_seed(a),
+        stream=a.stream,
+        flip=a.flip,
+        dtype=a.dtype,
+    )
+    return x_t.contiguous(memory_format=memory_format_of(a.x0))
+
+
+def _triton(a: Arguments) -> Tensor:
     from fastdiff.triton_kernels import q_sample as kernels
 
-    _library.refuse_float64("q_sample", x0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, dtype)
-    out = _fake(
-        x0, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, keys, seed, stream, flip, dtype
-    )
-    memory_format = memory_format_of(x0)
+    _library.refuse_float64("q_sample", a.x0, a.sqrt_alpha_bar, a.sqrt_one_minus_alpha_bar, a.dtype)
+    out = _empty_result(a)
+    memory_format = memory_format_of(a.x0)
     kernels.q_sample(
         out,
-        x0.contiguous(memory_format=memory_format),
-        t.contiguous(),
-        sqrt_alpha_bar.contiguous(),
-        sqrt_one_minus_alpha_bar.contiguous(),
-        None if noise is None else noise.contiguous(memory_format=memory_format),
-        None if keys is None else keys.contiguous(),
-        seed,
-        stream,
-        None if flip is None else flip.contiguous(),
+        a.x0.contiguous(memory_format=memory_format),
+        a.t.contiguous(),
+        a.sqrt_alpha_bar.contiguous(),
+        a.sqrt_one_minus_alpha_bar.contiguous(),
+        None if a.noise is None else a.noise.contiguous(memory_format=memory_format),
+        _library.contiguous(a.keys),
+        a.seed,
+        a.stream,
+        _library.contiguous(a.flip),
         memory_format != torch.contiguous_format,
     )
     return out
@@ -266,22 +233,22 @@ class _QSample(torch.autograd.Function):
     """Linear in x0 and noise: derivatives in both directions are the op itself."""
 
     @staticmethod
-    def forward(op, x0, t, a, b, noise, keys, seed, stream, flip, dtype):
+    def forward(ctx, op, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            return op(x0, t, a, b, noise, keys, seed, stream, flip, dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        op, x0, t, a, b, noise, *_, flip, _ = inputs
+            x_t = op(*arguments)
+        a = Arguments(*arguments)
         ctx.op = op
-        ctx.x0_dtype, ctx.out_dtype = x0.dtype, output.dtype
-        ctx.noise_dtype = None if noise is None else noise.dtype
-        ctx.save_for_backward(t, a, b, flip)
-        ctx.save_for_forward(t, a, b, flip)
+        ctx.x0_dtype, ctx.out_dtype = a.x0.dtype, x_t.dtype
+        ctx.noise_dtype = None if a.noise is None else a.noise.dtype
+        constants = a.t, a.sqrt_alpha_bar, a.sqrt_one_minus_alpha_bar, a.flip
+        ctx.save_for_backward(*constants)
+        ctx.save_for_forward(*constants)
+        return x_t
 
     @staticmethod
     def backward(ctx, grad):
-        t, a, b, flip = ctx.saved_tensors
+        t, signal, sigma, flip = ctx.saved_tensors
+        needed = Arguments(*ctx.needs_input_grad[1:])
         wide = torch.float64 in (ctx.x0_dtype, ctx.out_dtype)
 
         def scaled(table: Tensor, other: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -289,31 +256,30 @@ class _QSample(torch.autograd.Function):
             narrow = torch.float32 if dtype == torch.float64 and not wide else dtype
             return ctx.op(grad, t, table, other, None, None, None, 0, flip, narrow).to(dtype)
 
-        grad_x0 = grad_noise = None
-        if ctx.needs_input_grad[1]:
-            grad_x0 = scaled(a, b, flip, ctx.x0_dtype)
-        if ctx.needs_input_grad[5]:
-            grad_noise = scaled(b, a, None, ctx.noise_dtype)
-        return None, grad_x0, None, None, None, grad_noise, None, None, None, None, None
+        grads = dict.fromkeys(Arguments._fields)
+        if needed.x0:
+            grads["x0"] = scaled(signal, sigma, flip, ctx.x0_dtype)
+        if needed.noise:
+            grads["noise"] = scaled(sigma, signal, None, ctx.noise_dtype)
+        return None, *grads.values()
 
     @staticmethod
-    def jvp(ctx, _op, x0, _t, _a, _b, noise, *_):
-        t, a, b, flip = ctx.saved_tensors
-        if x0 is None:
-            return ctx.op(noise, t, b, a, None, None, None, 0, None, ctx.out_dtype)
-        return ctx.op(x0, t, a, b, noise, None, None, 0, flip, ctx.out_dtype)
-
-
-def _autograd(op, *args):
-    return _QSample.apply(op, *args)
+    def jvp(ctx, _op, *tangents):
+        t, signal, sigma, flip = ctx.saved_tensors
+        tangent = Arguments(*tangents)
+        if tangent.x0 is None:
+            return ctx.op(tangent.noise, t, sigma, signal, None, None, None, 0, None, ctx.out_dtype)
+        return ctx.op(
+            tangent.x0, t, signal, sigma, tangent.noise, None, None, 0, flip, ctx.out_dtype
+        )
 
 
 _op = _library.define(
     "q_sample",
-    "(Tensor x0, Tensor t, Tensor sqrt_alpha_bar, Tensor sqrt_one_minus_alpha_bar, Tensor? noise, "
-    "Tensor? keys, SymInt? seed, SymInt stream, Tensor? flip, ScalarType? dtype) -> Tensor",
+    _SCHEMA,
+    Arguments,
     fake=_fake,
-    autograd=_autograd,
+    autograd=_QSample.apply,
     reference=_reference,
     triton=_triton,
     check=_check,

@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
-from fastdiff.ops import _checks, _library
-from fastdiff.ops._vlb_terms_checks import check as _check
-from fastdiff.ops._vlb_terms_checks import check_backward as _check_backward
+from fastdiff.ops import _library
+from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.reference.step_table import NUM_STEP_COLUMNS, PREDICTIONS
 from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
+
+
+class Arguments(NamedTuple):
+    """The raw operator's arguments, in the order of its schema."""
+
+    x0: Tensor
+    x_t: Tensor
+    model_output: Tensor
+    t: Tensor
+    table: Tensor
+    noise: Tensor | None
+    keys: Tensor | None
+    seed: int | None
+    stream: int
+    prediction: int
+    """Position in PREDICTIONS."""
+    learned: bool
+    """Whether the output has variance channels."""
+    clip: bool
+    detach_mean: bool
+
+
+_NUM_TENSORS = Arguments._fields.index("seed")  # tensors come first
+
+_SCHEMA = (
+    "Tensor x0, Tensor x_t, Tensor model_output, Tensor t, Tensor table, Tensor? noise, "
+    "Tensor? keys, SymInt? seed, SymInt stream, int prediction, bool learned, bool clip, "
+    "bool detach_mean"
+)
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of the backward operator, which has the forward one's among its own."""
+
+    grad: Tensor
+    forward: Arguments
+
+    @classmethod
+    def from_schema(cls, grad: Tensor, *forward: object) -> BackwardArguments:
+        return cls(grad, Arguments(*forward))
 
 
 def vlb_terms(
@@ -55,8 +97,8 @@ def vlb_terms(
         Same shape as x_t: the noise in x_t, which the error of eps is taken against. Exclusive
         with `seed`; one of them is needed.
     seed, stream
-        What `q_sample` made the noise from (an int, or int64 keys (B,)): it is made again in the
-        kernel and never touches memory.
+        What `q_sample` made the noise from (an int, or int64 keys (B,)). The kernel regenerates
+        the noise, which never touches memory.
     prediction
         What the network predicts: "eps", "x0", "v" or "mean".
     variance
@@ -109,8 +151,7 @@ def vlb_terms(
         raise ValueError(
             f"vlb_terms: unknown variance {variance!r}; choose from {', '.join(VARIANCES)}"
         )
-    keys, integer = _checks.split_seed("vlb_terms", seed)
-    stream = _checks.as_int64("vlb_terms", "stream", stream)
+    keys, integer = checks.split_seed("vlb_terms", seed)
     arguments = (
         x0,
         x_t,
@@ -120,7 +161,7 @@ def vlb_terms(
         noise,
         keys,
         integer,
-        stream,
+        checks.as_int64("vlb_terms", "stream", stream),
         PREDICTIONS.index(prediction),
         variance in LEARNED_VARIANCES,
         clip,
@@ -130,11 +171,8 @@ def vlb_terms(
         unsupported = _unsupported(x0, x_t, model_output, table, noise)
         backend = select_backend("vlb_terms", x_t, unsupported)
     except AttributeError:  # not a tensor
-        _check(*arguments, check_range=False)
+        _check(Arguments(*arguments), check_range=False)
         raise
-    if backend == "reference":
-        _check(*arguments, check_range=True)
-        return _reference(*arguments).unbind()
     found = _op.call(backend, arguments, (model_output,))
     return found.unbind() if isinstance(found, Tensor) else found
 
@@ -156,176 +194,189 @@ def _needs_more_gradients(*inputs: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in inputs)
 
 
-def _compute_dtype(*inputs: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
+def _check(a: Arguments, *, check_range: bool) -> None:
+    """Everything that can be wrong with the arguments, with the clear message."""
+    op = "vlb_terms"
+    for name in ("x0", "x_t", "model_output", "t", "table"):
+        checks.check_tensor(op, name, getattr(a, name))
+    checks.check_noise_source(op, a.noise, a.keys, a.seed, required=True)
+    checks.check_position(op, "prediction", a.prediction, PREDICTIONS)
+    checks.check_flags(op, learned=a.learned, clip=a.clip, detach_mean=a.detach_mean)
+    checks.check_float(op, "x_t", a.x_t.dtype)
+    if a.x_t.dim() < 2:
+        raise ValueError(f"{op}: x_t has shape {tuple(a.x_t.shape)}, expected (B, C, ...)")
+    checks.check_like(op, "x0", a.x0, "x_t", a.x_t)
+    checks.check_float(op, "model_output", a.model_output.dtype)
+    device = a.x_t.device
+    batch, channels, *rest = a.x_t.shape
+    expected = (batch, 2 * channels if a.learned else channels, *rest)
+    if tuple(a.model_output.shape) != expected:
+        kind = "with" if a.learned else "without"
+        raise ValueError(
+            f"{op}: model_output has shape {tuple(a.model_output.shape)}, expected {expected}, "
+            f"{kind} variance channels, for x_t of shape {tuple(a.x_t.shape)}"
+        )
+    checks.check_device(op, "model_output", a.model_output.device, device)
+    if a.noise is not None:
+        checks.check_like(op, "noise", a.noise, "x_t", a.x_t)
+    if a.keys is not None:
+        checks.check_per_sample(op, "seed", a.keys, torch.int64, batch, device)
+    if a.table.dim() != 2 or a.table.shape[1] != NUM_STEP_COLUMNS:
+        raise ValueError(
+            f"{op}: table has shape {tuple(a.table.shape)}, expected (T, {NUM_STEP_COLUMNS}) from "
+            "NoiseSchedule.ddpm_table"
+        )
+    if a.table.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: table has dtype {a.table.dtype}, expected torch.float32")
+    checks.check_device(op, "table", a.table.device, device)
+    checks.check_per_sample(op, "t", a.t, torch.int64, batch, device)
+    if check_range:
+        checks.check_timestep_range(op, a.t, a.table.shape[0])
 
 
-def _fake(
-    x0: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    *rest: object,
-) -> Tensor:
-    _checks.check_one_device(x_t, x0, model_output, t, table, noise, keys)
-    return x_t.new_empty((3, x_t.shape[0]), dtype=_compute_dtype(x0, x_t, model_output))
+def _check_backward(b: BackwardArguments, *, check_range: bool) -> None:
+    _check(b.forward, check_range=check_range)
+    x_t = b.forward.x_t
+    shape = (3, x_t.shape[0])
+    checks.check_operand("vlb_terms", "grad", b.grad, shape, "that of the terms", x_t.device)
 
 
-def _reference(
-    x0: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    seed: int | None,
-    stream: int,
-    prediction: int,
-    learned: bool,
-    clip: bool,
-    detach_mean: bool,
-) -> Tensor:
+def _empty_result(a: Arguments) -> Tensor:
+    wide = torch.float64 in (a.x0.dtype, a.x_t.dtype, a.model_output.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    return a.x_t.new_empty((3, a.x_t.shape[0]), dtype=dtype)
+
+
+def _empty_gradient(a: Arguments) -> Tensor:
+    return torch.empty(
+        a.model_output.shape,
+        dtype=a.model_output.dtype,
+        device=a.model_output.device,
+        memory_format=memory_format_of(a.x_t),
+    )
+
+
+def _fake(a: Arguments) -> Tensor:
+    checks.check_one_device(a.x_t, *a)
+    return _empty_result(a)
+
+
+def _fake_backward(b: BackwardArguments) -> Tensor:
+    checks.check_one_device(b.grad, *b.forward)
+    return _empty_gradient(b.forward)
+
+
+def _reference(a: Arguments) -> Tensor:
     return torch.stack(
         reference.vlb_terms(
-            x0,
-            x_t,
-            model_output,
-            t,
-            table,
-            noise=noise,
-            seed=keys if keys is not None else seed,
-            stream=stream,
-            prediction=PREDICTIONS[prediction],
-            learned=learned,
-            clip=clip,
-            detach_mean=detach_mean,
+            a.x0,
+            a.x_t,
+            a.model_output,
+            a.t,
+            a.table,
+            noise=a.noise,
+            seed=_library.joined_seed(a),
+            stream=a.stream,
+            prediction=PREDICTIONS[a.prediction],
+            learned=a.learned,
+            clip=a.clip,
+            detach_mean=a.detach_mean,
         )
     )
 
 
-def _dense(
-    x0: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    *rest: object,
-) -> tuple:
-    """The arguments as a Triton launcher takes them: dense, and whether they are channels_last."""
-    memory_format = memory_format_of(x_t)
+def _reference_backward(b: BackwardArguments) -> Tensor:
+    gradient = _empty_gradient(b.forward)
+    with _library.recording():
+        output = b.forward.model_output.detach().requires_grad_()
+        terms = _reference(b.forward._replace(model_output=output))
+        if terms.requires_grad:  # not with detach_mean and a fixed variance
+            gradient.copy_(torch.autograd.grad(terms, output, b.grad)[0])
+        else:
+            gradient.zero_()
+    return gradient
+
+
+def _triton_inputs(a: Arguments) -> tuple:
+    """What the Triton kernels read: dense, in x_t's memory format."""
+    memory_format = memory_format_of(a.x_t)
 
     def dense(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous(memory_format=memory_format)
 
-    return (
-        dense(x0),
-        dense(x_t),
-        dense(model_output),
-        t.contiguous(),
-        table.contiguous(),
-        dense(noise),
-        None if keys is None else keys.contiguous(),
-        *rest,
-        memory_format != torch.contiguous_format,
+    dense_arguments = a._replace(
+        x0=dense(a.x0),
+        x_t=dense(a.x_t),
+        model_output=dense(a.model_output),
+        t=a.t.contiguous(),
+        table=a.table.contiguous(),
+        noise=dense(a.noise),
+        keys=_library.contiguous(a.keys),
     )
+    return *dense_arguments, memory_format != torch.contiguous_format
 
 
-def _triton(*arguments: object) -> Tensor:
+def _refuse_float64(a: Arguments) -> None:
+    _library.refuse_float64("vlb_terms", a.x0, a.x_t, a.model_output, a.table)
+
+
+def _triton(a: Arguments) -> Tensor:
     from fastdiff.triton_kernels import vlb_terms as kernels
 
-    _library.refuse_float64("vlb_terms", *arguments[:3], arguments[4])
-    out = _fake(*arguments)
-    kernels.vlb_terms(out, *_dense(*arguments))
-    return out
+    _refuse_float64(a)
+    terms = _empty_result(a)
+    kernels.vlb_terms(terms, *_triton_inputs(a))
+    return terms
 
 
-def _backward_fake(
-    grad: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    *rest: object,
-) -> Tensor:
-    _checks.check_one_device(x_t, grad, x0, model_output, *rest[:4])
-    return torch.empty(
-        model_output.shape,
-        dtype=model_output.dtype,
-        device=model_output.device,
-        memory_format=memory_format_of(x_t),
-    )
-
-
-def _backward_reference(
-    grad: Tensor, x0: Tensor, x_t: Tensor, model_output: Tensor, *rest: object
-) -> Tensor:
-    out = _backward_fake(grad, x0, x_t, model_output, *rest)
-    with _library.recording():
-        output = model_output.detach().requires_grad_()
-        terms = _reference(x0, x_t, output, *rest)
-        if terms.requires_grad:  # not with detach_mean and a fixed variance
-            out.copy_(torch.autograd.grad(terms, output, grad)[0])
-        else:
-            out.zero_()
-    return out
-
-
-def _backward_triton(grad: Tensor, *arguments: object) -> Tensor:
+def _triton_backward(b: BackwardArguments) -> Tensor:
     from fastdiff.triton_kernels import vlb_terms as kernels
 
-    _library.refuse_float64("vlb_terms", *arguments[:3], arguments[4])
-    out = _backward_fake(grad, *arguments)
-    kernels.vlb_terms_backward(out, grad.float().contiguous(), *_dense(*arguments))
-    return out
+    _refuse_float64(b.forward)
+    gradient = _empty_gradient(b.forward)
+    kernels.vlb_terms_backward(gradient, b.grad.float().contiguous(), *_triton_inputs(b.forward))
+    return gradient
 
 
 class _VlbTerms(torch.autograd.Function):
-    """One pass forward, one backward, which computes every element again: nothing is saved."""
+    """One pass forward, one backward, which recomputes every element: no results are saved."""
 
     @staticmethod
-    def forward(ctx, op, backward, x0, x_t, model_output, t, table, noise, keys, *rest):
+    def forward(ctx, op, backward, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            out = op(x0, x_t, model_output, t, table, noise, keys, *rest)
-        ctx.backward_op, ctx.rest = backward, rest
-        ctx.save_for_backward(x0, x_t, model_output, t, table, noise, keys)
-        return out
+            terms = op(*arguments)
+        ctx.backward_op = backward
+        ctx.save_for_backward(*arguments[:_NUM_TENSORS])
+        ctx.constants = arguments[_NUM_TENSORS:]
+        return terms
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = (*ctx.saved_tensors, *ctx.rest)
-        model_output = arguments[2]
+        a = Arguments(*ctx.saved_tensors, *ctx.constants)
         if torch.is_grad_enabled():  # create_graph: a gradient that can be differentiated again
-            terms = _reference(*arguments)
             (gradient,) = torch.autograd.grad(
-                terms, model_output, grad, create_graph=True, materialize_grads=True
+                _reference(a), a.model_output, grad, create_graph=True, materialize_grads=True
             )
         else:
-            gradient = ctx.backward_op(grad, *arguments)
-        return (None, None, None, None, gradient, *[None] * (len(arguments) - 3))
+            gradient = ctx.backward_op(grad, *a)
+        grads = dict.fromkeys(Arguments._fields)
+        grads["model_output"] = gradient
+        return None, None, *grads.values()
 
 
-def _autograd(op, *args, backward=None):
-    x0, x_t, _, _, table, noise, *_ = args
-    if _needs_more_gradients(x0, x_t, table, noise):
-        return _reference(*args)
+def _autograd(op: Callable, *arguments: object, backward: Callable | None = None) -> Tensor:
+    a = Arguments(*arguments)
+    if _needs_more_gradients(a.x0, a.x_t, a.table, a.noise):
+        return _reference(a)
     if backward is None:
         backward = _backward_op.triton if op is _op.triton else _backward_op.default
-    return _VlbTerms.apply(op, backward, *args)
+    return _VlbTerms.apply(op, backward, *arguments)
 
 
-_ARGUMENTS = (
-    "Tensor x0, Tensor x_t, Tensor model_output, Tensor t, Tensor table, Tensor? noise, "
-    "Tensor? keys, SymInt? seed, SymInt stream, int prediction, bool learned, bool clip, "
-    "bool detach_mean"
-)
 _op = _library.define(
     "vlb_terms",
-    f"({_ARGUMENTS}) -> Tensor",
+    f"({_SCHEMA}) -> Tensor",
+    Arguments,
     fake=_fake,
     autograd=_autograd,
     reference=_reference,
@@ -334,10 +385,11 @@ _op = _library.define(
 )
 _backward_op = _library.define(
     "vlb_terms_backward",
-    f"(Tensor grad, {_ARGUMENTS}) -> Tensor",
-    fake=_backward_fake,
+    f"(Tensor grad, {_SCHEMA}) -> Tensor",
+    BackwardArguments.from_schema,
+    fake=_fake_backward,
     autograd=None,
-    reference=_backward_reference,
-    triton=_backward_triton,
+    reference=_reference_backward,
+    triton=_triton_backward,
     check=_check_backward,
 )

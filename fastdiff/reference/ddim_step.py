@@ -32,46 +32,12 @@ def ddim_step(
     stream: int = 0,
     return_pred_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z  (DDIM eq. 12, SPEC §7).
-
-    x0 and eps are those that the (guided) model output implies. The row decides what is computed:
-    `NoiseSchedule.ddim_table` gives DDIM, `ddim_encode_table` its inverse; see `StepColumn`.
-    Arithmetic is float32 whatever the dtype of the tensors (float64 for float64), rounded once.
-
-    Parameters
-    ----------
-    x_t
-        (B, C, ...), floating point.
-    model_output
-        (B, C, ...), or (B, 2C, ...) of a learned-variance model: the variance half is not read.
-    step
-        (B,) int64: row of `table` for each sample. Row 0 is the last step executed.
-    table
-        (S, K) float32 from `NoiseSchedule.ddim_table`.
-    prediction
-        What the network predicts: "eps", "x0", "v" or "mean".
-    clip
-        Clip the predicted x0 to [-1, 1].
-    use_clipped_model_output
-        After clipping, recompute eps from the clipped x0 (else keep the model's eps).
-    uncond, guidance_scale
-        Unconditional model output, shape as model_output: the output used is
-        uncond + guidance_scale (model_output - uncond).
-    noise, seed, stream
-        z itself, or what `philox_normal` makes it from. Neither: z = 0, which is all that a table
-        with eta = 0 needs.
-    return_pred_x0
-        Also return the (clipped) x0.
-
-    Returns
-    -------
-    Tensor or (Tensor, Tensor)
-        x_s, and x0 if asked for; shape and dtype of x_t.
+    """See `fastdiff.ops.ddim_step`. Computes in float32, in float64 for float64 x_t.
 
     Raises
     ------
     ValueError
-        Naming the argument, what was given and what was expected.
+        On what `check_step` refuses.
     """
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
     check_step(

@@ -24,47 +24,12 @@ def ddpm_step(
     stream: int = 0,
     return_pred_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x_s = mu~(x0, x_t) + sigma z, no noise in the last step (DDPM algorithm 2, SPEC §7).
-
-    x0 is what the (guided) model output implies, clipped to [-1, 1] if asked. With
-    `learned_range` the second half of the output's channels, v, sets the variance per element:
-    log sigma^2 = LOG_VARIANCE + LOG_VARIANCE_SLOPE v, which is IDDPM eq. 15 for a table with
-    variance="learned_range", and v itself for one with variance="learned".
-    Arithmetic is float32 whatever the dtype of the tensors (float64 for float64), rounded once.
-
-    Parameters
-    ----------
-    x_t
-        (B, C, ...), floating point.
-    model_output
-        (B, C, ...); (B, 2C, ...) with `learned_range`.
-    step
-        (B,) int64: row of `table` for each sample. Row 0 is the last step executed.
-    table
-        (S, K) float32 from `NoiseSchedule.ddpm_table`.
-    prediction
-        What the network predicts: "eps", "x0", "v" or "mean".
-    learned_range
-        Whether the output carries variance channels.
-    clip
-        Clip the predicted x0 to [-1, 1].
-    uncond, guidance_scale
-        Unconditional model output, shape as model_output: the mean uses
-        uncond + guidance_scale (model_output - uncond); the variance is the conditional one.
-    noise, seed, stream
-        z itself, or what `philox_normal` makes it from; one of `noise` and `seed` is needed.
-    return_pred_x0
-        Also return the (clipped) x0.
-
-    Returns
-    -------
-    Tensor or (Tensor, Tensor)
-        x_s, and x0 if asked for; shape and dtype of x_t.
+    """See `fastdiff.ops.ddpm_step`. Computes in float32, in float64 for float64 x_t.
 
     Raises
     ------
     ValueError
-        Naming the argument, what was given and what was expected.
+        On what `check_step` refuses, and without noise and seed.
     """
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
     check_step(

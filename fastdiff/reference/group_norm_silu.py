@@ -1,92 +1,74 @@
-"""Group normalization with channel bias, scale, shift and SiLU in plain PyTorch."""
+"""Reference of `group_norm_silu`: group normalization, time embedding and SiLU."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from fastdiff.reference import checks
 from fastdiff.reference.layout import in_memory_format, memory_format_of
 
 ACTIVATIONS = ("silu", "identity")
 
 
 def group_norm_silu(
-    x: torch.Tensor,
+    x: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float = 1e-5,
-    channel_bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     activation: str = "silu",
-) -> torch.Tensor:
-    r"""``y = act(norm(x + channel_bias) * (1 + scale) + shift)``, the executable specification.
+) -> Tensor:
+    """See `fastdiff.ops.group_norm_silu`, which raises the same errors.
 
-    ``norm(h) = (h - mean) / sqrt(var + eps) * weight + bias`` with the mean and the biased variance
-    of each of the ``num_groups`` groups of consecutive channels of each sample, over the group's
-    channels and all positions; ``act(z) = z * sigmoid(z)`` for ``"silu"`` and ``z`` for
-    ``"identity"``. ``channel_bias``, ``scale`` and ``shift`` are one number per sample and channel,
-    the same at every position: the additive and the scale-shift (AdaGN) time embeddings.
-
-    Parameters
-    ----------
-    x : (B, C, \*spatial) float16, bfloat16, float32 or float64
-        One to three spatial dimensions, any strides. B may be 0.
-    num_groups : int
-        G, a divisor of C.
-    weight, bias : (C,) floating point, optional
-        The affine map, ones and zeros when None. The dtype may differ from that of `x`.
-    eps : float
-        Added to the variance.
-    channel_bias, scale, shift : (B, C) floating point, optional
-        Zeros when None. The dtype may differ from that of `x`.
-    activation : {"silu", "identity"}
-
-    Returns
-    -------
-    (B, C, \*spatial), the dtype of `x`
-        In the memory format `fastdiff.reference.layout.memory_format_of(x)`: channels_last (or
-        channels_last_3d) when the channels of `x` are innermost, contiguous otherwise.
-
-    Raises
-    ------
-    TypeError
-        `x` or a parameter is not a floating point tensor.
-    ValueError
-        A shape does not fit, `num_groups` does not divide C, `eps` is not positive, or
-        `activation` is unknown.
-
-    Notes
-    -----
-    Everything is computed in float32 (float64 for float64 `x`) and rounded once, at the end.
-    Differentiable any number of times in all tensors.
-
-    References
-    ----------
-    Wu & He 2018, arXiv 1803.08494 (GroupNorm); Dhariwal & Nichol 2021, arXiv 2105.05233, eq. 6
-    (AdaGN, here as ``1 + scale`` like its code).
+    Computes in float32, in float64 for float64 x, and rounds once, at the end. Differentiable any
+    number of times in all tensors.
     """
-    _check(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"group_norm_silu: unknown activation {activation!r}; choose from "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift)
+    check_arguments(*arguments)
+    return unchecked_group_norm_silu(*arguments, activation)
+
+
+def unchecked_group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`group_norm_silu` of arguments that passed `check_arguments`."""
     compute_dtype = compute_dtype_of(x)
     memory_format = memory_format_of(x)
 
-    def cast(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    def cast(parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else parameter.to(compute_dtype)
 
-    def per_channel(parameter: torch.Tensor) -> torch.Tensor:
+    def per_channel(parameter: Tensor) -> Tensor:
         return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
 
-    # Other strides are copied first: torch.group_norm would choose its kernel by a rule of its own.
+    # Other strides are copied first: for them torch.group_norm chooses a kernel by its own rule.
     h = _biased(in_memory_format(x, memory_format), channel_bias)
-    if h.numel() == 0:  # of which torch.group_norm takes some
+    if h.numel() == 0:  # torch.group_norm refuses some empty tensors
         y = h if weight is None else h * cast(weight).reshape(-1, *[1] * (x.dim() - 2))
         y = y if bias is None else y + cast(bias).reshape(-1, *[1] * (x.dim() - 2))
     else:
         # PyTorch's kernels compute rstd h + (bias - rstd mean), which is off by 0.1 in a group of
         # 1e4 everywhere, and the channels_last one on the CPU E[h^2] - E[h]^2: with mean 100 and
-        # standard deviation 0.01 it is off by 10. The op does not see a constant added to a group,
-        # so the mean is taken away first, and needs no gradient for the same reason.
+        # standard deviation 0.01 it is off by 10. A constant added to a group does not change the
+        # result, so the mean is subtracted first, and needs no gradient for the same reason.
         h = h - per_channel(_group_mean(h.detach(), num_groups))
         factors, terms = cast(weight), cast(bias)
         if factors is None and terms is not None:
@@ -103,12 +85,50 @@ def group_norm_silu(
     return in_memory_format(y.to(x.dtype), memory_format)
 
 
-def group_statistics(
-    x: torch.Tensor, num_groups: int, eps: float, channel_bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and ``1 / sqrt(var + eps)`` of each group of ``x + channel_bias``: (B, G) each.
+def check_arguments(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """Everything that can be wrong with the arguments but the activation."""
+    op = "group_norm_silu"
+    checks.check_tensor(op, "x", x)
+    checks.check_float(op, "x", x.dtype)
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}, expected (B, C, *spatial) with 1 to 3 spatial "
+            "dimensions"
+        )
+    batch, channels = x.shape[:2]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"{op}: num_groups is {num_groups!r}, expected an int")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"{op}: num_groups is {num_groups}, expected a divisor of the {channels} channels of x"
+        )
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: eps is {eps!r}, expected a float")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps is {eps}, expected a positive number")
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None:
+            checks.check_operand(op, name, operand, (channels,), "(C,)", x.device)
+    for name, operand in (("channel_bias", channel_bias), ("scale", scale), ("shift", shift)):
+        if operand is not None:
+            checks.check_operand(op, name, operand, (batch, channels), "(B, C)", x.device)
 
-    float32, or float64 for float64 `x`; zeros for groups without elements.
+
+def group_statistics(
+    x: Tensor, num_groups: int, eps: float, channel_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps) of each group of x + channel_bias: (B, G) each.
+
+    float32, or float64 for float64 x; zeros for groups without elements.
     """
     h = _biased(x, channel_bias).flatten(2)
     h = h.unflatten(1, (num_groups, h.shape[1] // num_groups)).flatten(2)
@@ -119,23 +139,23 @@ def group_statistics(
 
 
 def group_norm_silu_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     num_groups: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    channel_bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
     activation: str,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     r"""Gradients of x, weight, bias, channel_bias, scale and shift, written out.
 
-    With ``h_hat = (x + channel_bias - mean) rstd``, ``gamma = weight (1 + scale)``, ``dz = grad
-    act'(z)``, per channel of a sample ``s0 = sum dz``, ``s1 = sum dz h_hat``, ``s2 = sum h_hat``,
-    and per group of N elements ``m0 = sum gamma s0 / N``, ``m1 = sum gamma s1 / N``::
+    With h_hat = (x + channel_bias - mean) rstd, gamma = weight (1 + scale), dz = grad act'(z), per
+    channel of a sample s0 = sum dz, s1 = sum dz h_hat, s2 = sum h_hat, and per group of N elements
+    m0 = sum gamma s0 / N, m1 = sum gamma s1 / N:
 
         dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = sum of dx over positions
         dshift = s0                                dscale = weight s1 + bias s0
@@ -143,31 +163,31 @@ def group_norm_silu_backward(
 
     Parameters
     ----------
-    grad : (B, C, \*spatial)
-        Gradient of the result.
-    mean, rstd : (B, G)
-        Those of `group_statistics`.
-    others
+    grad
+        (B, C, \*spatial), the gradient of the result.
+    mean, rstd
+        (B, G), from `group_statistics`.
+    x, num_groups, weight, bias, channel_bias, scale, shift, activation
         As in `group_norm_silu`.
 
     Returns
     -------
-    tuple of six tensors
-        In float32 (float64 for float64 `x`), those of absent operands too.
+    tuple of Tensor
+        Six, in float32 (float64 for float64 x), those of absent operands too.
     """
     compute_dtype = compute_dtype_of(x)
     batch, channels = x.shape[:2]
     size = channels // num_groups
 
-    def operand(parameter: torch.Tensor | None, neutral: float) -> torch.Tensor:
+    def operand(parameter: Tensor | None, neutral: float) -> Tensor:
         if parameter is None:
             return x.new_full((batch, channels, 1), neutral, dtype=compute_dtype)
         return parameter.to(compute_dtype).expand(batch, channels)[..., None]
 
-    def per_group(values: torch.Tensor) -> torch.Tensor:
+    def per_group(values: Tensor) -> Tensor:
         return values.to(compute_dtype).repeat_interleave(size, dim=1)[..., None]
 
-    def group_mean(sums: torch.Tensor) -> torch.Tensor:
+    def group_mean(sums: Tensor) -> Tensor:
         groups = sums.unflatten(1, (num_groups, size)).sum(2)
         return groups.repeat_interleave(size, dim=1) / (size * max(1, positions))
 
@@ -196,62 +216,22 @@ def group_norm_silu_backward(
     )
 
 
-def compute_dtype_of(x: torch.Tensor) -> torch.dtype:
-    """What statistics and arithmetic are in: float32, or float64 for float64 `x`."""
+def compute_dtype_of(x: Tensor) -> torch.dtype:
+    """What statistics and arithmetic are in: float32, or float64 for float64 x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _biased(x: torch.Tensor, channel_bias: torch.Tensor | None) -> torch.Tensor:
+def _biased(x: Tensor, channel_bias: Tensor | None) -> Tensor:
     h = x.to(compute_dtype_of(x))
     if channel_bias is None:
         return h
     return h + channel_bias.to(h.dtype)[(...,) + (None,) * (x.dim() - 2)]
 
 
-def _group_mean(h: torch.Tensor, num_groups: int) -> torch.Tensor:
+def _group_mean(h: Tensor, num_groups: int) -> Tensor:
     """Mean of each group, repeated for its channels: (B, C). Exact in constant groups."""
     group_size = h.shape[1] // num_groups
     first = h[:, ::group_size].flatten(2)[..., :1].sum(2, keepdim=True)  # 0 without elements
     elements = h.flatten(2).unflatten(1, (num_groups, group_size)).flatten(2)
     means = first + (elements - first).mean(2, keepdim=True)
     return means.expand(-1, -1, group_size).flatten(1)
-
-
-def _check(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation) -> None:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating point tensor, got {given}")
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(
-            f"x must have shape (B, C, *spatial) with 1 to 3 spatial dimensions, got {_shape(x)}"
-        )
-    batch, channels = x.shape[:2]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    per_channel = (channels,)
-    per_sample = (batch, channels)
-    for name, parameter, shape, meaning in (
-        ("weight", weight, per_channel, "(C,)"),
-        ("bias", bias, per_channel, "(C,)"),
-        ("channel_bias", channel_bias, per_sample, "(B, C)"),
-        ("scale", scale, per_sample, "(B, C)"),
-        ("shift", shift, per_sample, "(B, C)"),
-    ):
-        if parameter is None:
-            continue
-        if not isinstance(parameter, torch.Tensor) or not parameter.is_floating_point():
-            given = parameter.dtype if isinstance(parameter, torch.Tensor) else type(parameter)
-            raise TypeError(f"{name} must be a floating point tensor or None, got {given}")
-        if tuple(parameter.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {meaning} = {shape} for x of shape {_shape(x)}, "
-                f"got {_shape(parameter)}"
-            )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)

@@ -1,4 +1,4 @@
-"""Reference of `philox_normal`: normals that any kernel can make again (SPEC §9)."""
+"""Reference of `philox_normal`: normals that any kernel can regenerate (SPEC §9)."""
 
 from __future__ import annotations
 

@@ -163,20 +163,17 @@ def on_gpu(x: Tensor) -> Tensor:
 
 def _overload(op: str, name: str) -> Any:
     stem = op.rstrip("_")
-    raw = f"fastdiff.ops._{stem}"  # beside a public function whose file would be too long
-    split = importlib.util.find_spec(raw) is not None
-    module = importlib.import_module(raw if split else f"fastdiff.ops.{stem}")
+    definition = importlib.import_module(f"fastdiff.ops.{stem}")._op
     if name == "reference":
-        return module._reference
+        return lambda *arguments: definition.reference(definition.arguments(*arguments))
     if name == "cuda-ptx":
         cuda_ptx = importlib.import_module(f".cuda_ptx.{stem}", __package__)
         launcher = getattr(cuda_ptx, op)
-        autograd = getattr(module, "_autograd", None)
-        if autograd is None:
+        if definition.autograd is None:
             return launcher
         backward = getattr(cuda_ptx, f"{op}_backward", None)
         options = {} if backward is None else {"backward": backward}
-        return functools.partial(autograd, launcher, **options)
+        return functools.partial(definition.autograd, launcher, **options)
     return getattr(getattr(torch.ops.fastdiff, op), name)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, reference
-from fastdiff.ops import _eps_loss, _sampler_step
+from fastdiff.ops import _sampler_step
 from fastdiff.ops._sampler_step import DDIM, DDPM, Arguments
+from fastdiff.ops.vlb_terms import Arguments as VlbArguments
 from fastdiff.ops.vlb_terms import _reference as _vlb_reference
 from fastdiff.reference.eps_loss import LOSS_KINDS, REDUCTIONS, loss_terms
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
@@ -128,7 +129,7 @@ def _steps(op: str, args: dict[str, Any]) -> list[tuple[Tensor, Tensor, int]]:
 
 
 def _vlb(args: dict[str, Any]) -> list[tuple[Tensor, Tensor, int]]:
-    exact = _vlb_reference(*vlb_terms_cases.double_arguments(args).values())
+    exact = _vlb_reference(VlbArguments(**vlb_terms_cases.double_arguments(args)))
     sizes = vlb_terms_cases.Magnitudes(args, torch.zeros(exact.shape))
     magnitude = torch.stack([sizes.kl, sizes.x0_mse, sizes.eps_mse])
     # tests/ops/test_vlb_terms.py says what these are; three for converted operands.
@@ -219,8 +220,7 @@ def _eps_loss_gradients(
     inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     p, n, w = inputs.values()
     kind, reduction = LOSS_KINDS[args["kind"]], REDUCTIONS[args["reduction"]]
-    wide = args | {"prediction": p, "noise": n, "keys": None, "seed": None, "weight": w}
-    loss = _eps_loss._reference(*wide.values())
+    loss = reference.eps_loss(p, n, weight=w, reduction=reduction, kind=kind)
     found = torch.autograd.grad(loss, [inputs[name] for name in names], grad)
     with torch.no_grad():
         error = p - n
@@ -299,7 +299,7 @@ def _step_gradients(
 def _vlb_gradients(args: dict[str, Any], grad: Tensor, compute: torch.dtype) -> dict[str, Exact]:
     exact = vlb_terms_cases.double_arguments(args)
     output = exact["model_output"] = exact["model_output"].detach().clone().requires_grad_()
-    terms = _vlb_reference(*exact.values())
+    terms = _vlb_reference(VlbArguments(**exact))
     value = torch.zeros_like(output)
     if terms.requires_grad:
         (value,) = torch.autograd.grad(terms, output, grad)

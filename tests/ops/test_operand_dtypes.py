@@ -137,10 +137,10 @@ def call(way: str, op: str, args: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def kernels_refuse(op: str, args: dict[str, Any]) -> bool:
     """Whether the op's one capability predicate says so."""
-    name = {"eps_loss": "_eps_loss", DDIM: "_sampler_step", DDPM: "_sampler_step"}.get(op, op)
+    name = {DDIM: "_sampler_step", DDPM: "_sampler_step"}.get(op, op)
     module = importlib.import_module(f"fastdiff.ops.{name}")
     names = {
-        "q_sample": tuple(args),
+        "q_sample": ("x0", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "noise", "dtype"),
         "eps_loss": ("prediction", "noise"),
         "vlb_terms": ("x0", "x_t", "model_output", "table", "noise"),
         DDIM: ("x_t", "table", "noise", "seed"),

@@ -28,7 +28,7 @@ from ptx_emulator.counters import Requests
 from torch import Tensor
 
 from fastdiff import ops, reference
-from fastdiff.ops.vlb_terms import _reference
+from fastdiff.ops.vlb_terms import Arguments, _reference
 from fastdiff.reference.step_table import PREDICTIONS
 
 CASES = [
@@ -107,7 +107,7 @@ def operations(args: dict) -> int:
 
 
 def expected(args: dict) -> Tensor:
-    return _reference(*double_arguments(args).values())
+    return _reference(Arguments(**double_arguments(args)))
 
 
 @pytest.mark.parametrize(("case", "implementation"), case_params(CASES, "dtype", "layout"))
@@ -134,7 +134,7 @@ def test_gradients(case: Case, implementation: str) -> None:
     assert actual.dtype == args["model_output"].dtype
     exact = double_arguments(args)
     output = exact["model_output"] = exact["model_output"].requires_grad_()
-    terms = _reference(*exact.values())
+    terms = _reference(Arguments(**exact))
     (wanted,) = torch.autograd.grad(terms, output, grad.double())
     magnitudes = Magnitudes(args, grad)
     halves = [("output", slice(0, channels))]

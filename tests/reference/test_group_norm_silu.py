@@ -210,16 +210,28 @@ X = torch.zeros(2, 8, 4, 4)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": X.long()}, TypeError, "x must be a floating point tensor, got torch.int64"),
-        ({"x": torch.zeros(2, 8)}, ValueError, r"x must have shape .* got \(2, 8\)"),
-        ({"num_groups": 3}, ValueError, "num_groups must divide the 8 channels of x, got 3"),
-        ({"num_groups": 0}, ValueError, "num_groups must divide"),
-        ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(C,\) = \(8,\)"),
-        ({"bias": torch.zeros(8).int()}, TypeError, "bias must be a floating point tensor"),
-        ({"channel_bias": torch.zeros(8)}, ValueError, r"channel_bias must .* \(2, 8\)"),
-        ({"scale": torch.zeros(1, 8)}, ValueError, r"scale must have .*got \(1, 8\)"),
-        ({"shift": torch.zeros(2, 8, 1, 1)}, ValueError, "shift must have shape"),
-        ({"activation": "relu"}, ValueError, "activation must be one of silu, identity"),
+        ({"x": X.long()}, TypeError, "x has dtype torch.int64, expected a floating-point"),
+        ({"x": torch.zeros(2, 8)}, ValueError, r"x has shape \(2, 8\), expected \(B, C, "),
+        ({"num_groups": 3}, ValueError, "num_groups is 3, expected a divisor of the 8 channels"),
+        ({"num_groups": 0}, ValueError, "num_groups is 0, expected a divisor"),
+        (
+            {"weight": torch.zeros(4)},
+            ValueError,
+            r"weight has shape .* expected \(C,\) = \(8,\)",
+        ),
+        (
+            {"bias": torch.zeros(8).int()},
+            TypeError,
+            "bias has dtype torch.int32, expected a ",
+        ),
+        ({"channel_bias": torch.zeros(8)}, ValueError, r"channel_bias has shape .* \(2, 8\)"),
+        ({"scale": torch.zeros(1, 8)}, ValueError, r"scale has shape \(1, 8\), expected"),
+        ({"shift": torch.zeros(2, 8, 1, 1)}, ValueError, "shift has shape"),
+        (
+            {"activation": "relu"},
+            ValueError,
+            "unknown activation .relu.; choose from silu, id",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(changes, error, message):

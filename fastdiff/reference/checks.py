@@ -1,7 +1,7 @@
-"""Argument checks shared by the ops: one clear message, raised before any kernel runs.
+"""Argument checks that the ops and their references share. Each raises one clear message.
 
-The compiled kernels' bindings check the same things, tersely, so an eager call of theirs pays for
-these checks only when it was refused (`fastdiff.ops._library.call`).
+The bindings of compiled kernels check the same things with terse messages. An eager call of such a
+kernel runs the checks here only after the binding refused it (`fastdiff.ops._library.Op.call`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,25 @@ def check_device(op: str, name: str, given: torch.device, device: torch.device) 
         raise ValueError(f"{op}: {name} is on {given}, expected {device} as the main input")
 
 
-def check_exclusive(op: str, **sources: object) -> None:
-    """At most one of the sources of noise, of which the public function needs one."""
-    given = [name for name, value in sources.items() if value is not None]
+def check_noise_source(
+    op: str, noise: Tensor | None, keys: Tensor | None, seed: int | None, *, required: bool
+) -> None:
+    """At most one source of noise is given; exactly one if it is `required`."""
+    sources = (("noise", noise), ("keys", keys), ("seed", seed))
+    given = [name for name, value in sources if value is not None]
     if len(given) > 1:
         raise ValueError(f"{op}: {' and '.join(given)} exclude each other")
+    if required and not given:
+        raise ValueError(f"{op}: pass one of noise, keys, seed")
 
 
-def check_one_device(x: Tensor, *others: Tensor | None) -> None:
-    """For fake implementations, which meta tensors reach without passing a kernel's own checks."""
+def check_one_device(x: Tensor, *others: object) -> None:
+    """All tensors among `others` are on the device of x.
+
+    For fake kernels: no binding checks the meta tensors that reach them.
+    """
     for other in others:
-        if other is not None and other.device != x.device:
+        if isinstance(other, Tensor) and other.device != x.device:
             raise RuntimeError(f"arguments are on {x.device} and {other.device}")
 
 
@@ -65,16 +73,9 @@ def check_flags(op: str, **flags: object) -> None:
 
 
 def check_position(op: str, name: str, position: int, choices: tuple[str, ...]) -> None:
-    """A raw operator's number of one of `choices`."""
+    """A raw operator has a position in `choices` where the public function has a name."""
     if not 0 <= position < len(choices):
         raise ValueError(f"{op}: {name} is {position}, expected 0 to {len(choices) - 1}")
-
-
-def check_sources(op: str, **sources: object) -> None:
-    """Exactly one of a raw operator's sources of noise."""
-    check_exclusive(op, **sources)
-    if all(value is None for value in sources.values()):
-        raise ValueError(f"{op}: pass one of {', '.join(sources)}")
 
 
 def check_per_sample(
@@ -147,14 +148,14 @@ def check_tables(op: str, device: torch.device, **tables: Tensor) -> int:
 def check_timestep_range(
     op: str, t: Tensor, num: int, name: str = "t", of: str = "length of the tables"
 ) -> None:
-    """0 <= t < num, where that costs no synchronization (CPU) or FASTDIFF_DEBUG=1 asks for it."""
+    """0 <= t < num: on the CPU, and with FASTDIFF_DEBUG=1 on CUDA, where the check has to wait."""
     if torch.compiler.is_compiling() or not (t.device.type == "cpu" or DEBUG):
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(t):  # all samples of vmap at once
         t = torch._C._functorch.get_unwrapped(t)
     outside = (t < 0) | (t >= num)
     # A FakeTensor has no values to look at.
-    if type(outside) is Tensor and t.numel() and bool(outside.any()):
+    if type(outside) is Tensor and bool(outside.any()):
         raise IndexError(
             f"{op}: {name} has values from {int(t.min())} to {int(t.max())}, "
             f"expected 0 <= {name} < {num}, the {of}"
