@@ -340,7 +340,7 @@ def test_the_classifier_is_trained_once_and_can_be_shared(run_evaluate, runs, mo
         (["--features", "nowhere_at_all:f"], ["cannot import", "nowhere_at_all"]),
         (["--features", "own:number"], ["--features own:number: is not a function"]),
         (["--features", "own:broken"], ["own:broken: gave (", "expected (", ", D)"]),
-        (["--features", "own:nan"], ["own:nan: gave features that are not finite"]),
+        (["--features", "own:nan"], ["own:nan: gave features that are not finite for 500 of 500"]),
         (["--data", "plain.npz"], ["plain.npz has no classes", "module:function"]),
         (["--test-images"], ["--data digits has no test images"]),
     ],

@@ -130,8 +130,12 @@ class Extractor:
                 f"--features {self.name}: gave {values.shape} for {len(levels)} images, expected "
                 f"({len(levels)}, D)"
             )
-        if not np.isfinite(values).all():
-            raise UserError(f"--features {self.name}: gave features that are not finite")
+        bad = int((~np.isfinite(values)).any(1).sum())
+        if bad:
+            raise UserError(
+                f"--features {self.name}: gave features that are not finite for {bad} of "
+                f"{len(values)} images"
+            )
         return values
 
 
