@@ -255,6 +255,9 @@ def _save_classifier(path: Path, classifier: FeatureClassifier, facts: dict[str,
 def _load_classifier(path: Path, device) -> tuple[FeatureClassifier, dict[str, Any]]:
     import safetensors
 
+    # To open a pipe would wait for somebody to write to it.
+    if path.exists() and not path.is_file():
+        raise UserError(f"--features: {path} is a folder, a pipe or a device, not a file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
