@@ -102,10 +102,12 @@ def integrate(
         good = worst <= 1  # false for NaN
         factor = (_SAFETY * worst ** (-1 / 5)).clamp(_SHRINK, _GROW).nan_to_num(_SHRINK)
         h[rows] = step * factor
-        if bool((~good & (h[rows] < smallest)).any()):
+        stuck = ~good & (h[rows] < smallest)
+        if bool(stuck.any()):
             raise RuntimeError(
-                f"no step is small enough at {float(now[~good][0]):.6g} of {end:.6g}: the model's "
-                "output is not finite or not smooth there; loosen rtol and atol"
+                f"no step is small enough at {float(now[stuck][0]):.6g} of {end:.6g}, for "
+                f"{int(stuck.sum())} of {num} samples: the model's output is not finite or not "
+                "smooth there; loosen rtol and atol"
             )
         arrived = good & (step == left)
         u[rows] = torch.where(good, now + step, now)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
+from fastdiff._types import check_tensors
 from fastdiff.reference.philox import derived_keys
 from fastdiff.reference.q_sample import pixels_from_uint8
 
@@ -149,6 +150,7 @@ def bits_per_dim(
     """
     if max_batch < 1:
         raise ValueError(f"max_batch is {max_batch}, expected 1 or more")
+    check_tensors("bits_per_dim", x0=x0)
     num, steps, device = len(x0), diffusion.num_timesteps, x0.device
     keys = keys_of(seed, num, device)
     if x0.dtype == torch.uint8:

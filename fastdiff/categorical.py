@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._models import Model, device_of, evaluating
+from fastdiff._types import check_tensors
 from fastdiff.samplers.base import _progress
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 from fastdiff.schedules import NoiseSchedule
@@ -86,6 +87,7 @@ class CategoricalDiffusion:
 
     def q_probs(self, x0: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0), (B, K, ...) float32, for classes x0 (B, ...) and timesteps t (B,)."""
+        check_tensors("q_probs", x0=x0, t=t)
         one_hot = self.one_hot(x0)
         at = self._coefficients(t, t, one_hot)
         return at["abar_t"] * one_hot + at["noise_t"] / self.num_classes
@@ -98,6 +100,7 @@ class CategoricalDiffusion:
 
     def one_hot(self, x: Tensor) -> Tensor:
         """Classes (B, ...) as float32 (B, K, ...)."""
+        check_tensors("one_hot", x=x)
         if x.dtype != torch.int64:
             raise TypeError(f"classes have dtype {x.dtype}, expected torch.int64")
         return F.one_hot(x, self.num_classes).movedim(-1, 1).float()
@@ -116,6 +119,7 @@ class CategoricalDiffusion:
         t, s
             (B,) int64 timesteps; s = -1 stands for clean data. Default: s = t - 1.
         """
+        check_tensors("q_posterior", x0=x0, x_t=x_t, t=t)
         s = t - 1 if s is None else s
         at = self._coefficients(t, s, x0)
         xt = self.one_hot(x_t)
@@ -139,6 +143,7 @@ class CategoricalDiffusion:
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """p(x_s | x_t) and the predicted distribution of x0, each (B, K, ...) float32."""
+        check_tensors("p_probs", x_t=x_t, t=t)
         times = self.schedule.tables(t.device).timesteps[t]
         one_hot = self.one_hot(x_t)
         logits = model(one_hot, times, **(model_kwargs or {}))
@@ -237,6 +242,7 @@ class CategoricalDiffusion:
             flat = torch.full((batch, self.num_classes, *shape[1:]), 1 / self.num_classes)
             x = draw(flat.to(device), keys, 0)
         else:
+            check_tensors("sample", x_T=x_T)
             x = x_T.to(device)
         times = [-1, *indices.tolist()]
         with evaluating(model):

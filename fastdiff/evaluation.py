@@ -162,7 +162,7 @@ def likelihood(task: Task) -> Result:
             progress=task.world.is_first,
         )
     except RuntimeError as error:
-        raise RunError(f"--likelihood: {error} (--tolerance)") from error
+        raise RunError(f"--likelihood: {error} (--tolerance); nothing was written") from error
     names = ("bits_per_dim", "standard_error", "evaluations")
     results = {name: getattr(flow, name) for name in names}
     if config.probes == 1:  # has no error that could be known

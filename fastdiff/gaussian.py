@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff import bound, losses, ops
 from fastdiff._device_cache import DeviceCache
 from fastdiff._models import Model
+from fastdiff._types import check_tensors
 from fastdiff.parameterizations import convert
 from fastdiff.reference.q_sample import per_sample
 from fastdiff.reference.step_table import PREDICTIONS
@@ -136,6 +137,7 @@ class GaussianDiffusion:
         Arguments as in `fastdiff.ops.q_sample`. With neither noise nor seed, keys are drawn from
         torch's generator on x0's device, so that `torch.manual_seed` governs the noise.
         """
+        check_tensors("q_sample", x0=x0, t=t)
         if noise is None and seed is None:
             seed = _draw_keys(x0)
         tables = self.schedule.tables(x0.device)
@@ -314,6 +316,7 @@ class GaussianDiffusion:
                 f"variance={self.variance!r}; train with "
                 f"loss={' or '.join(map(repr, sorted(losses.TRAIN_VARIANCE)))}, or a fixed variance"
             )
+        check_tensors("training_losses", x0=x0, t=t)
         if noise is None and seed is None:
             seed = _draw_keys(x0)
         x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
@@ -348,6 +351,7 @@ class GaussianDiffusion:
 
     def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
         """t must be int64 (B,) where x_t is; its range is checked where that does not wait."""
+        check_tensors(caller, x_t=x_t, t=t)
         if t.dtype != torch.int64:
             raise TypeError(f"{caller}: t has dtype {t.dtype}, expected torch.int64")
         if tuple(t.shape) != (len(x_t),) or t.device != x_t.device:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_tensors
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -29,6 +31,7 @@ def to_uint8(images: Tensor) -> Tensor:
     ValueError
         Some are not finite, which would look like black ones.
     """
+    check_tensors("to_uint8", images=images)
     if not images.isfinite().all():
         parts = images.unsqueeze(0) if images.dim() < 2 else images
         raise ValueError(
@@ -55,6 +58,7 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
             'pictures need Pillow; install it with: pip install "fastdiff[train]"'
         ) from error
 
+    check_tensors("image_grid", images=images)
     num, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)

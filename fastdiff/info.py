@@ -6,14 +6,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import sys
 from typing import Any
 
 import torch
 
 import fastdiff
-from fastdiff import _gpus, _native
+from fastdiff import _cli, _gpus, _native
 
+PROGRAM = "python -m fastdiff.info"
 _PACKAGES = ("numpy", "triton", "diffusers")
 
 
@@ -101,15 +101,18 @@ def _table(facts: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
+    """Print the facts; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastdiff.info",
+        prog=PROGRAM,
         description="Print versions, build facts, devices, and which backends can be used here.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
     facts = collect()
-    print(json.dumps(facts, indent=2) if parser.parse_args().json else _table(facts))
+    print(json.dumps(facts, indent=2) if arguments.json else _table(facts))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _cli.run(PROGRAM, main)

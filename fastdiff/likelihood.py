@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._dormand_prince import integrate
 from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
+from fastdiff._types import check_tensors, check_type
 from fastdiff.parameterizations import convert
 from fastdiff.reference.q_sample import pixels_from_uint8
 
@@ -122,6 +123,10 @@ def flow_likelihood(
     >>> round(float(result.log_likelihood), 3)  # -log(2 pi)
     -1.838
     """
+    from fastdiff.gaussian import GaussianDiffusion
+
+    check_type("flow_likelihood", GaussianDiffusion, diffusion=diffusion)
+    check_tensors("flow_likelihood", x0=x0)
     if probes is not None and probes < 1:
         raise ValueError(f"probes is {probes}, expected 1 or more, or None for the exact trace")
     if max_batch < 2:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_tensors
 from fastdiff.reference.q_sample import per_sample
 from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import NoiseSchedule
@@ -126,6 +127,7 @@ def convert(
     >>> x_t, eps, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
     >>> v = fastdiff.parameterizations.convert(schedule, "eps", "v", eps, x_t, t)
     """
+    check_tensors("convert", value=value, x_t=x_t, t=t)
     if value.shape != x_t.shape:
         raise ValueError(
             f"value ({source}) has shape {tuple(value.shape)}, expected {tuple(x_t.shape)} as x_t"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import types
 
@@ -339,14 +340,16 @@ def test_the_classifier_is_trained_once_and_can_be_shared(run_evaluate, runs, mo
         (["--features", "own:missing"], ["--features own:missing: cannot import", "missing"]),
         (["--features", "nowhere_at_all:f"], ["cannot import", "nowhere_at_all"]),
         (["--features", "own:number"], ["--features own:number: is not a function"]),
+        (["--features", "pipe.safetensors"], ["pipe.safetensors is a folder, a pipe or a dev"]),
         (["--features", "own:broken"], ["own:broken: gave (", "expected (", ", D)"]),
-        (["--features", "own:nan"], ["own:nan: gave features that are not finite"]),
+        (["--features", "own:nan"], ["own:nan: gave features that are not finite for 500 of 500"]),
         (["--data", "plain.npz"], ["plain.npz has no classes", "module:function"]),
         (["--test-images"], ["--data digits has no test images"]),
     ],
 )
 def test_bad_input_of_frechet_is_one_line(run_evaluate, own_features, argv, fragments):
     np.savez("plain.npz", load_dataset("digits").images)
+    os.mkfifo("pipe.safetensors")
     code, _, error = run_evaluate("plain", *FRECHET, *argv)
     assert code == 2
     last = error.splitlines()[-1]

@@ -118,9 +118,13 @@ def unpatch(module: nn.Module) -> None:
 
     Raises
     ------
+    TypeError
+        Not an nn.Module.
     RuntimeError
         A patched module's class was changed again since (by FSDP or a parametrization, say).
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"unpatch: module is {type(module).__name__}, expected an nn.Module")
     for name, m in module.named_modules():
         if not isinstance(m, Fused):
             continue

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastdiff._types import check_tensors
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock, norm_conv
 from fastdiff.nn.config import UNetConfig
@@ -277,6 +278,7 @@ class UNet(nn.Module):
         x_self_cond: torch.Tensor | None,
     ) -> None:
         config = self.config
+        check_tensors("UNet", x_t=x_t, t=t)
         if x_t.dim() != 4 or x_t.shape[1] != config.in_channels:
             raise ValueError(
                 f"x_t must have shape (B, {config.in_channels}, H, W), got {tuple(x_t.shape)}"
@@ -297,6 +299,7 @@ class UNet(nn.Module):
         if t.dtype not in (torch.int64, torch.int32) and not t.is_floating_point():
             raise TypeError(f"t must be int64, int32 or floating point, got {t.dtype}")
         if x_self_cond is not None:
+            check_tensors("UNet", x_self_cond=x_self_cond)
             if not config.self_conditioning:
                 raise ValueError(
                     "x_self_cond was given, but this U-Net takes no estimate of x0; set "
@@ -319,6 +322,7 @@ class UNet(nn.Module):
             raise ValueError(
                 f"y is required: this U-Net is conditional on {config.num_classes} classes{null}"
             )
+        check_tensors("UNet", y=y)
         if y.shape != (batch,):
             raise ValueError(f"y must have shape (B,) = ({batch},), got {tuple(y.shape)}")
         if y.dtype != torch.int64:

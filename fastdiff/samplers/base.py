@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._models import Model, device_of, dtype_of, evaluating
+from fastdiff._types import check_tensors, check_type
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import Guidance, check_guidance
 from fastdiff.reference.layout import memory_format_of
@@ -83,6 +84,7 @@ class Sampler(ABC):
     ) -> None:
         if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
             steps = self.default_steps
+        check_type(type(self).__name__, GaussianDiffusion, diffusion=diffusion)
         self.diffusion = diffusion
         self.clip_denoised = clip_denoised
         self.indices = spaced_indices(diffusion.schedule, steps, spacing)
@@ -201,6 +203,7 @@ class Sampler(ABC):
     def decode(self, model: Model, x_T: Tensor, **options: Any) -> Tensor:
         """`sample(model, x_T=x_T)` of a deterministic sampler: what `encode` is inverted by."""
         self._require_deterministic("decode")
+        check_tensors("decode", x_T=x_T)
         return self.sample(model, x_T=x_T, **options)
 
     @torch.no_grad()
@@ -236,6 +239,7 @@ class Sampler(ABC):
             A sampler that adds noise: only an ODE can be run backwards.
         """
         self._require_deterministic("encode")
+        check_tensors("encode", x0=x0)
         if not x0.is_floating_point() or x0.dim() < 2:
             raise ValueError(
                 f"x0 has shape {tuple(x0.shape)} and dtype {x0.dtype}, expected (B, C, ...) of a "
@@ -300,6 +304,7 @@ class Sampler(ABC):
     ) -> Tensor:
         """x_T on its device: the given one, or stream 0 of the noise."""
         if x_T is not None:
+            check_tensors("sample", x_T=x_T)
             if shape is not None and tuple(shape) != tuple(x_T.shape):
                 raise ValueError(
                     f"x_T has shape {tuple(x_T.shape)}, expected {tuple(shape)} as shape"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._models import Model
+from fastdiff._types import check_tensors, check_type
 from fastdiff.samplers.base import Sampler
 
 
@@ -41,6 +42,7 @@ def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
     >>> fastdiff.samplers.slerp(a, b, 0.5)
     tensor([[0.7071, 0.7071]])
     """
+    check_tensors("slerp", a=a, b=b)
     if a.shape != b.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}, expected {tuple(a.shape)} as a")
     dtype = torch.promote_types(a.dtype, torch.float32)
@@ -78,6 +80,7 @@ def interpolate(
     Tensor
         (num, B, C, ...).
     """
+    check_type("interpolate", Sampler, sampler=sampler)
     if num < 2:
         raise ValueError(f"num is {num}, expected 2 or more")
     latents = slerp(a, b, torch.linspace(0, 1, num))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._schedule_checks import as_indices
+from fastdiff._types import check_type
 from fastdiff.schedules import NoiseSchedule
 
 Spacing = str | Sequence[int] | np.ndarray | Tensor
@@ -94,6 +95,7 @@ def spaced_indices(
     >>> fastdiff.samplers.spaced_indices(schedule, 4, "trailing").tolist()
     [249, 499, 749, 999]
     """
+    check_type("spaced_indices", NoiseSchedule, schedule=schedule)
     num_timesteps = schedule.num_timesteps
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):

@@ -130,8 +130,12 @@ class Extractor:
                 f"--features {self.name}: gave {values.shape} for {len(levels)} images, expected "
                 f"({len(levels)}, D)"
             )
-        if not np.isfinite(values).all():
-            raise UserError(f"--features {self.name}: gave features that are not finite")
+        bad = int((~np.isfinite(values)).any(1).sum())
+        if bad:
+            raise UserError(
+                f"--features {self.name}: gave features that are not finite for {bad} of "
+                f"{len(values)} images"
+            )
         return values
 
 
@@ -251,6 +255,9 @@ def _save_classifier(path: Path, classifier: FeatureClassifier, facts: dict[str,
 def _load_classifier(path: Path, device) -> tuple[FeatureClassifier, dict[str, Any]]:
     import safetensors
 
+    # To open a pipe would wait for somebody to write to it.
+    if path.exists() and not path.is_file():
+        raise UserError(f"--features: {path} is a folder, a pipe or a device, not a file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
