@@ -115,7 +115,7 @@ class Op(NamedTuple):
                 return self.autograd(overload, *arguments)
             guard = torch._C._AutoDispatchBelowAutograd()
             return overload(*arguments)
-        except (RuntimeError, TypeError, AttributeError):
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             self.check(self.arguments(*arguments), check_range=True)
             raise
         finally:
