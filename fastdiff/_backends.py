@@ -119,6 +119,9 @@ _traced: str | None = None
 # guards on, as it cannot read a ContextVar.
 _open: list[list[str]] = []
 _latest: str | None = None
+# Whether a block was closed where it was not opened, as when another thread ends a generator: then
+# whoever opened it still has it, emptied, among their `_blocks`.
+_strays = False
 
 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
     _forced_here = _forced.get
@@ -205,13 +208,18 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+        here = _blocks.get()
         _set_open([other for other in _open if other is not block])
+        _set_blocks(tuple(other for other in here if other is not block))
+        if not any(other is block for other in here):
+            global _strays
+            _strays = True
+            block.clear()  # for who opened it
 
 
 def _set_blocks(blocks: tuple[list[str], ...]) -> None:
     _blocks.set(blocks)
-    _forced.set(blocks[-1][0] if blocks else None)
+    _forced.set(next((block[0] for block in reversed(blocks) if block), None))
 
 
 def _set_open(blocks: list[list[str]]) -> None:
@@ -235,6 +243,9 @@ def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:
         The backend that was asked for does not exist, or cannot run this input.
     """
     forced = _traced or _forced_here()
+    if forced is not None and _strays and not torch.compiler.is_dynamo_compiling():
+        _set_blocks(tuple(block for block in _blocks.get() if block))
+        forced = _forced_here()
     if forced is None:
         forced = _environment
         if forced is None:

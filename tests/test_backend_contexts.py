@@ -131,6 +131,40 @@ def test_generators_closed_in_another_order() -> None:
     assert backend_here() == "cpu"
 
 
+@pytest.mark.parametrize("ended_by", ["a thread", "a task"])
+def test_a_generator_that_ends_elsewhere_leaves_nothing(ended_by: str) -> None:
+    """Neither where it began nor where it ended, also while another block is open there."""
+
+    def block() -> Iterator[None]:
+        with fastdiff.use_backend("reference"):
+            yield
+
+    async def finish(begun: Iterator[None]) -> None:
+        await asyncio.create_task(asyncio.to_thread(list, begun))
+
+    def end(begun: Iterator[None]) -> None:
+        if ended_by == "a task":
+            asyncio.run(finish(begun))
+        else:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(list, begun).result()
+                assert other.submit(backend_here).result() == "cpu"
+
+    begun = block()
+    next(begun)
+    assert backend_here() == "reference"
+    end(begun)
+    assert backend_here() == "cpu"
+    begun = block()
+    next(begun)
+    with fastdiff.use_backend("cpu"):
+        end(begun)
+        assert backend_here() == "cpu"
+        with fastdiff.use_backend("reference"):
+            assert backend_here() == "reference"
+    assert backend_here() == "cpu"
+
+
 def test_an_error_leaves_the_block() -> None:
     with pytest.raises(ZeroDivisionError), fastdiff.use_backend("reference"):
         _ = 1 / 0
