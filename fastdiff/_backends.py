@@ -11,6 +11,8 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -202,19 +204,24 @@ def use_backend(name: str) -> Iterator[None]:
         finally:
             _traced = outer
         return
-    block = [name]
+    block, opened_by = [name], _thread_and_task()
     _set_blocks((*_blocks.get(), block))
     _set_open([*_open, block])
     try:
         yield
     finally:
-        here = _blocks.get()
         _set_open([other for other in _open if other is not block])
-        _set_blocks(tuple(other for other in here if other is not block))
-        if not any(other is block for other in here):
+        _set_blocks(tuple(other for other in _blocks.get() if other is not block))
+        if _thread_and_task() != opened_by:
             global _strays
             _strays = True
             block.clear()  # for who opened it
+
+
+def _thread_and_task() -> tuple[int, object]:
+    asyncio = sys.modules.get("asyncio")
+    running = asyncio is not None and asyncio._get_running_loop() is not None
+    return threading.get_ident(), asyncio.current_task() if running else None
 
 
 def _set_blocks(blocks: tuple[list[str], ...]) -> None:
