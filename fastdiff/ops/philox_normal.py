@@ -92,7 +92,11 @@ def philox_normal(
     if keys is not None:
         checks.check_per_sample(op, "seed", keys, torch.int64, shape[0], out.device)
     stream = checks.as_int64(op, "stream", stream)
-    unsupported = "float64 runs on the reference backend only" if dtype == torch.float64 else None
+    unsupported = None
+    if dtype == torch.float64:
+        unsupported = "float64 runs on the reference backend only"
+    elif keys is not None and _library.in_functorch_transform():
+        unsupported = "only the reference runs under torch.func's transforms"
     backend = select_backend(op, out, unsupported)
     if backend == "reference":
         return reference.philox_normal(

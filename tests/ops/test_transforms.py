@@ -101,6 +101,14 @@ def test_noise_from_keys_and_seeds_under_vmap(op: str) -> None:
         torch.testing.assert_close(found, looped(f, [stacked], N), **CLOSE)
 
 
+def test_normals_of_keys_under_vmap() -> None:
+    """Which has no tensor operands but the keys, and fills its result."""
+    keys = ops.sample_keys(3, 6).reshape(3, 2)
+    found = torch.vmap(lambda k: ops.philox_normal((2, 1, 4, 4), seed=k))(keys)
+    expected = torch.stack([ops.philox_normal((2, 1, 4, 4), seed=k) for k in keys])
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * 2.0**-24 * 6)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_inside_and_outside_of_vmap(op: str) -> None:
     args = arguments(op)
