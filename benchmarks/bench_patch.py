@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import pathlib
 import sys
@@ -41,7 +42,7 @@ def ddpm_cifar10(channels: int = 64) -> tuple[nn.Module, tuple[int, ...], Callab
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         norm_eps=1e-6,
     )
-    return unet, (3, 32, 32), lambda m, x: m(x, 500).sample
+    return unet, (3, 32, 32), lambda m, x: m(x, timestep(x)).sample
 
 
 def small_sd(channels: int = 64) -> tuple[nn.Module, tuple[int, ...], Callable]:
@@ -57,10 +58,14 @@ def small_sd(channels: int = 64) -> tuple[nn.Module, tuple[int, ...], Callable]:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    text = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(0))
+
+    @functools.cache
+    def text(device: torch.device, dtype: torch.dtype) -> Tensor:
+        made = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(0))
+        return made.to(device, dtype)
 
     def call(m: nn.Module, x: Tensor) -> Tensor:
-        return m(x, 500, text.to(x).expand(len(x), -1, -1)).sample
+        return m(x, timestep(x), text(x.device, x.dtype).expand(len(x), -1, -1)).sample
 
     return unet, (4, 32, 32), call
 
@@ -75,6 +80,11 @@ def vae(channels: int = 32) -> tuple[nn.Module, tuple[int, ...], Callable]:
         up_block_types=("UpDecoderBlock2D",) * 3,
     )
     return model, (3, 64, 64), lambda m, x: m(x).sample
+
+
+def timestep(x: Tensor) -> Tensor:
+    """On the device: of a number networks make one on the CPU, which no CUDA graph copies."""
+    return torch.full((len(x),), 500, device=x.device)
 
 
 NETWORKS = {"ddpm_cifar10": ddpm_cifar10, "small_sd": small_sd, "vae": vae}
@@ -170,7 +180,10 @@ def main(argv: list[str] | None = None) -> int:
                             + [report.number(s and s.median * 1e3, 1) for s in seconds]
                             + [report.ratio(record, AFTER, BEFORE)]
                         )
-    print_goal(records)
+    if "times" in facts:
+        print(f"\nnever slower: not judged, times are {facts['times']}")
+    else:
+        print_goal(records)
     if options.json:
         report.write_json(options.json, "patch", facts, records)
     return 1 if any(record.wrong for record in records) else 0
