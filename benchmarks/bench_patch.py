@@ -32,7 +32,7 @@ BEFORE, AFTER = "before", "after"
 
 
 def ddpm_cifar10(channels: int = 64) -> tuple[nn.Module, tuple[int, ...], Callable]:
-    """DDPM's CIFAR-10 U-Net (SPEC §11), half as wide by default."""
+    """DDPM's CIFAR-10 U-Net (Math §11), half as wide by default."""
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(

@@ -110,14 +110,54 @@ def _misses(found: list[Verdict], notes: Mapping[str, str]) -> Iterator[str]:
         yield notes.get(key, "No reason is written down yet.") + "\n"
 
 
+# What keeps an op from being faster on a CPU, seen in profiles (benchmarks/results/notes.md).
+LIMITS = {
+    "q_sample": "noise given: memory; noise from a seed: the arithmetic of the normals",
+    "eps_loss": "noise given: memory; noise from a seed: the arithmetic of the normals",
+    "posterior_mean": "memory",
+    "ddim_step": "memory; with noise the arithmetic of the normals",
+    "ddpm_step": "the arithmetic of the normals",
+    "vlb_terms": "arithmetic: two exponentials and a series an element",
+    "group_norm_silu": "large maps: memory; small maps: sums and SiLU; 4x4: the call",
+}
+
+
+def _summary(rows: list[Row]) -> str:
+    """A line per op: geometric mean, slowest and fastest of all its rows, for each other."""
+
+    def gains(mine: list[Row], other: str) -> str:
+        found = sorted(v for row in mine if (v := _gain(row, other)) is not None)
+        if not found:
+            return "-"
+        mean = report.geometric_mean(found)
+        return f"**{mean:.1f}x** ({found[0]:.2f} to {found[-1]:.1f}, {len(found)} rows)"
+
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op]
+        lines.append([f"`{op}`", *(gains(mine, o) for o in plots.OTHERS), LIMITS.get(op, "")])
+    return markdown(["op", *(f"against {n}" for n in plots.OTHERS.values()), "limited by"], lines)
+
+
+def _gain(row: Row, other: str) -> float | None:
+    return None if {other, "fastdiff"} & set(row["wrong"]) else report.speed_up(row, other)
+
+
+def _cell(row: Row, other: str) -> str:
+    """A speed-up, or who of the two differs from float64 by more than its dtype allows."""
+    for name, label in ((other, plots.OTHERS[other]), ("fastdiff", "fastdiff")):
+        if name in row["wrong"]:
+            return f"{label} misses the float64 bound"
+    return number(report.speed_up(row, other), unit="x")
+
+
 def _op_table(rows: list[Row], other: str) -> str:
     """Speed-ups over `other`, a line per shape and mode."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         cells = lines.setdefault((row["shape"], row["mode"]), {})
         column = f"{row['dtype']} {row['layout']}"
-        wrong = other in row["wrong"] or "fastdiff" in row["wrong"]
-        cells[column] = report.WRONG if wrong else number(report.speed_up(row, other), unit="x")
+        cells[column] = _cell(row, other)
         if row["dtype"] == "fp32" and row["layout"] == "nchw":
             seconds = report.seconds(row)
             cells["us"] = number(seconds and seconds * 1e6, 1)
@@ -203,6 +243,9 @@ def render(
         _machine(document),
         f"`{command}`, medians of interleaved repetitions in one process; every contender's result "
         "was compared with float64 before it was timed.\n",
+        "\n### How much faster, in one table\n",
+        "Geometric mean, and in brackets the slowest and the fastest row. The rows are below.\n",
+        _summary(document["ops"]),
         "\n### Targets\n",
         _verdicts(found),
         "" if "gpu" in document["machine"] else GPU_TARGETS,

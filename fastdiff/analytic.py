@@ -1,4 +1,4 @@
-"""Exactly solvable data distributions: the optimal network in closed form (SPEC §10).
+"""Exactly solvable data distributions: the optimal network in closed form (Math §10).
 
 They need no training, so they tell a sampler's own error from a network's.
 """
@@ -15,7 +15,7 @@ from fastdiff.schedules import NoiseSchedule
 
 
 class MixtureDenoiser(nn.Module):
-    """The optimal prediction E[. | x_t] for x0 ~ sum_k w_k N(m_k, S_k) (SPEC §10).
+    """The optimal prediction E[. | x_t] for x0 ~ sum_k w_k N(m_k, S_k) (Math §10).
 
     q(x_t) = sum_k w_k N(sqrt(abar_t) m_k, abar_t S_k + (1 - abar_t) I), hence the score, and
     eps(x_t, t) = -sqrt(1 - abar_t) grad log q(x_t). Computed in float64 from the schedule's float64
@@ -173,7 +173,7 @@ class MixtureDenoiser(nn.Module):
 
 
 class GaussianDenoiser(MixtureDenoiser):
-    """The optimal prediction for x0 ~ N(mean, covariance), and the exact ODE map (SPEC §10).
+    """The optimal prediction for x0 ~ N(mean, covariance), and the exact ODE map (Math §10).
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ class GaussianDenoiser(MixtureDenoiser):
         return self._transport(x_t, t, self.variances, self.means)
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The x_s to which the probability flow carries x_t, for s before or after t (SPEC §10).
+        """The x_s to which the probability flow carries x_t, for s before or after t (Math §10).
 
         In the covariance's eigenbasis every coordinate keeps its number of standard deviations, so
         `flow` to the last timestep is the exact encoder; `decode` is the flow to clean data.

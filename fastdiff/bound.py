@@ -1,4 +1,4 @@
-"""The variational bound in bits per dimension, term by term (DDPM eq. 5, SPEC §6)."""
+"""The variational bound in bits per dimension, term by term (DDPM eq. 5, Math §6)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class BitsPerDim:
 
 @dataclass(frozen=True)
 class RateDistortion:
-    """What is known of an image after so many bits (DDPM algorithms 3-4, figure 5, SPEC §7).
+    """What is known of an image after so many bits (DDPM algorithms 3-4, figure 5, Math §7).
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ def bits_per_dim(
     model_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> BitsPerDim:
-    """L_T + sum_{t>1} L_{t-1} + L_0 >= -log2 p(x0) / D of every sample (DDPM eq. 5, SPEC §6).
+    """L_T + sum_{t>1} L_{t-1} + L_0 >= -log2 p(x0) / D of every sample (DDPM eq. 5, Math §6).
 
     Every term is the exact divergence at one x_t ~ q(x_t | x0), so the sum estimates the bound
     without bias. The B T pairs of sample and timestep are independent: they go through the model

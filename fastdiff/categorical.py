@@ -1,4 +1,4 @@
-"""Diffusion of discrete data (DDIM appendix A; multinomial diffusion; SPEC §8)."""
+"""Diffusion of discrete data (DDIM appendix A; multinomial diffusion; Math §8)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CategoricalCallback = Callable[[int, int, Tensor, Tensor], None]
 
 
 class CategoricalDiffusion:
-    """q(x_t | x0) = Cat(abar_t x0 + (1 - abar_t) 1/K) for data of K classes (SPEC §8).
+    """q(x_t | x0) = Cat(abar_t x0 + (1 - abar_t) 1/K) for data of K classes (Math §8).
 
     Data are int64 classes (B, ...) in 0..K-1. The network is `model(x, t, **model_kwargs)` with x
     one-hot, float32 (B, K, ...), and returns logits (B, K, ...) of x0: a `fastdiff.UNet` with
@@ -167,7 +167,7 @@ class CategoricalDiffusion:
         *,
         stream: int = 0,
     ) -> dict[str, Tensor]:
-        """Per-sample losses (B,) at x_t ~ q(x_t | x0), in nats per element of x0 (SPEC §8).
+        """Per-sample losses (B,) at x_t ~ q(x_t | x0), in nats per element of x0 (Math §8).
 
         At t = 0 the posterior is x0 itself and the KL is -log p(x0 | x_t), the bound's L_0; the sum
         of "kl" over t is the bound, up to L_T.
@@ -287,7 +287,7 @@ def draw(probs: Tensor, seed: int | Tensor, stream: int) -> Tensor:
     """One class per element from probabilities (B, K, ...): int64 (B, ...).
 
     By inverting the distribution function at u = Phi(n), n the Philox normal of the element: what
-    is drawn is a function of (seed, sample, stream, element), like all noise here (SPEC §9).
+    is drawn is a function of (seed, sample, stream, element), like all noise here (Math §9).
     """
     shape = (probs.shape[0], *probs.shape[2:])
     normal = ops.philox_normal(shape, seed, stream=stream, device=probs.device)

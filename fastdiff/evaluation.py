@@ -103,7 +103,7 @@ class Result:
 
 
 def bpd(task: Task) -> Result:
-    """The variational bound (SPEC §6), and progressive coding (SPEC §7)."""
+    """The variational bound (Math §6), and progressive coding (Math §7)."""
     diffusion = task.run.diffusion
     x0, keys, kwargs, here = task.share()
     part = diffusion.bits_per_dim(
@@ -144,7 +144,7 @@ def bpd(task: Task) -> Result:
 
 
 def likelihood(task: Task) -> Result:
-    """Likelihood of the probability flow (SPEC §6), of uniformly dequantized images."""
+    """Likelihood of the probability flow (Math §6), of uniformly dequantized images."""
     config = task.config
     x0, keys, kwargs, here = task.share()
     try:

@@ -1,4 +1,4 @@
-"""Gaussian diffusion: forward process, posterior, reverse process, training losses (SPEC §3-§6)."""
+"""Gaussian diffusion: forward process, posterior, reverse process, training losses (Math §3-§6)."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class GaussianDiffusion:
     schedule
         The forward process.
     prediction
-        What the network predicts: "eps", "x0", "v", or "mean" (of the posterior) (SPEC §5).
+        What the network predicts: "eps", "x0", "v", or "mean" (of the posterior) (Math §5).
     variance
         Of p(x_{t-1} | x_t): "fixed_large" (beta), "fixed_small" (beta~), "learned" (the network's
-        second half of channels is the log variance), "learned_range" (IDDPM eq. 15) (SPEC §4).
+        second half of channels is the log variance), "learned_range" (IDDPM eq. 15) (Math §4).
     loss
         Of the prediction: "mse" (L_simple, DDPM eq. 14, for eps), "rescaled_mse" (T times it),
         "l1", "huber"; the bound: "kl", "rescaled_kl" (T times it); both: "hybrid" (IDDPM eq. 16).
-        Learned variances are trained with "hybrid" or the bound (SPEC §6, `fastdiff.losses`).
+        Learned variances are trained with "hybrid" or the bound (Math §6, `fastdiff.losses`).
     weighting
         Of the error of the prediction at every timestep (L_gamma, DDIM eq. 5): None, a name in
         `fastdiff.weightings` ("min_snr", "snr", "snr_plus_one", "truncated_snr", "p2", "exact"), or
         a tensor (T,).
     self_conditioning
-        Whether the network takes its own estimate of x0 as `x_self_cond` (Chen et al. 2022, SPEC
+        Whether the network takes its own estimate of x0 as `x_self_cond` (Chen et al. 2022, Math
         §7): samplers then give it that of the step before. Where there is none it is left out.
 
     Raises
@@ -132,7 +132,7 @@ class GaussianDiffusion:
         flip: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, SPEC §3).
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, Math §3).
 
         Arguments as in `fastdiff.ops.q_sample`. With neither noise nor seed, keys are drawn from
         torch's generator on x0's device, so that `torch.manual_seed` governs the noise.
@@ -154,7 +154,7 @@ class GaussianDiffusion:
         )
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, SPEC §4).
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, Math §4).
 
         Returns
         -------
@@ -183,7 +183,7 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> ReverseStep:
-        """p(x_{t-1} | x_t) = N(mu~(x0_hat, x_t), sigma_t^2) (DDPM §3.2, SPEC §4-§5).
+        """p(x_{t-1} | x_t) = N(mu~(x0_hat, x_t), sigma_t^2) (DDPM §3.2, Math §4-§5).
 
         Parameters
         ----------
@@ -281,7 +281,7 @@ class GaussianDiffusion:
         flip: Tensor | None = None,
         self_condition: bool = False,
     ) -> dict[str, Tensor]:
-        """Per-sample losses at x_t ~ q(x_t | x0) (DDPM algorithm 1, SPEC §6).
+        """Per-sample losses at x_t ~ q(x_t | x0) (DDPM algorithm 1, Math §6).
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Guidance: how a sampler asks a model for its output (SPEC §7).
+"""Guidance: how a sampler asks a model for its output (Math §7).
 
 A guidance is called in place of the model. `ClassifierFree` and `ClassifierGuidance` steer towards
 a condition; `DynamicThresholding` wraps either, or the model alone.
@@ -44,7 +44,7 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """eps^ = eps_uncond + scale (eps_cond - eps_uncond) (CFG eq. 6, SPEC §7).
+    """eps^ = eps_uncond + scale (eps_cond - eps_uncond) (CFG eq. 6, Math §7).
 
     Two model calls per step: one with `model_kwargs`, one with `uncond_kwargs` put over them.
 
@@ -135,7 +135,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True)
 class ClassifierGuidance:
-    """eps^ = eps - scale sqrt(1 - abar_t) grad log p(y | x_t), or mu + scale Sigma grad (SPEC §7).
+    """eps^ = eps - scale sqrt(1 - abar_t) grad log p(y | x_t), or mu + scale Sigma grad (Math §7).
 
     The classifier must have been trained on noisy images: `fastdiff.nn.NoisyClassifier`.
 
@@ -207,7 +207,7 @@ class ClassifierGuidance:
 
 @dataclass(frozen=True)
 class DynamicThresholding:
-    """x0 <- clip(x0, -r, r) / r with r = max(1, percentile of |x0|) (Imagen, app. A, SPEC §7).
+    """x0 <- clip(x0, -r, r) / r with r = max(1, percentile of |x0|) (Imagen, app. A, Math §7).
 
     Large guidance scales drive predicted pixels out of [-1, 1]; clipping saturates them, this keeps
     their contrast. r is that of each sample. Works with every prediction and any sampler, whose own

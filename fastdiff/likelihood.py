@@ -1,4 +1,4 @@
-"""The likelihood of the probability flow: a second estimate beside the bound (SPEC §6, §7)."""
+"""The likelihood of the probability flow: a second estimate beside the bound (Math §6, §7)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def flow_likelihood(
     model_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> FlowLikelihood:
-    """log p(x) = log N(x_T; 0, I) + integral of div v along the flow from x to x_T (SPEC §6).
+    """log p(x) = log N(x_T; 0, I) + integral of div v along the flow from x to x_T (Math §6).
 
     With sqrt(abar) = cos(phi) DDIM's ODE (eqs. 13-14) is dx/dphi = v, the v of v-prediction, and
     d log p / dphi = -div v along it (Score-SDE app. D.2). It starts at phi = 0, where v = 0 (a

@@ -1,4 +1,4 @@
-"""Training losses by name (SPEC §6). A loss is one function from `LossInputs`, listed in LOSSES.
+"""Training losses by name (Math §6). A loss is one function from `LossInputs`, listed in LOSSES.
 
 Errors are means over the elements of a sample and bounds bits per dimension, both float32 (B,). The
 weights per timestep that errors may have are in `fastdiff.weightings`.
@@ -70,7 +70,7 @@ class LossInputs:
         return ops.eps_loss(self.output, self.target(), reduction="none", kind=kind)
 
     def target(self) -> Tensor:
-        """What the network should have predicted (SPEC §5)."""
+        """What the network should have predicted (Math §5)."""
         prediction, schedule = self.diffusion.prediction, self.diffusion.schedule
         if prediction == "eps":
             return self.stored_noise()

@@ -1,4 +1,4 @@
-"""What a network predicts, and how one prediction becomes another (SPEC §5).
+"""What a network predicts, and how one prediction becomes another (Math §5).
 
 Every quantity is affine in any other given x_t: target = A_t x_t + B_t source. The pairs below are
 written so that no coefficient cancels, evaluated in float64 and used in float32.
@@ -23,7 +23,7 @@ QUANTITIES = (*PREDICTIONS, "score")
 
 @dataclass(frozen=True)
 class _Symbols:
-    """SPEC's letters at every t, float64 (T,)."""
+    """alpha, sigma and the like at every t, float64 (T,)."""
 
     a: Tensor  # sqrt(abar)
     s: Tensor  # sqrt(1 - abar)
@@ -61,7 +61,7 @@ _PAIRS: dict[tuple[str, str], Callable[[_Symbols], tuple[Tensor, Tensor]]] = {
 
 
 def conversion(schedule: NoiseSchedule, source: str, target: str) -> tuple[Tensor, Tensor]:
-    """A, B of target = A_t x_t + B_t source, float64 (T,) (SPEC §5).
+    """A, B of target = A_t x_t + B_t source, float64 (T,) (Math §5).
 
     Raises
     ------
@@ -96,7 +96,7 @@ def conversion(schedule: NoiseSchedule, source: str, target: str) -> tuple[Tenso
 def convert(
     schedule: NoiseSchedule, source: str, target: str, value: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The `target` that a `source` of `value` implies at x_t (SPEC §5).
+    """The `target` that a `source` of `value` implies at x_t (Math §5).
 
     eps, x0, v = sqrt(abar) eps - sqrt(1-abar) x0, the posterior mean mu~, and the score
     -eps / sqrt(1-abar) determine each other given x_t.

@@ -1,4 +1,4 @@
-"""Noise schedules (SPEC §2) and every table that follows from the betas (SPEC §1-§4)."""
+"""Noise schedules (Math §2) and every table that follows from the betas (Math §1-§4)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScheduleTables:
 class NoiseSchedule:
     """The variances beta_1..beta_T of the forward process and all that follows from them.
 
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2, SPEC §3).
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (DDPM eq. 2, Math §3).
 
     All tables are float64 tensors (T,) on the CPU, index i = t - 1; `tables(device)` gives the
     float32 copies that kernels read. 1 - abar is never computed by subtraction.
@@ -114,7 +114,7 @@ class NoiseSchedule:
         """beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t (DDPM eq. 7); 0 at t = 1."""
         first = self.posterior_variance[1:2] if len(self.betas) > 1 else self.betas
         self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
-        """log beta~_t, with the value of t = 2 at t = 1 (of log beta_1 if T = 1) (SPEC §4)."""
+        """log beta~_t, with the value of t = 2 at t = 1 (of log beta_1 if T = 1) (Math §4)."""
         sqrt_alpha_bars_prev = torch.cat([self.betas.new_ones(1), self.sqrt_alpha_bars[:-1]])
         self.posterior_mean_coef_x0 = sqrt_alpha_bars_prev * self.betas / self.one_minus_alpha_bars
         """sqrt(abar_{t-1}) beta_t / (1 - abar_t) (DDPM eq. 7)."""
@@ -134,7 +134,7 @@ class NoiseSchedule:
         beta_end: float = 0.02,
         rescale: bool = False,
     ) -> NoiseSchedule:
-        """beta evenly spaced from beta_start to beta_end (DDPM §4, SPEC §2).
+        """beta evenly spaced from beta_start to beta_end (DDPM §4, Math §2).
 
         `rescale=True` multiplies both ends by 1000 / T, so that any T ends at about the same
         abar_T (IDDPM's code); it needs T >= 1000 beta_end.
@@ -153,18 +153,18 @@ class NoiseSchedule:
     def quadratic(
         cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """sqrt(beta) evenly spaced; `scaled_linear` elsewhere (SPEC §2)."""
+        """sqrt(beta) evenly spaced; `scaled_linear` elsewhere (Math §2)."""
         num_timesteps = validated_length(num_timesteps)
         return cls(_linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2)
 
     @classmethod
     def constant(cls, num_timesteps: int = 1000, *, beta_end: float = 0.02) -> NoiseSchedule:
-        """beta = beta_end (SPEC §2)."""
+        """beta = beta_end (Math §2)."""
         return cls(torch.full((validated_length(num_timesteps),), beta_end, dtype=torch.float64))
 
     @classmethod
     def jsd(cls, num_timesteps: int = 1000) -> NoiseSchedule:
-        """beta_t = 1 / (T - t + 1) (SPEC §2): abar_t = 1 - t / T, so the last beta is 1."""
+        """beta_t = 1 / (T - t + 1) (Math §2): abar_t = 1 - t / T, so the last beta is 1."""
         num_timesteps = validated_length(num_timesteps)
         return cls(1 / torch.arange(num_timesteps, 0, -1, dtype=torch.float64))
 
@@ -172,7 +172,7 @@ class NoiseSchedule:
     def sigmoid(
         cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """beta = beta_start + (beta_end - beta_start) sigmoid(linspace(-6, 6, T)) (SPEC §2)."""
+        """beta = beta_start + (beta_end - beta_start) sigmoid(linspace(-6, 6, T)) (Math §2)."""
         ramp = _linspace(-6, 6, validated_length(num_timesteps)).sigmoid()
         return cls(beta_start + (beta_end - beta_start) * ramp)
 
@@ -180,7 +180,7 @@ class NoiseSchedule:
     def cosine(
         cls, num_timesteps: int = 1000, *, s: float = 0.008, max_beta: float = 0.999
     ) -> NoiseSchedule:
-        """abar(u) = cos^2((u + s)/(1 + s) pi/2), beta_t <= max_beta (IDDPM eq. 17, SPEC §2)."""
+        """abar(u) = cos^2((u + s)/(1 + s) pi/2), beta_t <= max_beta (IDDPM eq. 17, Math §2)."""
         num_timesteps = validated_length(num_timesteps)
         u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         angle = (u + s) / (1 + s) * (math.pi / 2)
@@ -223,7 +223,7 @@ class NoiseSchedule:
         return float(self.sqrt_alpha_bars[-1].detach()) < torch.finfo(torch.float32).tiny
 
     def prior_kl(self, x0: Tensor) -> Tensor:
-        """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension (DDPM eq. 5, SPEC §6).
+        """L_T = KL(q(x_T | x0) || N(0, I)) in bits per dimension (DDPM eq. 5, Math §6).
 
         = mean over elements of [abar_T (x0^2 - 1) - log(1 - abar_T)] / (2 ln 2).
 
@@ -264,7 +264,7 @@ class NoiseSchedule:
         return NoiseSchedule(betas, timesteps=self.timesteps)
 
     def respace(self, indices: Indices) -> NoiseSchedule:
-        """The schedule of the subsequence `indices`: 1 - beta' = abar_t / abar_s (SPEC §7).
+        """The schedule of the subsequence `indices`: 1 - beta' = abar_t / abar_s (Math §7).
 
         s is the previous entry of `indices`, for every spacing. The result's `timesteps` are what
         the network is fed.

@@ -1,4 +1,4 @@
-"""Per-step coefficient tables of the samplers (SPEC §7), built in float64 from a schedule.
+"""Per-step coefficient tables of the samplers (Math §7), built in float64 from a schedule.
 
 Row i of a table belongs to indices[i], so row 0 is the least noisy step: the *last* one a sampler
 executes (samplers walk the rows from S - 1 down to 0), and for the full sequence the row of a
@@ -23,7 +23,7 @@ VARIANCES = ("fixed_large", "fixed_small", *LEARNED_VARIANCES)
 
 @torch.no_grad()
 def ddpm_table(schedule: NoiseSchedule, indices: Tensor, variance: str = "fixed_large") -> Tensor:
-    """Ancestral steps: x_s = mu~(x0, x_t) + sigma z on the respaced betas (DDPM alg. 2, SPEC §7).
+    """Ancestral steps: x_s = mu~(x0, x_t) + sigma z on the respaced betas (DDPM alg. 2, Math §7).
 
     sigma^2 is beta (`fixed_large`), beta~ (`fixed_small`), or comes from the network's variance
     channels v: log sigma^2 = v (`learned`), or (log beta + log beta~)/2 + v (log beta - log
@@ -63,7 +63,7 @@ def ddim_table(
 ) -> Tensor:
     """DDIM steps: x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (DDIM eq. 12).
 
-    sigma = eta sqrt((1 - abar_s)/(1 - abar_t)) sqrt(1 - abar_t/abar_s) (eq. 16, SPEC §7).
+    sigma = eta sqrt((1 - abar_s)/(1 - abar_t)) sqrt(1 - abar_t/abar_s) (eq. 16, Math §7).
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def ddim_table(
 
 @torch.no_grad()
 def ddim_encode_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
-    """The DDIM ODE run forward, x0 -> x_T (DDIM eqs. 13-14, SPEC §7).
+    """The DDIM ODE run forward, x0 -> x_T (DDIM eqs. 13-14, Math §7).
 
     x_t = R x_s + (sqrt(1-abar_t) - R sqrt(1-abar_s)) eps(x_s), R = sqrt(abar_t/abar_s): the
     Euler step that `ddim_table` with eta = 0 takes, the other way. Row i leads to indices[i] and
@@ -129,7 +129,7 @@ def encode_indices(indices: Tensor) -> Tensor:
 
 
 def conversion_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
-    """A float64 table with the columns that turn a model output into x0 and eps (SPEC §5)."""
+    """A float64 table with the columns that turn a model output into x0 and eps (Math §5)."""
     c = StepColumn
     table = torch.zeros(len(indices), NUM_STEP_COLUMNS, dtype=torch.float64)
     a = schedule.sqrt_alpha_bars[indices]

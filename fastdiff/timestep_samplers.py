@@ -1,4 +1,4 @@
-"""Which timesteps are trained on, and how their losses are weighted for it (SPEC §6).
+"""Which timesteps are trained on, and how their losses are weighted for it (Math §6).
 
 Both samplers turn random keys into timesteps, so that a timestep, like the noise, belongs to a
 sample and not to the batch around it.
@@ -78,7 +78,7 @@ class UniformTimesteps:
 
 
 class LossSecondMomentTimesteps(UniformTimesteps):
-    """t with probability p_t ~ sqrt(E[L_t^2]), weights 1 / (T p_t) (IDDPM eq. 18, SPEC §6).
+    """t with probability p_t ~ sqrt(E[L_t^2]), weights 1 / (T p_t) (IDDPM eq. 18, Math §6).
 
     The choice of p that minimizes the variance of the estimated bound, whose terms differ by orders
     of magnitude. E[L_t^2] is the mean over the last `history` losses at t; until every t has as

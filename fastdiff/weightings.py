@@ -1,4 +1,4 @@
-"""Weights of the training error at every timestep (SPEC §6).
+"""Weights of the training error at every timestep (Math §6).
 
 A weight says how much an error of x0 counts. Errors of the same prediction in other terms differ by
 a factor per timestep, so one rule gives each prediction its right form: min-SNR's min(SNR, gamma)
@@ -37,7 +37,7 @@ def weights(
     variance: str = "fixed_large",
     gamma: float = 5.0,
 ) -> Tensor:
-    """Weight of the squared error of `prediction` at every t, (T,) float64 (SPEC §6).
+    """Weight of the squared error of `prediction` at every t, (T,) float64 (Math §6).
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def weights(
 
 @torch.no_grad()
 def theorem1_gamma(schedule: NoiseSchedule, sigma: Tensor) -> Tensor:
-    """gamma_t with which J_sigma = L_gamma + C, (T,) float64 (DDIM theorem 1, SPEC §6).
+    """gamma_t with which J_sigma = L_gamma + C, (T,) float64 (DDIM theorem 1, Math §6).
 
     gamma_t = c_t^2 (1 - abar_t) / (2 sigma_t^2 abar_t), with c_t = sqrt(abar_s) -
     sqrt(1 - abar_s - sigma_t^2) sqrt(abar_t / (1 - abar_t)), s = t - 1, and c_1 = 1. In nats, for

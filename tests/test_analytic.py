@@ -1,4 +1,4 @@
-"""The oracles themselves, against quadrature, autograd and samples (SPEC §10)."""
+"""The oracles themselves, against quadrature, autograd and samples (Math §10)."""
 
 import math
 

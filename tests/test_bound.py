@@ -1,4 +1,4 @@
-"""The bound: its terms, its exact value for Gaussian data, progressive coding (SPEC §6, §7)."""
+"""The bound: its terms, its exact value for Gaussian data, progressive coding (Math §6, §7)."""
 
 import math
 

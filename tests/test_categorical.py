@@ -1,4 +1,4 @@
-"""Categorical diffusion: exact marginals, exact samples, losses (DDIM appendix A, SPEC §8)."""
+"""Categorical diffusion: exact marginals, exact samples, losses (DDIM appendix A, Math §8)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Forward process, posterior, reverse process and training losses (SPEC §3-§6)."""
+"""Forward process, posterior, reverse process and training losses (Math §3-§6)."""
 
 import math
 

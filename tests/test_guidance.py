@@ -1,4 +1,4 @@
-"""Guidance on exact networks: classifier-free, classifier, thresholding (SPEC §7)."""
+"""Guidance on exact networks: classifier-free, classifier, thresholding (Math §7)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The probability flow's likelihood against exact densities, and its solver (SPEC §6)."""
+"""The probability flow's likelihood against exact densities, and its solver (Math §6)."""
 
 import math
 

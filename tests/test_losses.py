@@ -1,4 +1,4 @@
-"""Every training loss: its value, its gradient, its weights (SPEC §6)."""
+"""Every training loss: its value, its gradient, its weights (Math §6)."""
 
 import math
 

@@ -21,7 +21,7 @@ def test_sections_are_numbered_without_gaps():
 def test_every_cited_section_exists():
     cited = set()
     for path in (ROOT / "fastdiff").rglob("*.py"):
-        for citation in re.findall(r"SPEC (§\d+(?:(?:, |-)§\d+)*)", path.read_text()):
+        for citation in re.findall(r"Math (§\d+(?:(?:, |-)§\d+)*)", path.read_text()):
             cited.update(re.findall(r"\d+", citation))
     assert cited
     assert cited <= set(SECTIONS)

@@ -1,4 +1,4 @@
-"""eps, x0, v, the posterior mean and the score determine each other (SPEC §5)."""
+"""eps, x0, v, the posterior mean and the score determine each other (Math §5)."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Noise schedules and the tables that follow from the betas (SPEC §1-§4)."""
+"""Noise schedules and the tables that follow from the betas (Math §1-§4)."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ T = 1000
 
 
 def _betas(name: str, num: int) -> np.ndarray:
-    """SPEC §2 in extended precision, written independently of the package."""
+    """Math §2 in extended precision, written independently of the package."""
     ld = np.longdouble
     t = np.arange(1, num + 1, dtype=ld)
     ramp = (t - 1) / max(num - 1, 1)

@@ -1,4 +1,4 @@
-"""Self-conditioning: the network is given its own estimate of x0 (Chen et al. 2022, SPEC §7)."""
+"""Self-conditioning: the network is given its own estimate of x0 (Chen et al. 2022, Math §7)."""
 
 import pytest
 import torch

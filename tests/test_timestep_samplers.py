@@ -1,4 +1,4 @@
-"""Uniform and loss-second-moment timestep sampling (IDDPM eq. 18, SPEC §6)."""
+"""Uniform and loss-second-moment timestep sampling (IDDPM eq. 18, Math §6)."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Weights per timestep, and those of DDIM's theorem 1 (SPEC §6)."""
+"""Weights per timestep, and those of DDIM's theorem 1 (Math §6)."""
 
 import math
 

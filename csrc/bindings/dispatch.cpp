@@ -150,7 +150,7 @@ struct Name {
   constexpr Name(const char (&name)[N]) { std::copy_n(name, N, text); }
 };
 
-// The other ops, as far as nobody records: None if somebody does.
+// The other ops without autograd: None if a gradient is needed.
 template <Name kName, typename Result, typename... Args>
 struct Unrecorded {
   static std::optional<Result> call(Args... args) {
@@ -194,8 +194,8 @@ using SamplerStep =
                double /*guidance_scale*/, const Operand& /*noise*/, const Operand& /*keys*/, Seed,
                SymInt /*stream*/, bool /*return_pred_x0*/>;
 
-// An op's kernel at the Autograd key: past autograd if nobody records, as in a compiled graph,
-// which calls the op from a node of its own; else the kernel in Python.
+// An op's kernel at the Autograd key: past autograd if no gradient is needed, as in a compiled
+// graph, which calls the op from a node of its own; else the kernel in Python.
 class AutogradKernel : public c10::OperatorKernel {
  public:
   // The dispatcher keeps kernels until the process ends, when there is no Python to free them with.

@@ -10,9 +10,9 @@ diffusers' code. `step` waits for the device at most once per `set_timesteps`, n
 Where diffusers is wrong these schedulers are right, unless their attribute `bug_compatible` is set:
 
 - DDIM takes t - T//S for the previous timestep, which is not the one that comes next with
-  "linspace" spacing, and with "trailing" where S does not divide T (SPEC §7);
+  "linspace" spacing, and with "trailing" where S does not divide T (Math §7);
 - add_noise and get_velocity round abar to the samples' dtype before they take 1 - abar: in bfloat16
-  that adds no noise at all at the first timesteps (SPEC §1);
+  that adds no noise at all at the first timesteps (Math §1);
 - DDPM adds noise in the last step where that is not at t = 0 ("trailing", or steps_offset > 0);
 - DDPM's variance_type="fixed_large_log" takes the square root of a logarithm: NaN.
 """
@@ -136,7 +136,7 @@ class _FusedScheduler:
         return q_sample(original_samples, t, signal, noise_scale, noise, dtype=dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (SPEC §5), `ops.q_sample`.
+        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (Math §5), `ops.q_sample`.
 
         Arguments and result as in diffusers; coefficients are float32 in every dtype.
         """

@@ -13,7 +13,7 @@ DOWNSAMPLE_PADDINGS = ("right", "both")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """Architecture of a U-Net (SPEC §11).
+    """Architecture of a U-Net (Math §11).
 
     Level ``i = 0 .. L-1`` works at ``sample_size / 2**i`` pixels with
     ``channels * channel_mult[i]`` channels.

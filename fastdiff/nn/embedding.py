@@ -49,7 +49,7 @@ def timestep_embedding(
 
     References
     ----------
-    Vaswani et al. 2017, arXiv 1706.03762, §3.5; SPEC §11.
+    Vaswani et al. 2017, arXiv 1706.03762, §3.5; Math §11.
     """
     if kind not in TIME_EMBEDDINGS:
         raise ValueError(f"kind must be one of {', '.join(TIME_EMBEDDINGS)}, got {kind!r}")

@@ -1,4 +1,4 @@
-"""A classifier of noisy images: half a U-Net, for classifier guidance (CG §4, SPEC §7)."""
+"""A classifier of noisy images: half a U-Net, for classifier guidance (CG §4, Math §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named U-Net configurations: the published ones of SPEC §11, and small ones."""
+"""Named U-Net configurations: the published ones of Math §11, and small ones."""
 
 from __future__ import annotations
 

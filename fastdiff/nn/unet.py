@@ -1,4 +1,4 @@
-"""The U-Net of DDPM and its descendants (SPEC §11)."""
+"""The U-Net of DDPM and its descendants (Math §11)."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ def ddim_step(
     stream: int = 0,
     return_pred_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z  (DDIM eq. 12, SPEC §7).
+    """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z  (DDIM eq. 12, Math §7).
 
     x0 and eps are those that the (guided) model output implies. The row decides what is computed:
     `NoiseSchedule.ddim_table` gives DDIM, `ddim_encode_table` its inverse; see `StepColumn`.
     Arithmetic is float32 whatever the dtype of the tensors (float64 for float64), rounded once. One
-    pass over memory: with `seed` the noise is made in the kernel (SPEC §9) and never stored.
+    pass over memory: with `seed` the noise is made in the kernel (Math §9) and never stored.
 
     Parameters
     ----------

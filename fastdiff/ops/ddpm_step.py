@@ -23,14 +23,14 @@ def ddpm_step(
     stream: int = 0,
     return_pred_x0: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x_s = mu~(x0, x_t) + sigma z, no noise in the last step (DDPM algorithm 2, SPEC §7).
+    """x_s = mu~(x0, x_t) + sigma z, no noise in the last step (DDPM algorithm 2, Math §7).
 
     x0 is what the (guided) model output implies, clipped to [-1, 1] if asked. With
     `learned_range` the second half of the output's channels, v, sets the variance per element:
     log sigma^2 = LOG_VARIANCE + LOG_VARIANCE_SLOPE v, which is IDDPM eq. 15 for a table with
     variance="learned_range", and v itself for one with variance="learned".
     Arithmetic is float32 whatever the dtype of the tensors (float64 for float64), rounded once. One
-    pass over memory: with `seed` the noise is made in the kernel (SPEC §9) and never stored.
+    pass over memory: with `seed` the noise is made in the kernel (Math §9) and never stored.
 
     Parameters
     ----------

@@ -64,7 +64,7 @@ def eps_loss(
     reduction: str = "mean",
     kind: str = "mse",
 ) -> Tensor:
-    """w_k mean_e l(prediction[k, e] - noise[k, e]) per sample, or its mean (DDPM eq. 14, SPEC §6).
+    """w_k mean_e l(prediction[k, e] - noise[k, e]) per sample, or its mean (DDPM eq. 14, Math §6).
 
     l(d) is d^2 ("mse"), |d| ("l1") or Huber's d^2 / 2 for |d| < 1, else |d| - 1/2 ("huber").
     With `seed` the noise is the one that `q_sample` and `philox_normal` make from it; it never

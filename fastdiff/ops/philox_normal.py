@@ -26,7 +26,7 @@ def philox_normal(
     device: torch.device | str = "cpu",
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """n[k, e] ~ N(0, 1), a pure function of (seed, k, e, stream): SPEC §9.
+    """n[k, e] ~ N(0, 1), a pure function of (seed, k, e, stream): Math §9.
 
     Sample k has the 64-bit key number k + 1 of SplitMix64(seed); element e of the sample, counted
     in logical (C, H, W) order whatever the memory format, is made from word e mod 4 of the

@@ -15,7 +15,7 @@ from fastdiff.reference import checks
 
 
 def posterior_mean(x0: Tensor, x_t: Tensor, t: Tensor, coef_x0: Tensor, coef_x_t: Tensor) -> Tensor:
-    """mu~_t = coef_x0[t] x0 + coef_x_t[t] x_t (DDPM eq. 7, SPEC §4), in one pass.
+    """mu~_t = coef_x0[t] x0 + coef_x_t[t] x_t (DDPM eq. 7, Math §4), in one pass.
 
     Arithmetic is float32 whatever the dtype of the tensors; the result is rounded once.
 
@@ -77,7 +77,7 @@ def posterior_mean_variance(
     variance: Tensor,
     log_variance: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, SPEC §4).
+    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, Math §4).
 
     Parameters
     ----------

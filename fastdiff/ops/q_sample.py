@@ -47,10 +47,10 @@ def q_sample(
     flip: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, SPEC §3), in one pass.
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, Math §3), in one pass.
 
     Coefficients and arithmetic are float32 whatever the dtype of the tensors; the result is rounded
-    once. With `seed` the noise is made in the kernel (SPEC §9) and never touches memory:
+    once. With `seed` the noise is made in the kernel (Math §9) and never touches memory:
     `philox_normal(x0.shape, seed, stream=stream)` is the same noise.
 
     Parameters

@@ -74,7 +74,7 @@ def vlb_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_{t-1} = KL(q(x_{t-1}|x_t,x0) || p(x_{t-1}|x_t)), at t = 0 L_0 = -log p(x0|x_1), per sample.
 
-    In bits per dimension (DDPM eqs. 5 and 13, SPEC §6), with the mean squared errors of the
+    In bits per dimension (DDPM eqs. 5 and 13, Math §6), with the mean squared errors of the
     predicted x0 and eps, all from one pass over the data. L_0 is the discretized Gaussian decoder:
     256 levels in [-1, 1], half-width 1/255, the outer bins infinite, with exact normal
     probabilities (published code approximates them), accurate in both tails. Sums are float32

@@ -1,4 +1,4 @@
-"""Reference of `ddim_step`: one step of DDIM (DDIM eq. 12, SPEC §7)."""
+"""Reference of `ddim_step`: one step of DDIM (DDIM eq. 12, Math §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of `ddpm_step`: one ancestral step (DDPM algorithm 2, SPEC §7)."""
+"""Reference of `ddpm_step`: one ancestral step (DDPM algorithm 2, Math §7)."""
 
 from __future__ import annotations
 

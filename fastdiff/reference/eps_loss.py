@@ -1,4 +1,4 @@
-"""Reference of `eps_loss`: the error of a predicted noise (DDPM eq. 14, SPEC §6)."""
+"""Reference of `eps_loss`: the error of a predicted noise (DDPM eq. 14, Math §6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def loss_terms(error: Tensor, kind: str) -> Tensor:
-    """d^2, |d|, or Huber's loss: d^2 / 2 where |d| < 1, else |d| - 1/2 (SPEC §6)."""
+    """d^2, |d|, or Huber's loss: d^2 / 2 where |d| < 1, else |d| - 1/2 (Math §6)."""
     if kind == "mse":
         return error.square()
     if kind == "l1":

@@ -1,4 +1,4 @@
-"""Counter-based random words and per-sample keys (SPEC §9), in plain PyTorch.
+"""Counter-based random words and per-sample keys (Math §9), in plain PyTorch.
 
 Philox4x32-10 is from Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3";
 SplitMix64 from Steele, Lea & Flood 2014.
@@ -30,7 +30,7 @@ def sample_keys(
 ) -> Tensor:
     """64-bit keys of samples `offset` .. `offset + num - 1` of a call with integer `seed`.
 
-    Key k is output number k + 1 of SplitMix64 started at `seed` (SPEC §9), so a sample keeps its
+    Key k is output number k + 1 of SplitMix64 started at `seed` (Math §9), so a sample keeps its
     noise when the batch is split or spread over devices.
 
     Returns
@@ -66,7 +66,7 @@ def _(seed: int, num: int, offset: int, device: torch.device) -> Tensor:
 
 
 def derived_keys(key: int | Tensor, k: Tensor) -> Tensor:
-    """Output number k + 1 of SplitMix64 started at `key`, int64 (SPEC §9).
+    """Output number k + 1 of SplitMix64 started at `key`, int64 (Math §9).
 
     With the key of a sample: one key for each of its timesteps k.
     """
@@ -110,7 +110,7 @@ def sample_words(keys: Tensor, numel: int, stream: int = 0, first: int = 0) -> T
     Elements are counted in logical (C, H, W) order.
 
     Element e takes word e mod 4 of the block with counter
-    (lo(e div 4), hi(e div 4), lo(stream), hi(stream)) and key (lo(key), hi(key)) (SPEC §9).
+    (lo(e div 4), hi(e div 4), lo(stream), hi(stream)) and key (lo(key), hi(key)) (Math §9).
 
     Returns
     -------

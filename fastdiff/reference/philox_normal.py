@@ -1,4 +1,4 @@
-"""Reference of `philox_normal`: normals that any kernel can regenerate (SPEC §9)."""
+"""Reference of `philox_normal`: normals that any kernel can regenerate (Math §9)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdiff.reference.philox import sample_keys, sample_words
 
 
 def box_muller(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pairs of words (last dimension even) to pairs of standard normals (SPEC §9).
+    """Pairs of words (last dimension even) to pairs of standard normals (Math §9).
 
     u1 = w0 2^-32 + 2^-32 and u2 = w1 2^-32 are float32 by definition; `dtype` is that of the
     arithmetic after them (float64 gives the oracle the kernels are compared with).

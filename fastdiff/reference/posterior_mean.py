@@ -1,4 +1,4 @@
-"""Reference of `posterior_mean`: the mean of q(x_{t-1} | x_t, x0) (DDPM eq. 7, SPEC §4)."""
+"""Reference of `posterior_mean`: the mean of q(x_{t-1} | x_t, x0) (DDPM eq. 7, Math §4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of `q_sample`: the closed-form forward process (DDPM eq. 4, SPEC §3)."""
+"""Reference of `q_sample`: the closed-form forward process (DDPM eq. 4, Math §3)."""
 
 from __future__ import annotations
 

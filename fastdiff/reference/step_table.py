@@ -132,7 +132,7 @@ def check_step(
 
 
 def guide(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
-    """uncond + guidance_scale (cond - uncond) (CFG eq. 6, SPEC §7), or cond alone.
+    """uncond + guidance_scale (cond - uncond) (CFG eq. 6, Math §7), or cond alone.
 
     Every parameterization is affine in eps with the same x_t term in both outputs, so combining
     raw outputs equals combining eps.
@@ -141,7 +141,7 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
 
 
 def predict_x0(prediction: str, x_t: Tensor, output: Tensor, row: StepRows) -> Tensor:
-    """x0 from the network's output (SPEC §5)."""
+    """x0 from the network's output (Math §5)."""
     c = StepColumn
     if prediction == "eps":
         return row[c.RECIP_SQRT_ALPHA_BAR] * x_t - row[c.NOISE_TO_SIGNAL] * output
@@ -153,7 +153,7 @@ def predict_x0(prediction: str, x_t: Tensor, output: Tensor, row: StepRows) -> T
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, row: StepRows) -> Tensor:
-    """eps = (x_t - a x0) / s (SPEC §5)."""
+    """eps = (x_t - a x0) / s (Math §5)."""
     c = StepColumn
     return row[c.RECIP_SQRT_ONE_MINUS_ALPHA_BAR] * x_t - row[c.SIGNAL_TO_NOISE] * x0
 

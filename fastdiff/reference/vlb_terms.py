@@ -1,4 +1,4 @@
-"""Reference of `vlb_terms`: one term of the variational bound per sample (SPEC §6)."""
+"""Reference of `vlb_terms`: one term of the variational bound per sample (Math §6)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ EDGE = 0.999
 
 
 def gaussian_kl(z: Tensor, log_variance1: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mu1, s1^2) || N(mu2, s2^2)) in nats, z = (mu1 - mu2) / s2 (SPEC §6)."""
+    """KL(N(mu1, s1^2) || N(mu2, s2^2)) in nats, z = (mu1 - mu2) / s2 (Math §6)."""
     w = log_variance1 - log_variance2
     return 0.5 * (torch.expm1(w) - w + z.square())
 
 
 def decoder_nll(z: Tensor, h: Tensor, edge: Tensor) -> Tensor:
-    """-log of the normal probability of x0's bin, in nats (DDPM eq. 13, SPEC §6).
+    """-log of the normal probability of x0's bin, in nats (DDPM eq. 13, Math §6).
 
     Parameters
     ----------

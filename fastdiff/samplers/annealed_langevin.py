@@ -1,4 +1,4 @@
-"""Annealed Langevin dynamics over the noise levels (NCSN algorithm 1, SPEC §7)."""
+"""Annealed Langevin dynamics over the noise levels (NCSN algorithm 1, Math §7)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.step_tables import conversion_table
 
 
 class AnnealedLangevin(Sampler):
-    """At every level: x <- x + (d/2) score + sqrt(d) z, `inner_steps` times (NCSN alg. 1, SPEC §7).
+    """At every level: x <- x + (d/2) score + sqrt(d) z, `inner_steps` times (NCSN alg. 1, Math §7).
 
     NCSN's levels are those of xb = x / sqrt(abar), with noise sg_t = sqrt((1 - abar_t)/abar_t); its
     step sizes are proportional to sg_t^2, in x's units d = step_size (1 - abar_t). A move to the

@@ -53,7 +53,7 @@ class Run:
 
 
 class Sampler(ABC):
-    """Turns noise into data with a trained model, one step per visited timestep (SPEC §7).
+    """Turns noise into data with a trained model, one step per visited timestep (Math §7).
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ class Sampler(ABC):
         progress: bool = True,
         callback: Callback | None = None,
     ) -> Tensor:
-        """x_T from which `decode(model, x_T)` reconstructs x0 (DDIM eqs. 13-14, §5.4, SPEC §7).
+        """x_T from which `decode(model, x_T)` reconstructs x0 (DDIM eqs. 13-14, §5.4, Math §7).
 
         The same ODE run forward over the same timesteps, without clipping; the reconstruction error
         falls with S. For the closest one, decode with `clip_denoised=False` too.

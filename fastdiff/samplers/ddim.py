@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models (DDIM eq. 12, SPEC §7)."""
+"""Denoising diffusion implicit models (DDIM eq. 12, Math §7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdiff.samplers.spacing import Spacing
 
 
 class DDIM(Sampler):
-    """x_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps + sigma z (DDIM eq. 12, SPEC §7).
+    """x_s = sqrt(abar_s) x0_hat + sqrt(1 - abar_s - sigma^2) eps + sigma z (DDIM eq. 12, Math §7).
 
     s is the previous visited timestep, for every spacing, and alpha_bar = 1 before the first.
 

@@ -1,4 +1,4 @@
-"""Ancestral sampling (DDPM algorithm 2, SPEC §7)."""
+"""Ancestral sampling (DDPM algorithm 2, Math §7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdiff.samplers.base import Run, Sampler
 
 
 class DDPM(Sampler):
-    """x_s = mu~(x0_hat, x_t) + sigma z, with the diffusion's variance (DDPM alg. 2, SPEC §7).
+    """x_s = mu~(x0_hat, x_t) + sigma z, with the diffusion's variance (DDPM alg. 2, Math §7).
 
     On a subsequence the betas are respaced (IDDPM): 1 - beta' = abar_t / abar_s.
 

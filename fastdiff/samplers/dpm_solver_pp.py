@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M): a second-order multistep method on DDIM's ODE (SPEC §7)."""
+"""DPM-Solver++(2M): a second-order multistep method on DDIM's ODE (Math §7)."""
 
 from __future__ import annotations
 

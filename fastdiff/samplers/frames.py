@@ -14,7 +14,7 @@ SHOW = ("pred_x0", "x_t")
 
 
 class Frames:
-    """A callback that keeps pictures: `sampler.sample(..., callback=frames)` (DDPM §4.3, SPEC §7).
+    """A callback that keeps pictures: `sampler.sample(..., callback=frames)` (DDPM §4.3, Math §7).
 
     Parameters
     ----------

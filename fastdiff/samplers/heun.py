@@ -1,4 +1,4 @@
-"""Heun's second-order method on DDIM's ODE (DDIM eq. 14; EDM algorithm 1, SPEC §7)."""
+"""Heun's second-order method on DDIM's ODE (DDIM eq. 14; EDM algorithm 1, Math §7)."""
 
 from __future__ import annotations
 

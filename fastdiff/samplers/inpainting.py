@@ -1,4 +1,4 @@
-"""Inpainting with resampling around any sampler (RePaint, Lugmayr et al. 2022, SPEC §7)."""
+"""Inpainting with resampling around any sampler (RePaint, Lugmayr et al. 2022, Math §7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KNOWN, _JUMP = 1 << 40, 1 << 41
 
 
 class Inpainting(Sampler):
-    """After every step of `sampler`: x_s <- mask q_sample(known, s) + (1 - mask) x_s (SPEC §7).
+    """After every step of `sampler`: x_s <- mask q_sample(known, s) + (1 - mask) x_s (Math §7).
 
     RePaint's resampling (arXiv 2201.09865, alg. 1 and app. B): whenever `jump_length` steps have
     been taken, the state is noised back by q(x_t | x_s) and they are taken again, `resamples` times
@@ -134,7 +134,7 @@ class Inpainting(Sampler):
         return mask * known + (1 - mask) * x
 
     def _noise_back(self, run: Run, x: Tensor, level: int, target: int, stream: int) -> Tensor:
-        """q(x_t | x_s) = N(sqrt(abar_t / abar_s) x_s, (1 - abar_t / abar_s) I) (SPEC §3)."""
+        """q(x_t | x_s) = N(sqrt(abar_t / abar_s) x_s, (1 - abar_t / abar_s) I) (Math §3)."""
         log_alpha_bars = self.diffusion.schedule.log_alpha_bars[self.indices]
         start = log_alpha_bars[level] if level >= 0 else 0.0
         log_ratio = log_alpha_bars[target] - start

@@ -1,4 +1,4 @@
-"""What the deterministic samplers share: they follow DDIM's ODE (DDIM eqs. 13-14, SPEC §7)."""
+"""What the deterministic samplers share: they follow DDIM's ODE (DDIM eqs. 13-14, Math §7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictor-corrector sampling (Score-SDE algorithms 1, 3 and 5, SPEC §7)."""
+"""Predictor-corrector sampling (Score-SDE algorithms 1, 3 and 5, Math §7)."""
 
 from __future__ import annotations
 

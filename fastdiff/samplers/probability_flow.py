@@ -1,4 +1,4 @@
-"""Euler steps of the probability flow of the variance-exploding SDE (DDIM eq. 15, SPEC §7)."""
+"""Euler steps of the probability flow of the variance-exploding SDE (DDIM eq. 15, Math §7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdiff.step_tables import conversion_table, ddim_encode_table
 
 
 class ProbabilityFlow(OdeSampler):
-    """xb_s = xb_t + 1/2 (sg_s^2 - sg_t^2) / sg_t eps, xb = x / sqrt(abar) (DDIM eq. 15, SPEC §7).
+    """xb_s = xb_t + 1/2 (sg_s^2 - sg_t^2) / sg_t eps, xb = x / sqrt(abar) (DDIM eq. 15, Math §7).
 
     The same ODE as DDIM's, stepped in sg^2 instead of sg: both end at the same point as S grows,
     and with few steps DDIM is closer to it. Time is the schedule's noise level sg_t^2 = (1 -

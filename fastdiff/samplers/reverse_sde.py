@@ -1,4 +1,4 @@
-"""The reverse-time SDE of the variance-preserving process (Score-SDE eqs. 6 and 11, SPEC §7)."""
+"""The reverse-time SDE of the variance-preserving process (Score-SDE eqs. 6 and 11, Math §7)."""
 
 from __future__ import annotations
 

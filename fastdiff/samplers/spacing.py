@@ -1,4 +1,4 @@
-"""Which S of the T timesteps a sampler visits (DDIM §4.2 and app. D, IDDPM, SPEC §7)."""
+"""Which S of the T timesteps a sampler visits (DDIM §4.2 and app. D, IDDPM, Math §7)."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ class TrainConfig:
         ]
 
 
-# DDPM's recipe for CIFAR-10 (SPEC §11), and what it becomes for images of unknown kind and size.
+# DDPM's recipe for CIFAR-10 (Math §11), and what it becomes for images of unknown kind and size.
 _OWN_IMAGES: dict[str, Any] = {
     "threads": 0,
     "preset": "mnist",

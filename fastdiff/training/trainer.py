@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Trains a U-Net to denoise: L_simple (DDPM eq. 14, SPEC §6) by default.
+    """Trains a U-Net to denoise: L_simple (DDPM eq. 14, Math §6) by default.
 
     Everything random about a training image (its timestep, its noise, whether it is mirrored or
     loses its label) is a function of the run's seed and of how many images came before it in the

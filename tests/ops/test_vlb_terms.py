@@ -228,7 +228,7 @@ def test_samples_of_many_chunks(implementation: str) -> None:
 
 
 def eager_terms(args: dict) -> Tensor:
-    """The formulas as published code writes them, in the dtype of the tensors (SPEC §6)."""
+    """The formulas as published code writes them, in the dtype of the tensors (Math §6)."""
     t, dtype = args["t"], args["x_t"].dtype
 
     def row(column: int) -> Tensor:
@@ -358,7 +358,7 @@ def test_all_bins_add_up_to_one() -> None:
 
 
 def test_a_perfect_network_pays_for_the_variance_alone() -> None:
-    """With eps itself as the output KL = (log r - 1 + 1/r) / 2, r = beta / beta~ (SPEC §6)."""
+    """With eps itself as the output KL = (log r - 1 + 1/r) / 2, r = beta / beta~ (Math §6)."""
     t = torch.arange(1, 1000)
     x0 = torch.rand(999, 1, 2, 2) * 2 - 1
     noise = ops.philox_normal(x0.shape, seed=1)

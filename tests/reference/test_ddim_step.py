@@ -1,4 +1,4 @@
-"""One DDIM step against DDIM eq. 12 in float64 and against diffusers (SPEC §7)."""
+"""One DDIM step against DDIM eq. 12 in float64 and against diffusers (Math §7)."""
 
 import math
 

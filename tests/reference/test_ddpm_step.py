@@ -1,4 +1,4 @@
-"""One ancestral step against DDPM algorithm 2 in float64 and against diffusers (SPEC §4, §7)."""
+"""One ancestral step against DDPM algorithm 2 in float64 and against diffusers (Math §4, §7)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What all samplers share: noise per sample, callbacks, guidance, modes, errors (SPEC §7, §9)."""
+"""What all samplers share: noise per sample, callbacks, guidance, modes, errors (Math §7, §9)."""
 
 import pytest
 import torch

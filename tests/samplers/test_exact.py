@@ -1,4 +1,4 @@
-"""DDPM and DDIM with the exact network of a Gaussian: the samplers' own errors (SPEC §10)."""
+"""DDPM and DDIM with the exact network of a Gaussian: the samplers' own errors (Math §10)."""
 
 import itertools
 import math

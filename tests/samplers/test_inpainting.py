@@ -1,4 +1,4 @@
-"""Inpainting around any sampler, with and without jumps (RePaint, SPEC §7)."""
+"""Inpainting around any sampler, with and without jumps (RePaint, Math §7)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Interpolation, consistency, frames and names of samplers (DDIM §5, SPEC §7)."""
+"""Interpolation, consistency, frames and names of samplers (DDIM §5, Math §7)."""
 
 import builtins
 import math

@@ -1,4 +1,4 @@
-"""Deterministic samplers on exact networks: orders, endpoints, encoding (SPEC §7, §10)."""
+"""Deterministic samplers on exact networks: orders, endpoints, encoding (Math §7, §10)."""
 
 import itertools
 

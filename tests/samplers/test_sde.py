@@ -1,4 +1,4 @@
-"""Samplers that add noise, on exact networks: moments, and steps written twice (SPEC §7)."""
+"""Samplers that add noise, on exact networks: moments, and steps written twice (Math §7)."""
 
 import itertools
 import math

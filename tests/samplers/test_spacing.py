@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits (DDIM §4.2, IDDPM, SPEC §7)."""
+"""Which timesteps a sampler visits (DDIM §4.2, IDDPM, Math §7)."""
 
 import math
 

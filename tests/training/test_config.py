@@ -13,7 +13,7 @@ def test_defaults_are_those_of_digits_and_every_recipe_is_valid():
     for data in ("digits", "fashion-mnist", "cifar10", "some/folder"):
         TrainConfig.for_data(data).validate()
     cifar10 = TrainConfig.for_data("cifar10")
-    # DDPM's recipe, SPEC §11.
+    # DDPM's recipe, Math §11.
     assert (cifar10.lr, cifar10.warmup, cifar10.batch_size) == (2e-4, 5000, 128)
     assert (cifar10.grad_clip, cifar10.ema, cifar10.flip) == (1.0, (0.9999,), True)
     assert cifar10.variance == "fixed_large"
