@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._models import Model, device_of, evaluating
+from fastdiff._models import Model, device_of, evaluating, keys_of, progress_bar
 from fastdiff._types import check_tensors
-from fastdiff.samplers.base import _progress
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 from fastdiff.schedules import NoiseSchedule
 
@@ -236,8 +235,7 @@ class CategoricalDiffusion:
             )
         device = device_of(model) if device is None else torch.device(device)
         batch = shape[0]
-        keys = seed.to(device) if isinstance(seed, Tensor) else ops.sample_keys(seed, batch)
-        keys = keys.to(device)
+        keys = keys_of(seed, batch, device)
         if x_T is None:
             flat = torch.full((batch, self.num_classes, *shape[1:]), 1 / self.num_classes)
             x = draw(flat.to(device), keys, 0)
@@ -245,13 +243,15 @@ class CategoricalDiffusion:
             check_tensors("sample", x_T=x_T)
             x = x_T.to(device)
         times = [-1, *indices.tolist()]
-        with evaluating(model):
-            for k, row in enumerate(_progress(range(len(indices), 0, -1), progress)):
+        rows = range(len(indices), 0, -1)
+        with evaluating(model), progress_bar(len(rows), "sampling", progress) as bar:
+            for k, row in enumerate(rows):
                 t, s = (torch.full((batch,), times[i], device=device) for i in (row, row - 1))
                 probs, pred_x0 = self.p_probs(model, x, t, s, model_kwargs)
                 if callback is not None:
                     callback(k, int(self.schedule.timesteps[times[row]]), x, pred_x0)
                 x = draw(probs, keys, k + 1)
+                bar.update(1)
         return x
 
     # ---------------------------------------------------------------- coefficients

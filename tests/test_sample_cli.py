@@ -1,6 +1,8 @@
 """`python -m fastdiff.sample`, through its real front door."""
 
 import dataclasses
+import inspect
+import re
 import sys
 
 import numpy as np
@@ -12,7 +14,7 @@ from fastdiff import _cli, ops, sample
 from fastdiff.guidance import ClassifierFree, DynamicThresholding
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS, UNetConfig
-from fastdiff.samplers import DDIM, DDPM, DPMSolverPP, PredictorCorrector
+from fastdiff.samplers import DDIM, DDPM, SAMPLERS, DPMSolverPP, PredictorCorrector
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
 CONFIG = TrainConfig(
@@ -271,3 +273,11 @@ def test_images_come_from_the_average_asked_for(run_sample, runs, tmp_path):
     code, error = run_sample("plain", "--ema", "0.9", "--out", "x.npz")
     assert code == 2
     assert "--ema 0.9: plain has averages of decay 0.5 or 0.0" in error
+
+
+def test_help_names_every_sampler():
+    """tyro reads it in the source."""
+    source = inspect.getsource(sample.SampleConfig)
+    text = source[source.index("sampler: str") : source.index("steps: int")]
+    named = re.findall(r"[a-z_]{4,}", text.partition('"""')[2].partition("How to sample:")[2])
+    assert [name for name in named if name in SAMPLERS] == list(SAMPLERS)

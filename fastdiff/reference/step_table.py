@@ -48,6 +48,8 @@ class StepColumn(IntEnum):
     COEF_EPS = 10
     SIGMA = 11
     """Noise scale; 0 in the row that ends at t = 0."""
+    COEF_EXTRA = 11
+    """The same column where a sampler passes another state in place of the noise."""
     LOG_VARIANCE = 12
     """Log variance of p(x_s | x_t) where the network's variance channels are 0 (DDPM tables)."""
     LOG_VARIANCE_SLOPE = 13

@@ -8,7 +8,6 @@ from torch import Tensor
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run, Sampler
-from fastdiff.samplers.ode import require_signal
 from fastdiff.samplers.spacing import Spacing
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.step_tables import conversion_table
@@ -52,6 +51,8 @@ class AnnealedLangevin(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    finite_noise_level = True
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -69,7 +70,6 @@ class AnnealedLangevin(Sampler):
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.inner_steps = inner_steps
         self.step_size = step_size
-        require_signal(self)
 
     def _table(self) -> Tensor:
         return annealed_langevin_table(self.diffusion.schedule, self.indices, self.step_size)

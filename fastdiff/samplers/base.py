@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._models import Model, device_of, dtype_of, evaluating
+from fastdiff._models import Model, device_of, dtype_of, evaluating, keys_of, progress_bar
 from fastdiff._types import check_tensors, check_type
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.guidance import Guidance, check_guidance
@@ -69,6 +69,10 @@ class Sampler(ABC):
     """Whether x_T alone decides the sample; then `encode` and `decode` exist."""
     default_steps: int | None = None
     """S of a named spacing if none is given; None: all timesteps."""
+    wraps_another = False
+    """Whether it is made of another sampler instead of a process."""
+    finite_noise_level = False
+    """Whether the first visited timestep needs a finite noise level, so a non-zero SNR."""
     takes_mean_shift = False
     """Whether guidance may shift the mean of the step (CG algorithm 1)."""
     use_clipped_model_output = True
@@ -89,6 +93,8 @@ class Sampler(ABC):
         self.clip_denoised = clip_denoised
         self.indices = spaced_indices(diffusion.schedule, steps, spacing)
         """(S,) indices of the schedule, increasing; they are visited from the last to the first."""
+        if self.finite_noise_level:
+            self._require_finite_noise_level()
 
     @property
     def steps(self) -> int:
@@ -125,7 +131,8 @@ class Sampler(ABC):
     ) -> tuple[Tensor, Tensor]:
         """COEF_X0 x0 + COEF_X_T x + COEF_EPS eps + SIGMA z by one table row, and x0 (`StepColumn`).
 
-        z is the noise of `stream`, or any tensor `extra`: so a step of several terms is one call.
+        z is the noise of `stream`, or any tensor `extra`, whose coefficient is COEF_EXTRA: so a
+        step of several terms is one call.
         """
         output, uncond, scale = outputs
         return ops.ddim_step(
@@ -192,10 +199,8 @@ class Sampler(ABC):
         Tensor
             (B, C, ...), in [-1, 1] for a model of images.
         """
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
-        x = self._start(model, shape, seed, x_T, device, dtype)
-        run = self._run(model, x, self._table(), seed, guidance, model_kwargs)
+        x, keys = self._start(model, shape, seed, x_T, device, dtype)
+        run = self._run(model, x, self._table(), keys, guidance, model_kwargs)
         return self._loop(
             model, run, x, self._order(), self._step, self.timesteps, progress, callback
         )
@@ -264,7 +269,16 @@ class Sampler(ABC):
         if not self.deterministic:
             raise ValueError(
                 f"{what} needs a deterministic sampler, this one {self._randomness()}; use "
-                "DDIM(..., eta=0.0), ProbabilityFlow, Heun or DPMSolverPP"
+                f"DDIM(..., eta=0.0), {_names(lambda c: c.deterministic is True)}"
+            )
+
+    def _require_finite_noise_level(self) -> None:
+        schedule, last = self.diffusion.schedule, int(self.indices[-1])
+        if last == schedule.num_timesteps - 1 and schedule.has_zero_terminal_snr:
+            raise ValueError(
+                f"{type(self).__name__} starts at a finite noise level, but timestep {last} of "
+                "this schedule has zero SNR (abar = 0); leave it out of spacing, or use "
+                f"{_names(lambda c: not c.finite_noise_level)}"
             )
 
     def _randomness(self) -> str:
@@ -283,33 +297,35 @@ class Sampler(ABC):
         callback: Callback | None,
     ) -> Tensor:
         times = timesteps.tolist()
-        with evaluating(model):
-            for k, row in enumerate(_progress(rows, progress)):
+        with evaluating(model), progress_bar(len(rows), "sampling", progress) as bar:
+            for k, row in enumerate(rows):
                 x_next, pred_x0 = step(run, x, row, k + 1)
                 if self.diffusion.self_conditioning:
                     run.memory["x_self_cond"] = pred_x0
                 if callback is not None:
                     callback(k, times[row], x, pred_x0)
                 x = x_next
+                bar.update(1)
         return x
 
     def _start(
         self,
         model: Model,
         shape: Sequence[int] | None,
-        seed: int | Tensor,
+        seed: int | Tensor | None,
         x_T: Tensor | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-    ) -> Tensor:
-        """x_T on its device: the given one, or stream 0 of the noise."""
+    ) -> tuple[Tensor, Tensor]:
+        """x_T on its device, the given one or stream 0 of the noise, and the noise's keys."""
         if x_T is not None:
             check_tensors("sample", x_T=x_T)
             if shape is not None and tuple(shape) != tuple(x_T.shape):
                 raise ValueError(
                     f"x_T has shape {tuple(x_T.shape)}, expected {tuple(shape)} as shape"
                 )
-            return x_T.detach().to(device=device, dtype=dtype)
+            x = x_T.detach().to(device=device, dtype=dtype)
+            return x, keys_of(seed, len(x), x.device)
         if shape is None:
             raise ValueError("pass shape (B, C, ...) or x_T; neither was given")
         shape = tuple(shape)
@@ -317,16 +333,15 @@ class Sampler(ABC):
             raise ValueError(f"shape is {shape}, expected (B, C, ...)")
         if device is None:
             device = device_of(model)
-        if isinstance(seed, Tensor):
-            seed = seed.to(device)
-        return ops.philox_normal(shape, seed, device=device).to(dtype or torch.float32)
+        keys = keys_of(seed, shape[0], torch.device(device))
+        return ops.philox_normal(shape, keys, device=device).to(dtype or torch.float32), keys
 
     def _run(
         self,
         model: Model,
         x: Tensor,
         table: Tensor,
-        seed: int | Tensor | None,
+        keys: Tensor | None,
         guidance: Guidance | None,
         model_kwargs: Mapping[str, Any] | None,
     ) -> Run:
@@ -352,20 +367,24 @@ class Sampler(ABC):
                 self.diffusion.split_output(uncond, x)
             return output, uncond, scale
 
-        if seed is None:
-            keys = None
-        elif isinstance(seed, Tensor):
-            keys = seed.to(device)
-        else:
-            keys = ops.sample_keys(seed, batch, device=device)
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
         mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
         return Run(evaluate, table.to(device), rows, keys, mean_shift, memory)
 
 
-def _progress(rows: Sequence[int], show: bool) -> Iterable[int]:
-    if show and importlib.util.find_spec("tqdm") is not None:
-        from tqdm import tqdm
+def _names(wanted: Callable[[type[Sampler]], bool]) -> str:
+    """Those of fastdiff's samplers that are `wanted`, for error messages: A, B or C."""
 
-        return tqdm(rows, desc="sampling", leave=False, disable=None)
-    return rows
+    def below(parent: type[Sampler]) -> Iterator[type[Sampler]]:
+        for child in parent.__subclasses__():
+            yield child
+            yield from below(child)
+
+    found = [
+        c.__name__
+        for c in below(Sampler)
+        if c.__module__.startswith(__package__)
+        and not (inspect.isabstract(c) or c.wraps_another)
+        and wanted(c)
+    ]
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))

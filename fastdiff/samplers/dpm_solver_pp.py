@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run
-from fastdiff.samplers.ode import OdeSampler, require_signal
+from fastdiff.samplers.ode import OdeSampler
 from fastdiff.samplers.spacing import Spacing
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.step_tables import conversion_table, ddim_encode_table
@@ -43,15 +43,14 @@ class DPMSolverPP(OdeSampler):
         spacing: Spacing = "logsnr",
         *,
         clip_denoised: bool = True,
-        eta: float = 0.0,
     ) -> None:
-        super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised, eta=eta)
+        super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
 
     def _table(self) -> Tensor:
         return dpm_solver_pp_table(self.diffusion.schedule, self.indices)
 
     def _encode_table(self) -> Tensor:
-        require_signal(self)
+        self._require_finite_noise_level()
         return dpm_solver_pp_encode_table(self.diffusion.schedule, self.indices)
 
     def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,10 @@ class DPMSolverPP(OdeSampler):
 
 @torch.no_grad()
 def dpm_solver_pp_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
-    """Rows with SIGMA the coefficient of the x0 predicted one step before."""
+    """x_s = COEF_X_T x_t + COEF_X0 x0_t + COEF_EXTRA x0_u, with x0_u predicted one step before.
+
+    D = x0_t + share (x0_t - x0_u) with share = 1 / (2 r), and x_s = ratio x_t + gain D.
+    """
     spaced = schedule.respace(indices)
     table = conversion_table(schedule, indices)
     a_s, sigma_s = spaced.alpha_bars_prev.sqrt(), spaced.one_minus_alpha_bars_prev.sqrt()
@@ -103,5 +105,5 @@ def _fill(table: Tensor, ratio: Tensor, gain: Tensor, share: Tensor) -> Tensor:
     c = StepColumn
     table[:, c.COEF_X_T] = ratio
     table[:, c.COEF_X0] = gain * (1 + share)
-    table[:, c.SIGMA] = -gain * share
+    table[:, c.COEF_EXTRA] = -gain * share
     return table.float()

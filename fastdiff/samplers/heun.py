@@ -54,7 +54,14 @@ class Heun(OdeSampler):
 
 @torch.no_grad()
 def heun_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
-    """Three blocks of S rows: the whole Euler step, half of it, and the corrector's other half."""
+    """Three blocks of S rows: the whole Euler step, half of it, and the corrector's other half.
+
+    With h = sg_s - sg_t and xb = x / sqrt(abar), in the order that a step uses them:
+
+        whole      xb'      = xb_t + h eps(x_t, t)
+        half       xb_half  = xb_t + h/2 eps(x_t, t)
+        corrector  xb_s     = xb_half + h/2 eps(x', s)    with xb_half as the extra state
+    """
     spaced = schedule.respace(indices)
     a_s, level_s = spaced.alpha_bars_prev.sqrt(), spaced.one_minus_alpha_bars_prev.sqrt()
     slope = level_s - a_s * spaced.snr.rsqrt()  # sqrt(abar_s) (sg_s - sg_t)
@@ -83,5 +90,5 @@ def _blocks(
     whole[:, c.COEF_X_T] = half[:, c.COEF_X_T] = ratio
     whole[:, c.COEF_EPS] = slope
     half[:, c.COEF_EPS] = corrector[:, c.COEF_EPS] = slope / 2
-    corrector[:, c.SIGMA] = 1.0  # adds the half step, passed where other samplers pass noise
+    corrector[:, c.COEF_EXTRA] = 1.0  # of the half step
     return torch.cat([whole, half, corrector])

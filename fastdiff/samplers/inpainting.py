@@ -53,6 +53,8 @@ class Inpainting(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    wraps_another = True
+
     def __init__(
         self,
         sampler: Sampler,

@@ -12,7 +12,6 @@ from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.ddim import DDIM
 from fastdiff.samplers.ddpm import DDPM
-from fastdiff.samplers.ode import require_signal
 from fastdiff.samplers.probability_flow import ProbabilityFlow
 from fastdiff.samplers.reverse_sde import ReverseSDE
 from fastdiff.samplers.spacing import Spacing
@@ -66,6 +65,8 @@ class PredictorCorrector(Sampler):
     >>> images = sampler.sample(lambda x, t: 0.1 * x, (2, 1, 8, 8), progress=False)
     """
 
+    finite_noise_level = True
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -86,7 +87,6 @@ class PredictorCorrector(Sampler):
         if not 0 < snr < math.inf:
             raise ValueError(f"snr is {snr}, expected a positive number")
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
-        require_signal(self)
         self.predictor = PREDICTORS[predictor](
             diffusion, None, self.indices, clip_denoised=clip_denoised
         )

@@ -8,7 +8,6 @@ from torch import Tensor
 from fastdiff.gaussian import GaussianDiffusion
 from fastdiff.reference.step_table import StepColumn
 from fastdiff.samplers.base import Run, Sampler
-from fastdiff.samplers.ode import require_signal
 from fastdiff.samplers.spacing import Spacing
 from fastdiff.schedules import NoiseSchedule
 from fastdiff.step_tables import conversion_table
@@ -53,6 +52,8 @@ class ReverseSDE(Sampler):
     >>> images = sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8), progress=False)
     """
 
+    finite_noise_level = True
+
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -66,7 +67,6 @@ class ReverseSDE(Sampler):
             raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.method = method
-        require_signal(self)
 
     def _table(self) -> Tensor:
         return reverse_sde_table(self.diffusion.schedule, self.indices, self.method)

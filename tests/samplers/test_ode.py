@@ -213,9 +213,7 @@ def test_dpm_solver_starts_at_zero_terminal_snr():
 
 
 @pytest.mark.parametrize("make", [ProbabilityFlow, Heun, DPMSolverPP])
-def test_an_ode_sampler_takes_no_eta(diffusion, make):
-    with pytest.raises(ValueError, match=r"eta is 0\.5, but \w+ follows an ODE"):
-        make(diffusion, 10, eta=0.5)
+def test_arguments(diffusion, make):
     with pytest.raises(ValueError, match=r"steps is 1001, expected 1\.\.1000"):
         make(diffusion, 1001)
     with pytest.raises(ValueError, match="5 is followed by 3"):
