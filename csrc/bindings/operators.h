@@ -12,9 +12,11 @@ namespace fastdiff::bindings {
 // Registers every operator with the kernels of one device. The schemas are defined in fastdiff/ops.
 //
 // Device has
-//   Guard                   made of a tensor: while it lives, that tensor's device is the current
-//   one workspace(args)         floats of workspace that the kernel for `args` needs <operator>(x,
-//   args)     runs the kernel on the device of x
+// - Guard, made of a tensor: while it lives, that tensor's device is the current one;
+// - check_rows(rows, number, op, name), which refuses rows of a table that do not exist, if that is
+//   cheap to see;
+// - workspace(args): floats of workspace that the kernel for `args` needs;
+// - <operator>(x, args), which runs the kernel on the device of x.
 template <typename Device, typename Library>
 void register_operators(Library& library) {
   library.impl("ddim_step", TORCH_BOX(&ddim_step<Device>));

@@ -53,6 +53,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& sqrt_alpha_bar,
   const std::optional<Tensor> noise_ready = noise ? std::optional(prepared(*noise)) : std::nullopt;
   const Tensor t_ready = in_format(t, false), a_ready = in_format(sqrt_alpha_bar, false),
                b_ready = in_format(sqrt_one_minus_alpha_bar, false);
+  Device::check_rows(t_ready, num_timesteps, op, "t");
   const std::optional<Tensor> keys_ready = checked_keys(keys, x0, op);
   const std::optional<Tensor> flip_ready =
       flip ? std::optional(in_format(*flip, false)) : std::nullopt;

@@ -79,6 +79,7 @@ std::tuple<Tensor, Tensor> sampler_step(bool ddpm, const Tensor& x_t, const Tens
   const Tensor noise_ready = noise ? ready(*noise, x_type) : x_ready;
   const std::optional<Tensor> keys_ready = checked_keys(keys, x_t, op);
   const Tensor step_ready = in_format(step, false), table_ready = in_format(table, false);
+  Device::check_rows(step_ready, table.size(0), op, "step");
 
   Tensor x_s = empty(x_t, x_type, channels_last);
   Tensor pred_x0 = return_pred_x0 ? empty(x_t, x_type, channels_last) : empty_of({0}, x_t, type);

@@ -90,6 +90,7 @@ Tensor vlb_terms(const Tensor& x0, const Tensor& x_t, const Tensor& model_output
   const typename Device::Guard guard(x_t);
   VlbTermsCall call(x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned,
                     clip, detach_mean);
+  Device::check_rows(call.t, call.args.num_rows, "vlb_terms", "t");
   Tensor out = empty_of({3, call.x_t.size(0)}, call.x_t, ScalarType::Float);
   if (out.numel() == 0) return out;
   const std::optional<Tensor> workspace = workspace_of(Device::workspace(call.args), call.x_t);
@@ -109,6 +110,7 @@ Tensor vlb_terms_backward(const Tensor& grad, const Tensor& x0, const Tensor& x_
   const typename Device::Guard guard(x_t);
   VlbTermsCall call(x0, x_t, model_output, t, table, noise, keys, seed, stream, prediction, learned,
                     clip, detach_mean);
+  Device::check_rows(call.t, call.args.num_rows, "vlb_terms", "t");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == 3 && grad.size(1) == call.x_t.size(0) &&
                       grad.scalar_type() == ScalarType::Float && grad.device() == call.x_t.device(),
                   "vlb_terms: grad must be float32 (3, B) on the device of x_t");
