@@ -53,10 +53,29 @@ command -v nvidia-smi > /dev/null && nvidia-smi > "$out/nvidia_smi.txt" 2>&1
 : > "$out/summary.txt"
 arch=$(python -c 'import json, sys; print("%d.%d" % tuple(json.load(open(sys.argv[1]))["capability"]))' "$out/machine.json")
 
+# Without a network and build isolation the build takes what is installed here.
+needs_build_tools() {
+  python - <<'PY'
+from importlib.metadata import PackageNotFoundError, version
+least = {"setuptools": 77, "ninja": 1, "pybind11": 2}
+missing = []
+for name, major in least.items():
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = "none"
+    if found == "none" or int(found.split(".")[0]) < major:
+        missing.append(f"{name} >= {major} (found {found})")
+if missing:
+    raise SystemExit("build: install these first, or skip the stage: " + ", ".join(missing))
+PY
+}
+
 for name in "$@"; do
   SECONDS=0
   case $name in
     build)
+      if ! needs_build_tools; then failed+=("build (tools are missing)"); continue; fi
       TORCH_CUDA_ARCH_LIST=$arch stage build \
         python -m pip install --no-build-isolation --no-deps --no-index -v -e .
       python -m fastdiff.info > "$out/info.txt" 2>&1
