@@ -114,3 +114,22 @@ def test_the_noise_is_that_of_the_cpu(backend: str) -> None:
     with fastdiff.use_backend(backend):
         device = ops.philox_normal((3, 5, 17, 19), 11, device="cuda").cpu()
     torch.testing.assert_close(device, ops.philox_normal((3, 5, 17, 19), 11), rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_backend_of_a_device() -> None:
+    """Of the current device, and by index; as fastdiff.info and the commands ask for it."""
+    from fastdiff import _backends
+
+    compiled = bool(fastdiff.backends()["cuda"])
+    assert _backends.default_backend("cuda") == ("cuda" if compiled else "triton")
+    for index in range(torch.cuda.device_count()):
+        expected = ops_backend(f"cuda:{index}")
+        assert _backends.default_backend(f"cuda:{index}") == expected
+    assert _backends.default_backend("meta") == "reference"
+
+
+def ops_backend(device: str) -> str:
+    """What a call on that device selects."""
+    from fastdiff import _backends
+
+    return _backends.select_backend("q_sample", torch.zeros(1, device=device), None)
