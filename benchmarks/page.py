@@ -116,7 +116,6 @@ LIMITS = {
     "eps_loss": "noise given: memory; noise from a seed: the arithmetic of the normals",
     "posterior_mean": "memory",
     "ddim_step": "memory; with noise the arithmetic of the normals",
-    "ddpm_step": "the arithmetic of the normals",
     "vlb_terms": "arithmetic: two exponentials and a series an element",
     "group_norm_silu": "large maps: memory; small maps: sums and SiLU; 4x4: the call",
 }

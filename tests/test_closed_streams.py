@@ -15,21 +15,13 @@ import pytest
 import sklearn.datasets  # noqa: F401
 import tyro  # noqa: F401
 from commands import Command
+from tiny import TINY
 
 from fastdiff import info, verify
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.training import RunFolder
 from fastdiff.training.checkpoint import load_newest
 
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
 FLAGS = ["--preset", "tiny", "--steps", "4", "--batch-size", "8", "--timesteps", "20"]
 FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "2", "--device", "cpu"]
 

@@ -12,22 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
 from fastdiff import _cli, evaluate, sample, train
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.samplers import SAMPLERS
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset
 from fastdiff.training.checkpoint import load_newest, save
 
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
 FLAGS = ["--preset", "tiny", "--batch-size", "8", "--timesteps", "20", "--device", "cpu"]
 FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "1"]
 # So large that the weights after a step are finite and what they predict is not.

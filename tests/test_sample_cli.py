@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TINY
 
 from fastdiff import _cli, ops, sample
 from fastdiff.guidance import ClassifierFree, DynamicThresholding
 from fastdiff.images import image_grid, to_uint8
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.samplers import DDIM, DDPM, SAMPLERS, DPMSolverPP, PredictorCorrector
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
@@ -32,16 +33,7 @@ CONFIG = TrainConfig(
 def runs(tmp_path_factory):
     """An unconditional and a class-conditional run, hardly trained."""
     patch = pytest.MonkeyPatch()
-    tiny = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        channels=8,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(4,),
-        num_groups=4,
-    )
-    patch.setitem(PRESETS, "tiny", tiny)
+    patch.setitem(PRESETS, "tiny", TINY)
     folder = tmp_path_factory.mktemp("runs")
     for name, class_cond in (("plain", False), ("classes", True)):
         run = RunFolder(folder / name)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TINY
 
 from fastdiff import _backends, _cli, train
 from fastdiff.losses import LOSSES
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.reference.step_table import PREDICTIONS
 from fastdiff.schedules import SCHEDULES
 from fastdiff.step_tables import VARIANCES
@@ -24,15 +25,6 @@ from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
 from fastdiff.training import TrainConfig, load_run
 from fastdiff.weightings import WEIGHTINGS
 
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-)
 FLAGS = ["--preset", "tiny", "--steps", "6", "--batch-size", "8", "--timesteps", "20"]
 FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "2", "--device", "cpu"]
 

@@ -17,25 +17,15 @@ import pytest
 import torch
 from gpu.needs import GPU
 from gpu.software import on_software_device
+from tiny import TINY
 
 from fastdiff import _cli, evaluate, sample, train, verify
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = GPU
 
-# No dropout: its masks come from the generator of the device.
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-    dropout=0.0,
-)
 FLAGS = ["--preset", "tiny", "--steps", "4", "--batch-size", "8", "--timesteps", "20"]
 FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "1", "--seed", "3"]
 

@@ -15,7 +15,7 @@ def over_gloo(backend: str, **options: object) -> None:
 
 
 if __name__ == "__main__":
-    from gpu.test_commands import TINY
+    from tiny import TINY
 
     PRESETS["tiny"] = TINY
     if "--gloo" in sys.argv:

@@ -99,7 +99,7 @@ def _covering(cases: Sequence[Any], pair: tuple[str, ...]) -> list[Any]:
 
     def features(case: Any) -> set[tuple]:
         values = dataclasses.asdict(case)
-        return {*values.items(), *((pair, tuple(values[name] for name in pair)) for _ in pair[:1])}
+        return {*values.items(), (pair, tuple(values[name] for name in pair))}
 
     chosen: list[Any] = []
     left = set().union(*map(features, cases))

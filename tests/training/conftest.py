@@ -2,21 +2,13 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from fastdiff.nn import PRESETS, UNetConfig
+from fastdiff.nn import PRESETS
 from fastdiff.training.data import ArrayDataset
 
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    num_groups=4,
-    dropout=0.1,
-)
+TINY = tiny.TINY.replace(dropout=0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")
