@@ -29,7 +29,7 @@ static int64_t attribute(int number) {
     fprintf(stderr, "software_cuda: no device description yet\n");
     return 0;
   }
-  hooks.device_attribute(number, &value);
+  ask(hooks.device_attribute, number, &value);
   return value;
 }
 
@@ -122,7 +122,7 @@ cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr number, int) {
   int64_t result = 0;
-  const int error = hooks.device_attribute(number, &result);
+  const int error = ask(hooks.device_attribute, number, &result);
   return *value = (int)result, record(error);
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {

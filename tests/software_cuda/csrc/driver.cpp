@@ -82,7 +82,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
 CUresult cuModuleLoadData(CUmodule* module, const void* data) {
   int image = 0;
   if (!hooks.load_module) return CUDA_ERROR_NOT_INITIALIZED;
-  if (const int error = hooks.load_module(data, &image)) return driver_error(error);
+  if (const int error = ask(hooks.load_module, data, &image)) return driver_error(error);
   return *module = (CUmodule)(intptr_t)(image + 1), CUDA_SUCCESS;
 }
 CUresult cuModuleLoad(CUmodule* module, const char* path) {  // torch.compile's own launcher
@@ -95,7 +95,7 @@ CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   auto* kernel = new Kernel{(int)(intptr_t)module - 1, name};  // lives on: queues may name it
   int64_t value = 0;
-  if (hooks.kernel_attribute(kernel->image, name, MAX_THREADS, &value))
+  if (ask(hooks.kernel_attribute, kernel->image, name, MAX_THREADS, &value))
     return delete kernel, CUDA_ERROR_NOT_FOUND;
   return *function = (CUfunction)kernel, CUDA_SUCCESS;
 }
@@ -117,7 +117,8 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
       return (CUresult)unsupported("cuFuncGetAttribute", "does not know this attribute");
   }
   int64_t found = 0;
-  const int error = hooks.kernel_attribute(kernel->image, kernel->name.c_str(), number, &found);
+  const int error =
+      ask(hooks.kernel_attribute, kernel->image, kernel->name.c_str(), number, &found);
   return *value = (int)found, driver_error(error);
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
@@ -125,7 +126,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   if (attribute > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE)
     return CUDA_ERROR_INVALID_VALUE;  // oversized shared memory: no such device
   return driver_error(
-      hooks.set_kernel_attribute(kernel->image, kernel->name.c_str(), attribute, value));
+      ask(hooks.set_kernel_attribute, kernel->image, kernel->name.c_str(), attribute, value));
 }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
@@ -169,8 +170,8 @@ CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function,
       sizes[0] = dim.x, sizes[1] = dim.y, sizes[2] = dim.z;
     }
   const int threads = (int)(config->blockDimX * config->blockDimY * config->blockDimZ);
-  return driver_error(hooks.resident_clusters(kernel->image, kernel->name.c_str(), threads,
-                                              config->sharedMemBytes, sizes, clusters));
+  return driver_error(ask(hooks.resident_clusters, kernel->image, kernel->name.c_str(), threads,
+                          config->sharedMemBytes, sizes, clusters));
 }
 
 }  // extern "C"

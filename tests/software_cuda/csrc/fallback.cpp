@@ -239,7 +239,10 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
   const Stack arguments(stack->end() - (int64_t)count, stack->end());
   torch::jit::drop(*stack, count);
   TORCH_CHECK_NOT_IMPLEMENTED(has_cpu_kernel(op), "software_cuda: ", name, " has no CPU kernel");
-  calls[name]++;
+  {
+    const sc::Lock lock;
+    calls[name]++;
+  }
 
   // ---- the device ----
   std::optional<c10::Device> device;
@@ -482,6 +485,7 @@ EXPORTED int sc_install_fallback() {
 
 // "name count\n..." of the ops that ran on the CPU.
 EXPORTED const char* sc_operator_calls() {
+  const sc::Lock lock;
   static std::string text;
   text.clear();
   for (const auto& [name, number] : calls) text += name + " " + std::to_string(number) + "\n";

@@ -50,9 +50,9 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared_by
   const unsigned block_sizes[3] = {block.x, block.y, block.z};
   int64_t id = 0, parameter_bytes = 0;
   const char* parameters = nullptr;
-  if (const int error = hooks.prepare_launch(
-          kernel->image, kernel->name.c_str(), grid_sizes, block_sizes, shared_bytes, arguments,
-          cluster ? &cluster->x : nullptr, cooperative, &id, &parameters, &parameter_bytes))
+  if (const int error = ask(hooks.prepare_launch, kernel->image, kernel->name.c_str(), grid_sizes,
+                            block_sizes, shared_bytes, arguments, cluster ? &cluster->x : nullptr,
+                            cooperative, &id, &parameters, &parameter_bytes))
     return (cudaError_t)error;
   counters.launches++;
   if (torch_hooks.current_stream &&
@@ -60,14 +60,14 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared_by
     report("foreign stream", kernel->name + " was put on a stream that is not the current one");
   // The prepared launch lives as long as a queue or a graph holds its work.
   std::shared_ptr<int64_t> prepared(new int64_t(id), [](int64_t* held) {
-    hooks.drop_launch(*held);
+    ask(hooks.drop_launch, *held);
     delete held;
   });
   auto ranges = ranges_of(parameters, (size_t)parameter_bytes, stream->device, kernel->name);
   return enqueue(
       stream, kernel->name,
       [prepared, ranges] {
-        return hooks.run_launch(*prepared, ranges.data(), (int64_t)ranges.size());
+        return ask(hooks.run_launch, *prepared, ranges.data(), (int64_t)ranges.size());
       },
       ranges);
 }
@@ -162,7 +162,8 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   jitter();
   FIND_KERNEL(function);
-  return record(hooks.set_kernel_attribute(kernel->image, kernel->name.c_str(), attribute, value));
+  return record(
+      ask(hooks.set_kernel_attribute, kernel->image, kernel->name.c_str(), attribute, value));
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   FIND_KERNEL(function);
@@ -170,7 +171,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   auto get = [&](int attribute) {
     int64_t value = 0;
     if (!error)
-      error = hooks.kernel_attribute(kernel->image, kernel->name.c_str(), attribute, &value);
+      error = ask(hooks.kernel_attribute, kernel->image, kernel->name.c_str(), attribute, &value);
     return (int)value;
   };
   *attributes = cudaFuncAttributes{};
@@ -189,8 +190,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    int block_threads,
                                                                    size_t shared_bytes, unsigned) {
   FIND_KERNEL(function);
-  return record(hooks.resident_blocks(kernel->image, kernel->name.c_str(), block_threads,
-                                      shared_bytes, blocks));
+  return record(ask(hooks.resident_blocks, kernel->image, kernel->name.c_str(), block_threads,
+                    shared_bytes, blocks));
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
                                                           int block_threads, size_t shared_bytes) {
@@ -203,16 +204,15 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
   dim3 storage;
   const dim3* cluster = find_cluster(config, &storage);
   const int threads = (int)(config->blockDim.x * config->blockDim.y * config->blockDim.z);
-  return record(hooks.resident_clusters(kernel->image, kernel->name.c_str(), threads,
-                                        config->dynamicSmemBytes, cluster ? &cluster->x : nullptr,
-                                        clusters));
+  return record(ask(hooks.resident_clusters, kernel->image, kernel->name.c_str(), threads,
+                    config->dynamicSmemBytes, cluster ? &cluster->x : nullptr, clusters));
 }
 cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* function,
                                                  const cudaLaunchConfig_t*) {
   FIND_KERNEL(function);
   int64_t value = 0;
   const int error =
-      hooks.kernel_attribute(kernel->image, kernel->name.c_str(), MAX_CLUSTER_BLOCKS, &value);
+      ask(hooks.kernel_attribute, kernel->image, kernel->name.c_str(), MAX_CLUSTER_BLOCKS, &value);
   return *blocks = (int)value, record(error);
 }
 
@@ -221,8 +221,8 @@ cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
   auto found = symbols().find(symbol);
   if (found == symbols().end()) return record(cudaErrorInvalidSymbol);
   uint64_t size;
-  return record(
-      hooks.symbol(found->second.image, found->second.name.c_str(), (uint64_t*)pointer, &size));
+  return record(ask(hooks.symbol, found->second.image, found->second.name.c_str(),
+                    (uint64_t*)pointer, &size));
 }
 
 }  // extern "C"

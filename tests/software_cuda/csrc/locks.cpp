@@ -15,6 +15,10 @@ struct Gil {
   int (*held)() = (int (*)())dlsym(RTLD_DEFAULT, "PyGILState_Check");
   void* (*put_down)() = (void* (*)())dlsym(RTLD_DEFAULT, "PyEval_SaveThread");
   void (*take_up)(void*) = (void (*)(void*))dlsym(RTLD_DEFAULT, "PyEval_RestoreThread");
+  int (*ensure)() = (int (*)())dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
+  void (*release)(int) = (void (*)(int))dlsym(RTLD_DEFAULT, "PyGILState_Release");
+  int (*stop_collecting)() = (int (*)())dlsym(RTLD_DEFAULT, "PyGC_Disable");
+  int (*collect_again)() = (int (*)())dlsym(RTLD_DEFAULT, "PyGC_Enable");
 };
 const Gil& gil() {
   static const Gil functions;
@@ -46,10 +50,16 @@ Lock::Lock() {
 }
 Lock::~Lock() { mutex().unlock(); }
 
+NoCollection::NoCollection() : gil(sc::gil().ensure()), enabled(sc::gil().stop_collecting()) {}
+NoCollection::~NoCollection() {
+  if (enabled) sc::gil().collect_again();
+  sc::gil().release(gil);
+}
+
 void report(const char* kind, const std::string& what) {
   if (!hooks.report) return;
   if (!in_allocator || (gil().held && gil().held()))
-    hooks.report(kind, what.c_str());
+    ask(hooks.report, kind, what.c_str());
   else
     waiting_reports().push_back({kind, what});
 }
@@ -74,5 +84,5 @@ EXPORTED void sc_set_jitter(unsigned microseconds) { sc::jitter_microseconds = m
 EXPORTED void sc_flush_reports() {
   sc::Lock lock;
   for (const auto& [kind, what] : std::exchange(sc::waiting_reports(), {}))
-    sc::hooks.report(kind.c_str(), what.c_str());
+    sc::ask(sc::hooks.report, kind.c_str(), what.c_str());
 }

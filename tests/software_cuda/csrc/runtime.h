@@ -34,6 +34,27 @@ class SC_API Lock {
   Lock(const Lock&) = delete;
 };
 
+// Around every hook: Python collects no garbage in the meantime. A tensor in it would be freed
+// under the lock of torch's allocator, and who holds that one may be waiting for the lock of the
+// device.
+class SC_API NoCollection {
+ public:
+  NoCollection();
+  ~NoCollection();
+  NoCollection(const NoCollection&) = delete;
+
+ private:
+  Lock lock;
+  int gil;
+  int enabled;
+};
+// The answer of a hook.
+template <typename Hook, typename... Arguments>
+int ask(Hook hook, Arguments... arguments) {
+  NoCollection none;
+  return hook(arguments...);
+}
+
 // ---- memory ----
 struct Stream;
 enum class MemoryKind { device, pinned };

@@ -66,6 +66,7 @@ static Stream* legacy_stream(int device) {
 Stream* find_stream(cudaStream_t handle) {
   if (handle == nullptr || handle == cudaStreamLegacy) return legacy_stream(current_device());
   if (handle == cudaStreamPerThread) return nullptr;
+  Lock lock;
   legacy_stream(0);
   auto found = streams().find((Stream*)handle);
   return found == streams().end() ? nullptr : *found;
