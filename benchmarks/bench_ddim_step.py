@@ -17,7 +17,7 @@ import fastdiff
 from benchmarks.op_table import Case, Op
 from benchmarks.suite import COPIES, OURS, Contender, Workload, compiled, copies
 from fastdiff import ops, reference
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 
 T = 1000
 MODES = ("step", "guided", "noise", "learned")

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastdiff
 from benchmarks.op_table import Case, Op, Spec, spec_workload
 from fastdiff import ops
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 
 T = 1000
 MODES = ("forward fixed", "forward learned", "train learned")

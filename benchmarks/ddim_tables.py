@@ -34,12 +34,12 @@ import torch
 
 from benchmarks import report
 from benchmarks.ddim_report import ETAS, verdicts, write_report
+from fastdiff.evaluation.features import FeatureClassifier, features, train_classifier
+from fastdiff.evaluation.frechet import frechet_distance
 from fastdiff.images import image_grid, to_uint8
-from fastdiff.metrics import frechet_distance
 from fastdiff.samplers import DDIM
 from fastdiff.training import RunFolder, TrainConfig, TrainedRun, Trainer, UserError, load_run
 from fastdiff.training.data import ArrayDataset, has_files, load_dataset
-from fastdiff.training.features import FeatureClassifier, features, train_classifier
 from fastdiff.training.files import write_atomic
 from fastdiff.training.run import newest_checkpoint
 

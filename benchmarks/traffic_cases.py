@@ -22,7 +22,7 @@ from benchmarks import (
 )
 from benchmarks.activation_memory import eager_group_norm_silu
 from benchmarks.shapes import GROUP_NORM_BATCHES, GroupNormSite, group_norm_sites
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 
 # The emulator belongs to the tests, which are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))

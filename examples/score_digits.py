@@ -25,7 +25,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from fastdiff.metrics import frechet_distance
+from fastdiff.evaluation.frechet import frechet_distance
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
 from fastdiff.training import load_run

@@ -1,24 +1,22 @@
 """Fused kernels for denoising diffusion models, with a U-Net trainer and samplers."""
 
-from fastdiff import (
+from fastdiff import ops, reference, samplers
+from fastdiff._backends import backends, default_backend, use_backend
+from fastdiff.diffusion import (
     analytic,
     guidance,
-    ops,
     parameterizations,
-    reference,
-    samplers,
     timestep_samplers,
     weightings,
 )
-from fastdiff._backends import backends, default_backend, use_backend
-from fastdiff.categorical import CategoricalDiffusion
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
+from fastdiff.diffusion.categorical import CategoricalDiffusion
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
+from fastdiff.diffusion.likelihood import flow_likelihood
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.integrations.compile_pass import compile_pass
 from fastdiff.integrations.patching import patch, unpatch
-from fastdiff.likelihood import flow_likelihood
 from fastdiff.nn import UNet
-from fastdiff.schedules import NoiseSchedule
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fastdiff import _cli, ops
-from fastdiff.guidance import ClassifierFree, DynamicThresholding, Guidance
+from fastdiff.diffusion.guidance import ClassifierFree, DynamicThresholding, Guidance
 from fastdiff.images import image_grid, not_finite, to_uint8
 from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
 from fastdiff.training.archives import memory_bytes

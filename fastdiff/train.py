@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     from fastdiff.training.data import load_dataset
     from fastdiff.training.download import download
     from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
-    from fastdiff.training.state import check_data
+    from fastdiff.training.snapshot import check_data
     from fastdiff.training.trainer import Trainer
 
     # Everything that can be wrong is found before the first file is written.

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastdiff.analytic import GaussianDenoiser, MixtureDenoiser
-from fastdiff.parameterizations import convert
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.analytic import GaussianDenoiser, MixtureDenoiser
+from fastdiff.diffusion.parameterizations import convert
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 DATA = (1, 2, 2)
 TIMES = torch.tensor([0, 30, 99])

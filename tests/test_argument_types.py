@@ -5,8 +5,8 @@ import torch
 
 import fastdiff
 from fastdiff import samplers
+from fastdiff.diffusion.parameterizations import convert
 from fastdiff.images import image_grid, to_uint8
-from fastdiff.parameterizations import convert
 
 SCHEDULE = fastdiff.NoiseSchedule.linear(20)
 GAUSSIAN = fastdiff.GaussianDiffusion(SCHEDULE)

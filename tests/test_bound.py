@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.bound import BitsPerDim
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.bound import BitsPerDim
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.philox import derived_keys
-from fastdiff.schedules import NoiseSchedule
 
 LEVELS = (2 * torch.arange(256, dtype=torch.float64) - 255) / 255
 SHAPE = (1, 8, 8)

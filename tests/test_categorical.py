@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.categorical import CategoricalDiffusion, draw
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.categorical import CategoricalDiffusion, draw
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 K, T = 3, 20
 SIGMAS = [None, 0.0, 0.5, 1.0]

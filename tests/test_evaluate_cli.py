@@ -14,12 +14,13 @@ from PIL import Image
 from training.test_distributed import CPU, in_processes
 
 from fastdiff import _cli, evaluate
-from fastdiff.likelihood import flow_likelihood
-from fastdiff.metrics import frechet_distance
+from fastdiff.diffusion.likelihood import flow_likelihood
+from fastdiff.evaluation import features
+from fastdiff.evaluation.frechet import frechet_distance
 from fastdiff.nn import PRESETS
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
-from fastdiff.training import RunFolder, TrainConfig, Trainer, features, load_dataset, load_run
+from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
 CONFIG = TrainConfig(
     preset="tiny",

@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 PREDICTIONS = ["eps", "x0", "v", "mean"]
 SHAPE = (4, 2, 4, 4)

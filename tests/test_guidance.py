@@ -7,13 +7,13 @@ from torch import nn
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
+from fastdiff.diffusion.parameterizations import convert
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.nn import NoisyClassifier
-from fastdiff.parameterizations import convert
 from fastdiff.samplers import DDIM, DDPM, Heun
-from fastdiff.schedules import NoiseSchedule
 
 DATA = (1, 2, 2)
 SHAPE = (4, *DATA)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastdiff import _dormand_prince, ops
-from fastdiff.analytic import GaussianDenoiser, MixtureDenoiser
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.likelihood import flow_likelihood
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.analytic import GaussianDenoiser, MixtureDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.likelihood import flow_likelihood
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 SHAPE = (2, 2, 2)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.losses import LOSSES
-from fastdiff.parameterizations import convert
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.losses import LOSSES
+from fastdiff.diffusion.parameterizations import convert
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 PREDICTIONS = ["eps", "x0", "v", "mean"]
 T = 20

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from fastdiff.losses import LOSSES
-from fastdiff.schedules import SCHEDULES
-from fastdiff.step_tables import VARIANCES
-from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
-from fastdiff.weightings import WEIGHTINGS
+from fastdiff.diffusion.losses import LOSSES
+from fastdiff.diffusion.schedules import SCHEDULES
+from fastdiff.diffusion.step_tables import VARIANCES
+from fastdiff.diffusion.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.diffusion.weightings import WEIGHTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "mathematics.md").read_text()

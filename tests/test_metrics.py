@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastdiff.metrics import frechet_distance
+from fastdiff.evaluation.frechet import frechet_distance
 
 
 def _sample(mean, covariance, num=4000, seed=0):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fastdiff.parameterizations import QUANTITIES, conversion, convert
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.parameterizations import QUANTITIES, conversion, convert
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 T = 1000
 

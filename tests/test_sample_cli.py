@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import TINY
 
 from fastdiff import _cli, ops, sample
-from fastdiff.guidance import ClassifierFree, DynamicThresholding
+from fastdiff.diffusion.guidance import ClassifierFree, DynamicThresholding
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS
 from fastdiff.samplers import DDIM, DDPM, SAMPLERS, DPMSolverPP, PredictorCorrector

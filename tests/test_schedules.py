@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.schedules import SCHEDULES, NoiseSchedule
+from fastdiff.diffusion.schedules import SCHEDULES, NoiseSchedule
 
 # float64 tables of up to 1,000 factors: each adds at most an ulp, 2.2e-16.
 RTOL = 1000 * 2.2e-16

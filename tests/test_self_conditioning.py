@@ -4,12 +4,12 @@ import pytest
 import torch
 from nn.networks import build, inputs
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import ClassifierFree
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.guidance import ClassifierFree
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.nn import UNet
 from fastdiff.nn.diffusers_format import UnsupportedByDiffusersError, unet2d_config
 from fastdiff.samplers import DDIM, SAMPLERS, from_name
-from fastdiff.schedules import NoiseSchedule
 
 SHAPE = (3, 2, 4, 4)
 SCHEDULE = NoiseSchedule.linear(50, rescale=True)

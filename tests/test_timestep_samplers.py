@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.timestep_samplers import (
+from fastdiff.diffusion.timestep_samplers import (
     LossSecondMomentTimesteps,
     UniformTimesteps,
     timestep_sampler,
@@ -159,7 +159,7 @@ LARGEST = (4, None, 5)  # known, or to be told by the processes
 PROCESS = """
 import sys
 import torch
-from fastdiff.timestep_samplers import LossSecondMomentTimesteps
+from fastdiff.diffusion.timestep_samplers import LossSecondMomentTimesteps
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)

@@ -16,14 +16,14 @@ from PIL import Image
 from tiny import TINY
 
 from fastdiff import _backends, _cli, train
-from fastdiff.losses import LOSSES
+from fastdiff.diffusion.losses import LOSSES
+from fastdiff.diffusion.schedules import SCHEDULES
+from fastdiff.diffusion.step_tables import VARIANCES
+from fastdiff.diffusion.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.diffusion.weightings import WEIGHTINGS
 from fastdiff.nn import PRESETS
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.schedules import SCHEDULES
-from fastdiff.step_tables import VARIANCES
-from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
+from fastdiff.reference.step_columns import PREDICTIONS
 from fastdiff.training import TrainConfig, load_run
-from fastdiff.weightings import WEIGHTINGS
 
 FLAGS = ["--preset", "tiny", "--steps", "6", "--batch-size", "8", "--timesteps", "20"]
 FLAGS += ["--sample-steps", "2", "--num-samples", "4", "--log-every", "2", "--device", "cpu"]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.parameterizations import convert
-from fastdiff.schedules import NoiseSchedule
-from fastdiff.weightings import WEIGHTINGS, theorem1_gamma, weights
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.parameterizations import convert
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.weightings import WEIGHTINGS, theorem1_gamma, weights
 
 PREDICTIONS = ["eps", "x0", "v", "mean"]
 SHAPE = (5, 2, 4, 4)

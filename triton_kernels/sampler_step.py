@@ -13,7 +13,7 @@ from ._layout import block_elements, sample_layout
 from .model_heads import head_index, head_of_tile, load_tile, plan_heads
 from .philox import chunk_normals, noise_key
 
-# The numbers are those of fastdiff/reference/step_table.py.
+# The numbers are those of fastdiff/reference/step_columns.py.
 EPS, X0, V, MEAN = (tl.constexpr(k) for k in range(4))
 SQRT_ALPHA_BAR = tl.constexpr(0)
 SQRT_ONE_MINUS_ALPHA_BAR = tl.constexpr(1)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.ops import ddim_step, ddpm_step, q_sample
-from fastdiff.schedules import NoiseSchedule
 
 try:
     import diffusers

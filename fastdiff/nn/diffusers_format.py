@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from fastdiff.nn.config import UNetConfig
-from fastdiff.nn.unet import UNet
 
 # The oldest version whose UNet2DModel has every setting used here.
 DIFFUSERS_VERSION = "0.30.0"
@@ -269,7 +268,7 @@ def ddpm_scheduler_config(
     }
 
 
-def save_unet(unet: UNet, folder: str | Path) -> None:
+def save_unet(unet: torch.nn.Module, folder: str | Path) -> None:
     """Write `unet` so that ``diffusers.UNet2DModel.from_pretrained(folder)`` loads it.
 
     Raises
@@ -298,12 +297,14 @@ def save_unet(unet: UNet, folder: str | Path) -> None:
     _write_json(folder / "config.json", {"_class_name": "UNet2DModel", **version, **settings})
 
 
-def save_pretrained(unet: UNet, folder: str | Path, schedule_config: Mapping[str, Any]) -> None:
+def save_pretrained(
+    unet: torch.nn.Module, folder: str | Path, schedule_config: Mapping[str, Any]
+) -> None:
     """Write `unet` so that ``diffusers.DDPMPipeline.from_pretrained(folder)`` loads it.
 
     Parameters
     ----------
-    unet : UNet
+    unet : fastdiff.UNet
         On any device, in any dtype and memory format.
     folder : path
         Made if missing; files of the same names are replaced.
@@ -336,8 +337,10 @@ def save_pretrained(unet: UNet, folder: str | Path, schedule_config: Mapping[str
     )
 
 
-def load_pretrained(folder: str | Path) -> UNet:
-    """Load the UNet2DModel in `folder` or in ``folder/unet``, e.g. a copy of a published DDPM.
+def read(source: str | Path | torch.nn.Module) -> tuple[UNetConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of `fastdiff.UNet` from a UNet2DModel: of a module, a copy.
+
+    Of a folder those of the UNet2DModel in it or in ``folder/unet``, as a pipeline has it.
 
     Raises
     ------
@@ -345,31 +348,27 @@ def load_pretrained(folder: str | Path) -> UNet:
         The folder has no config.json or no safetensors weights.
     UnsupportedByDiffusersError
         The UNet2DModel has a feature that our U-Net lacks.
-    RuntimeError
-        The weights do not belong to the configuration.
     """
-    from safetensors.torch import load_file
+    if isinstance(source, torch.nn.Module):
+        settings = dict(source.config)
+        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    else:
+        from safetensors.torch import load_file
 
-    folder = Path(folder)
-    if (folder / "unet" / "config.json").is_file():
-        folder = folder / "unet"
-    settings = json.loads((folder / "config.json").read_text())
-    return _build(settings, load_file(folder / WEIGHTS_NAME))
-
-
-def from_module(module: torch.nn.Module) -> UNet:
-    """A `UNet` with the architecture and a copy of the weights of a UNet2DModel.
-
-    Raises
-    ------
-    UnsupportedByDiffusersError
-        The UNet2DModel has a feature that our U-Net lacks.
-    """
-    state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    return _build(dict(module.config), state)
+        folder = Path(source)
+        if (folder / "unet" / "config.json").is_file():
+            folder = folder / "unet"
+        settings = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / WEIGHTS_NAME)
+    legacy = re.compile(rf"(attentions\.\d+)\.({'|'.join(_LEGACY_ATTENTION)})\.")
+    renamed = {
+        legacy.sub(lambda m: f"{m[1]}.{_LEGACY_ATTENTION[m[2]]}.", name): tensor
+        for name, tensor in state.items()
+    }
+    return config_from_unet2d(settings), renamed
 
 
-def to_module(unet: UNet) -> torch.nn.Module:
+def to_module(unet: torch.nn.Module) -> torch.nn.Module:
     """A ``diffusers.UNet2DModel`` with the architecture and a copy of the weights of `unet`.
 
     Raises
@@ -385,19 +384,6 @@ def to_module(unet: UNet) -> torch.nn.Module:
     module.load_state_dict(unet.state_dict())
     first = next(unet.parameters())
     return module.to(device=first.device, dtype=first.dtype).train(unet.training)
-
-
-def _build(settings: Mapping[str, Any], state: dict[str, torch.Tensor]) -> UNet:
-    # The meta device: initial values would only be thrown away.
-    with torch.device("meta"):
-        unet = UNet(config_from_unet2d(settings))
-    legacy = re.compile(rf"(attentions\.\d+)\.({'|'.join(_LEGACY_ATTENTION)})\.")
-    renamed = {
-        legacy.sub(lambda m: f"{m[1]}.{_LEGACY_ATTENTION[m[2]]}.", name): tensor
-        for name, tensor in state.items()
-    }
-    unet.load_state_dict(renamed, assign=True)
-    return unet.eval()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

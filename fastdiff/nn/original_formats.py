@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.nn.config import UNetConfig
-from fastdiff.nn.unet import UNet
 
 FORMATS = ("ddpm", "openai")
 
@@ -26,13 +25,13 @@ class UnknownCheckpointError(ValueError):
     """The tensors are not those of a U-Net of the named format and configuration."""
 
 
-def load_original(
+def load_into(
+    unet: torch.nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    config: UNetConfig,
     *,
     new_attention_order: bool = False,
-) -> UNet:
-    """A `UNet` with the weights of an original checkpoint, in eval mode. See `UNet.from_original`.
+) -> None:
+    """Give a `fastdiff.UNet` the weights of an original checkpoint. See `UNet.from_original`.
 
     Raises
     ------
@@ -41,6 +40,7 @@ def load_original(
         Neither format is recognized, or names or shapes do not fit the configuration (the message
         lists the first ones).
     """
+    config = unet.config
     state = source if isinstance(source, Mapping) else _read(Path(source))
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     kind = _format_of(state)
@@ -59,8 +59,6 @@ def load_original(
             tensors = _convert(state[name], ours, part, config.num_heads, new_attention_order)
             converted |= {f"{key}.{suffix}": tensor for key, tensor in tensors.items()}
     unexpected = sorted(set(state) - used)
-    with torch.device("meta"):
-        unet = UNet(config)
     wrong = [
         f"{name} {tuple(converted[name].shape)} for {tuple(p.shape)}"
         for name, p in unet.state_dict().items()
@@ -73,7 +71,6 @@ def load_original(
                 f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
             )
     unet.load_state_dict(converted, assign=True)
-    return unet.requires_grad_(True).eval()
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

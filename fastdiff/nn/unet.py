@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff._types import check_tensors
+from fastdiff.nn import diffusers_format, original_formats
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock, norm_conv
 from fastdiff.nn.config import UNetConfig
@@ -127,11 +128,10 @@ class UNet(nn.Module):
         fastdiff.nn.diffusers_format.UnsupportedByDiffusersError
             The UNet2DModel has a feature that this U-Net lacks.
         """
-        from fastdiff.nn import diffusers_format
-
-        if isinstance(source, nn.Module):
-            return diffusers_format.from_module(source)
-        return diffusers_format.load_pretrained(source)
+        config, state = diffusers_format.read(source)
+        unet = cls._without_weights(config)
+        unet.load_state_dict(state, assign=True)
+        return unet.eval()
 
     @classmethod
     def from_original(
@@ -159,11 +159,15 @@ class UNet(nn.Module):
         fastdiff.nn.original_formats.UnknownCheckpointError
             No such format, or names or shapes do not fit the configuration.
         """
-        from fastdiff.nn.original_formats import load_original
+        unet = cls._without_weights(preset_config(config) if isinstance(config, str) else config)
+        original_formats.load_into(unet, source, new_attention_order=new_attention_order)
+        return unet.requires_grad_(True).eval()
 
-        if isinstance(config, str):
-            config = preset_config(config)
-        return load_original(source, config, new_attention_order=new_attention_order)
+    @classmethod
+    def _without_weights(cls, config: UNetConfig) -> UNet:
+        """On the meta device: initial values would only be thrown away."""
+        with torch.device("meta"):
+            return cls(config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the network as ``diffusers.UNet2DModel.from_pretrained(folder)`` reads it.
@@ -175,8 +179,6 @@ class UNet(nn.Module):
         fastdiff.nn.diffusers_format.UnsupportedByDiffusersError
             UNet2DModel cannot express the network; nothing is written.
         """
-        from fastdiff.nn import diffusers_format
-
         diffusers_format.save_unet(self, folder)
 
     def to_diffusers(self) -> nn.Module:
@@ -189,8 +191,6 @@ class UNet(nn.Module):
         ModuleNotFoundError
             diffusers is not installed.
         """
-        from fastdiff.nn import diffusers_format
-
         return diffusers_format.to_module(self)
 
     def set_recompute(self, enabled: bool = True) -> UNet:

@@ -18,7 +18,7 @@ from fastdiff._backends import select_backend
 from fastdiff.ops import _library
 from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import PREDICTIONS, check_step
+from fastdiff.reference.step_columns import PREDICTIONS, check_step
 
 DDIM, DDPM = "ddim_step", "ddpm_step"
 _FLAGS = {DDIM: "use_clipped_model_output", DDPM: "learned_range"}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastdiff import reference
 from fastdiff._backends import select_backend
+from fastdiff.diffusion.step_tables import LEARNED_VARIANCES, VARIANCES
 from fastdiff.ops import _library
 from fastdiff.reference import checks
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import NUM_STEP_COLUMNS, PREDICTIONS
-from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
+from fastdiff.reference.step_columns import NUM_STEP_COLUMNS, PREDICTIONS
 
 
 class Arguments(NamedTuple):

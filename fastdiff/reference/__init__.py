@@ -11,7 +11,7 @@ from fastdiff.reference.philox import philox4x32, sample_keys, sample_words
 from fastdiff.reference.philox_normal import box_muller, normals, philox_normal
 from fastdiff.reference.posterior_mean import posterior_mean
 from fastdiff.reference.q_sample import q_sample
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.reference.vlb_terms import vlb_terms
 
 __all__ = [

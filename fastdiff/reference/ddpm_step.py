@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdiff.reference.philox_normal import philox_normal
-from fastdiff.reference.step_table import StepColumn, StepRows, check_step, guide, predict_x0
+from fastdiff.reference.step_columns import StepColumn, StepRows, check_step, guide, predict_x0
 
 
 def ddpm_step(

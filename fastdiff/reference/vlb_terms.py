@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.reference.philox_normal import philox_normal
-from fastdiff.reference.step_table import (
+from fastdiff.reference.step_columns import (
     StepColumn,
     StepRows,
     eps_from_x0,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.step_tables import conversion_table
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.spacing import Spacing
-from fastdiff.schedules import NoiseSchedule
-from fastdiff.step_tables import conversion_table
 
 
 class AnnealedLangevin(Sampler):

@@ -14,10 +14,10 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._models import Model, device_of, dtype_of, evaluating, keys_of, progress_bar
 from fastdiff._types import check_tensors, check_type
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import Guidance, check_guidance
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.guidance import Guidance, check_guidance
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.spacing import SPACINGS, Spacing, spaced_indices
 
 Callback = Callable[[int, int, Tensor, Tensor], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.spacing import Spacing
 

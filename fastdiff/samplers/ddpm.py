@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.step_tables import conversion_table, ddim_encode_table
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run
 from fastdiff.samplers.ode import OdeSampler
 from fastdiff.samplers.spacing import Spacing
-from fastdiff.schedules import NoiseSchedule
-from fastdiff.step_tables import conversion_table, ddim_encode_table
 
 
 class DPMSolverPP(OdeSampler):

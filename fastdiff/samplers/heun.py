@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.step_tables import conversion_table, encode_indices
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run
 from fastdiff.samplers.ode import OdeSampler
-from fastdiff.schedules import NoiseSchedule
-from fastdiff.step_tables import conversion_table, encode_indices
 
 
 class Heun(OdeSampler):

@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.step_tables import conversion_table
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.ddim import DDIM
 from fastdiff.samplers.ddpm import DDPM
 from fastdiff.samplers.probability_flow import ProbabilityFlow
 from fastdiff.samplers.reverse_sde import ReverseSDE
 from fastdiff.samplers.spacing import Spacing
-from fastdiff.step_tables import conversion_table
 
 PREDICTORS = {
     "reverse_diffusion": lambda *args, **kw: ReverseSDE(*args, method="reverse_diffusion", **kw),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.samplers.annealed_langevin import AnnealedLangevin
 from fastdiff.samplers.base import Sampler
 from fastdiff.samplers.ddim import DDIM

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._schedule_checks import as_indices
 from fastdiff._types import check_type
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion._schedule_checks import as_indices
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 Spacing = str | Sequence[int] | np.ndarray | Tensor
 """A name, sections such as "100,50,25", or the indices themselves."""

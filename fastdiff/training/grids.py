@@ -12,11 +12,11 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.images import image_grid, not_finite, to_uint8
 from fastdiff.training.files import read_file
+from fastdiff.training.state import TrainState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastdiff.training.trainer import Trainer
 
 # Images drawn at a time. The same for any number of processes, so that the grid is too.
 _BATCH = 32
@@ -34,7 +34,7 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def draw(trainer: Trainer) -> tuple[Image | None, int]:
+def draw(run: TrainState) -> tuple[Image | None, int]:
     """Draw the grid from the first average of the weights: always from the same noise.
 
     All processes must call it; rank 0 gets the whole grid. None if pixels of it are not finite;
@@ -42,24 +42,24 @@ def draw(trainer: Trainer) -> tuple[Image | None, int]:
     """
     from fastdiff.samplers import DDIM
 
-    config, device, averaged = trainer.config, trainer.device, trainer.averaged()
-    height, width, channels = trainer.dataset.shape
-    sampler = DDIM(trainer.diffusion, steps=min(config.sample_steps, config.timesteps))
-    keys = ops.sample_keys(trainer.seed_grid, config.num_samples, device=device)
+    config, device, averaged = run.config, run.device, run.averaged()
+    height, width, channels = run.dataset.shape
+    sampler = DDIM(run.diffusion, steps=min(config.sample_steps, config.timesteps))
+    keys = ops.sample_keys(run.seed_grid, config.num_samples, device=device)
     grid = torch.zeros(config.num_samples, channels, height, width, dtype=torch.uint8)
     bad = torch.zeros(config.num_samples, dtype=torch.uint8)
 
     def predict(x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with trainer.autocast():
+        with run.autocast():
             return averaged(x_t, t, **kwargs).float()
 
     # No more at a time than are trained on at a time: what fits in memory there fits here.
-    size = min(_BATCH, trainer.share // config.grad_accum)
-    for indices in trainer.world.batches(config.num_samples, size):
+    size = min(_BATCH, run.share // config.grad_accum)
+    for indices in run.world.batches(config.num_samples, size):
         here = indices.to(device)
         model_kwargs = {}
         if config.class_cond:
-            model_kwargs["y"] = here % trainer.unet.config.num_classes
+            model_kwargs["y"] = here % run.unet.config.num_classes
         images = sampler.sample(
             predict,
             (len(indices), channels, height, width),
@@ -70,6 +70,6 @@ def draw(trainer: Trainer) -> tuple[Image | None, int]:
         )
         bad[indices] = not_finite(images).to(bad)
         grid[indices] = to_uint8(images.nan_to_num())
-    bad, grid = trainer.world.assemble(bad), trainer.world.assemble(grid)
+    bad, grid = run.world.assemble(bad), run.world.assemble(grid)
     found = int(bad.sum())
     return None if found else image_grid(grid), found

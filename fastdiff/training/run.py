@@ -33,7 +33,7 @@ from fastdiff.training.files import (
 )
 
 if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
     from fastdiff.nn import UNet
 
 # With or without an index. Others, such as meta, cannot train or sample.
@@ -247,13 +247,13 @@ def _wrong_channels(config: TrainConfig, expected: int, given: int) -> str:
 
 def build_diffusion(config: TrainConfig) -> GaussianDiffusion:
     """Build the diffusion process that ``config`` asks for, checked to be trainable."""
-    from fastdiff import losses
-    from fastdiff.gaussian import GaussianDiffusion
-    from fastdiff.reference.step_table import PREDICTIONS
-    from fastdiff.schedules import NoiseSchedule
-    from fastdiff.step_tables import VARIANCES
-    from fastdiff.timestep_samplers import TIMESTEP_SAMPLERS
-    from fastdiff.weightings import WEIGHTINGS
+    from fastdiff.diffusion import losses
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.schedules import NoiseSchedule
+    from fastdiff.diffusion.step_tables import VARIANCES
+    from fastdiff.diffusion.timestep_samplers import TIMESTEP_SAMPLERS
+    from fastdiff.diffusion.weightings import WEIGHTINGS
+    from fastdiff.reference.step_columns import PREDICTIONS
 
     for flag, value, known in (
         ("--prediction", config.prediction, PREDICTIONS),

@@ -1,219 +1,106 @@
-"""The whole state of a run: taken for a checkpoint, put back from one; and the model for others."""
+"""What a run is made of: networks, optimizer, counters, and where it stands."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastdiff.nn.config import UNetConfig
-from fastdiff.training import identity, shards
-from fastdiff.training.checkpoint import Checkpoint
+from fastdiff import ops
+from fastdiff.diffusion.timestep_samplers import timestep_sampler
+from fastdiff.nn import UNet
+from fastdiff.training import optimization, shards
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.errors import UserError, naming, one_line, printable
-from fastdiff.training.files import TEMPORARY, sync_tree
-
-if TYPE_CHECKING:
-    from fastdiff.training.data import Dataset
-    from fastdiff.training.trainer import Trainer
-
-
-def snapshot(trainer: Trainer) -> Checkpoint:
-    """Return everything that `restore` needs; all processes must call it."""
-    random = {"cpu": trainer.world.gather(torch.get_rng_state())}
-    if trainer.device.type == "cuda":
-        random["cuda"] = trainer.world.gather(torch.cuda.get_rng_state(trainer.device))
-    return Checkpoint(
-        step=trainer.step,
-        meta=_facts_of_model(trainer) | _facts_of_data(trainer.dataset),
-        model=shards.gather(trainer.unet.state_dict()),
-        emas=[shards.gather(ema.model.state_dict()) for ema in trainer.emas],
-        state={
-            "optimizer": shards.gather_optimizer(
-                trainer.optimizer, list(trainer.unet.parameters())
-            ),
-            "ema_updates": trainer.emas[0].num_updates,
-            "samples_seen": trainer.step * trainer.config.batch_size,
-            "loss_scaler": trainer.scaler.state_dict(),
-            "timesteps": trainer.timesteps.state_dict(),
-            "random": random,
-            "meter": trainer.meter.state(trainer.world),
-            "metrics": None if trainer.metrics is None else trainer.metrics.digest(),
-        },
-    )
+from fastdiff.training.data import Dataset
+from fastdiff.training.distributed import World
+from fastdiff.training.ema import EMA
+from fastdiff.training.errors import UserError
+from fastdiff.training.logging import Metrics
+from fastdiff.training.meter import Meter
+from fastdiff.training.run import RunFolder, build_diffusion, build_unet
 
 
-def check_data(checkpoint: Checkpoint, dataset: Dataset, data: str) -> None:
-    """Raise `UserError` unless ``dataset`` is what the run was trained on, wherever it lies.
+class TrainState:
+    """A run at some step: what the loop changes, checkpoints keep and grids are drawn from.
 
-    ``data`` is the value of --data.
+    Parameters
+    ----------
+    config : TrainConfig
+        Validated settings.
+    dataset : Dataset
+        What to learn.
+    folder : RunFolder
+        Where to write.
+    device : torch.device
+        Where to compute.
+    world : World
+        The processes that share the work; default: this one alone.
     """
-    here = json.loads(json.dumps(_facts_of_data(dataset)))
-    there = {name: checkpoint.meta.get(name) for name in here}
-    with naming(f"--resume: checkpoint of step {checkpoint.step}"):
-        changed = identity.differences(there, here)
-    if changed:
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        folder: RunFolder,
+        device: torch.device,
+        world: World = World(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.folder = folder
+        self.device = device
+        self.world = world
+        self.step = 0
+        self.share = _share(config, world)
+
+        torch.manual_seed(config.seed)  # weights and dropout
+        keys = ops.sample_keys(config.seed, 6 + world.size).tolist()
+        self.seed_noise, self.seed_t, self.seed_label, self.seed_flip, *rest = keys
+        self.seed_grid, self.seed_condition, *seeds_of_ranks = rest
+
+        self.diffusion = build_diffusion(config)
+        self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
+        self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
+        self.sharded = config.fsdp and world.size > 1
+        # FSDP shards contiguous weights only; activations follow the images' format.
+        if config.channels_last and not self.sharded:
+            self.unet.to(memory_format=torch.channels_last)
+        self.emas = [EMA(self.unet, decay) for decay in config.ema]
+        if self.sharded:
+            for module in (self.unet, *(ema.model for ema in self.emas)):
+                shards.shard(module, device)
+            self.net = self.unet
+        else:
+            compiled = torch.compile(self.unet) if config.compile else self.unet
+            self.net = world.data_parallel(compiled)
+        # What the optimizer works on: with --fsdp, this process's parts.
+        self.parameters = shards.local(self.unet.parameters())
+        self.optimizer = optimization.optimizer(config, self.parameters)
+        self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
+        if world.rank:
+            torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
+        self.meter = Meter(device, min(config.log_every, config.steps), config.timesteps)
+        self.metrics: Metrics | None = None  # of rank 0, while it trains
+        self.known_metrics: dict[str, Any] | None = None  # by the checkpoint that was restored
+        self.saved: int | None = None  # the step of the last checkpoint
+
+    def averaged(self) -> UNet:
+        """The U-Net with the first average of the weights, whole; all processes must call it."""
+        averaged = self.emas[0].model
+        return shards.whole(averaged, self.device) if self.sharded else averaged
+
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass: the precision that --amp asks for."""
+        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "off")
+
+
+def _share(config: TrainConfig, world: World) -> int:
+    """How many images of each batch a process takes."""
+    parts = world.size * config.grad_accum
+    if config.batch_size % parts:
         raise UserError(
-            f"--resume: --data {printable(data)} does not hold what the run was trained on until "
-            f"step {checkpoint.step}: {'; '.join(changed)}; give the same images with --data, "
-            "wherever they are now, or train anew with another --out"
+            f"--batch-size {config.batch_size} cannot be shared equally by {world.size} processes "
+            f"with --grad-accum {config.grad_accum}: give a multiple of {parts}"
         )
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's state back.
-
-    The number of processes may be another than that of the run that wrote it.
-
-    Raises
-    ------
-    UserError
-        The checkpoint is of other settings, another model or other data.
-    """
-    check_data(checkpoint, trainer.dataset, trainer.config.data)
-    # As JSON would give them back, tuples as lists.
-    here = json.loads(json.dumps(_facts_of_model(trainer)))
-    there = {name: checkpoint.meta.get(name) for name in here}
-    with naming(f"--resume: checkpoint of step {checkpoint.step}"):
-        there |= _as_written_today(there)
-    if there != here:
-        raise UserError(
-            f"--resume: the checkpoint in {trainer.folder.path} is of another run: "
-            f"{'; '.join(_differences(there, here))}; train anew with another --out"
-        )
-    try:
-        _put_back(trainer, checkpoint)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        # Its checksums are right, so that somebody made it so.
-        raise UserError(
-            f"--resume: the checkpoint of step {checkpoint.step} in {trainer.folder.path} does not "
-            f"hold the state of such a run: {one_line(error)[:300]}"
-        ) from error
-
-
-def _put_back(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Load everything, after a look at the shapes of what nobody else compares."""
-    state, parameters = checkpoint.state, list(trainer.unet.parameters())
-    _check_shapes("model", checkpoint.model, trainer.unet.state_dict())
-    for average in checkpoint.emas:
-        _check_shapes("average", average, trainer.unet.state_dict())
-    _check_optimizer(state["optimizer"], parameters)
-    seen = checkpoint.step * trainer.config.batch_size
-    if state["samples_seen"] != seen:
-        raise ValueError(f"{state['samples_seen']} images were seen, expected {seen}")
-    trainer.step = checkpoint.step
-    shards.load(trainer.unet, checkpoint.model)
-    for ema, average in zip(trainer.emas, checkpoint.emas, strict=True):
-        shards.load(ema.model, average)
-        ema.num_updates = int(state["ema_updates"])
-    # What is in its groups are settings, which are compared already.
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict(
-        shards.scatter_optimizer({**state["optimizer"], "param_groups": groups}, parameters)
-    )
-    trainer.scaler.load_state_dict(state["loss_scaler"])
-    trainer.timesteps.load_state_dict(state["timesteps"])
-    # One random state per process; processes that were not there before keep their own.
-    rank, random = trainer.world.rank, state["random"]
-    if rank < len(random["cpu"]):
-        torch.set_rng_state(random["cpu"][rank])
-    if trainer.device.type == "cuda" and rank < len(random.get("cuda", ())):
-        torch.cuda.set_rng_state(random["cuda"][rank], trainer.device)
-    if "meter" in state:  # older versions had none
-        trainer.meter.restore(state["meter"], rank)
-    trainer.known_metrics = state.get("metrics")
-
-
-def _check_shapes(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name in found.keys() ^ expected.keys():
-        raise ValueError(f"the {what} lacks {name}, or has too much of it")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-            raise ValueError(
-                f"the {what} has {name} of shape {tuple(tensor.shape)} and {tensor.dtype}, "
-                f"expected {tuple(expected[name].shape)} and {expected[name].dtype}"
-            )
-
-
-def _check_optimizer(state: dict[str, Any], parameters: list[Tensor]) -> None:
-    """Its fused kernels trust that what belongs to a parameter has its shape."""
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            shape = () if name == "step" else parameters[index].shape
-            if tuple(value.shape) != tuple(shape) or value.dtype != torch.float32:
-                raise ValueError(
-                    f"the optimizer has {name} of shape {tuple(value.shape)} and {value.dtype} for "
-                    f"a parameter of {tuple(parameters[index].shape)}"
-                )
-
-
-def save_model(trainer: Trainer) -> None:
-    """Write model/, the averaged weights in diffusers' format, where that can express them.
-
-    All processes must call it; rank 0 writes.
-    """
-    from tqdm import tqdm
-
-    from fastdiff.nn import diffusers_format
-
-    config, folder = trainer.config, trainer.folder
-    averaged = trainer.averaged()
-    if not trainer.world.is_first:
-        return
-    try:
-        scheduler = diffusers_format.ddpm_scheduler_config(
-            trainer.diffusion.schedule.betas, config.prediction, config.variance
-        )
-        # Beside the old one first, so that there is a whole model/ at any moment but one.
-        fresh, old = folder.path / f"{TEMPORARY}model", folder.path / f"{TEMPORARY}old-model"
-        diffusers_format.save_pretrained(averaged, fresh, scheduler)
-        sync_tree(fresh)
-    except diffusers_format.UnsupportedByDiffusersError as error:
-        # Above the progress bar.
-        tqdm.write(f"model/ in diffusers' format was not written: {error}", file=sys.stderr)
-        return
-    if folder.model.exists():
-        folder.model.rename(old)
-    fresh.rename(folder.model)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _facts_of_model(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint says about the run, and must find when it is restored."""
-    return {"settings": trainer.config.identity(), "unet": trainer.unet.config.to_dict()}
-
-
-def _facts_of_data(dataset: Dataset) -> dict[str, Any]:
-    """The same about its data: what they are, not where."""
-    height, width, channels = dataset.shape
-    return {
-        "image_shape": [channels, height, width],
-        "num_images": len(dataset),
-        "classes": list(dataset.classes),
-        "data": dataset.identity,
-    }
-
-
-def _as_written_today(meta: dict[str, Any]) -> dict[str, Any]:
-    """Settings and U-Net of an older version, completed by what it did without a name for it."""
-    settings = TrainConfig().updated(meta["settings"], "settings").identity()
-    unet = UNetConfig.from_dict(meta["unet"]).to_dict()
-    return json.loads(json.dumps({"settings": settings, "unet": unet}))
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Describe the fields in which two nested dicts differ, and nothing else of them."""
-    lines = []
-    for name in here | there:
-        theirs, ours = there.get(name), here.get(name)
-        if isinstance(theirs, dict) and isinstance(ours, dict):
-            lines += [f"{name}.{line}" for line in _differences(theirs, ours)]
-        elif isinstance(theirs, dict) or isinstance(ours, dict):
-            lines.append(f"it has no {name}" if theirs is None else f"its {name} differs")
-        elif theirs != ours:
-            lines.append(f"{name} is {theirs}, not {ours}")
-    return lines
+    return config.batch_size // world.size

@@ -17,7 +17,7 @@ from fastdiff.training.errors import RunError, UserError, naming
 from fastdiff.training.run import RunFolder, build_diffusion, newest_checkpoint
 
 if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
     from fastdiff.nn import UNet
 
 

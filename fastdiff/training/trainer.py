@@ -7,31 +7,23 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.timestep_samplers import timestep_sampler
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import endings, finite, grids, optimization, report, shards, state
+from fastdiff.training import endings, finite, grids, optimization, report, shards, snapshot
 from fastdiff.training.checkpoint import Checkpoint
-from fastdiff.training.config import TrainConfig
-from fastdiff.training.data import Batches, Dataset
-from fastdiff.training.distributed import World
-from fastdiff.training.ema import EMA
-from fastdiff.training.errors import NotFiniteError, RunError, UserError, printable_lines
+from fastdiff.training.data import Batches
+from fastdiff.training.errors import NotFiniteError, RunError, printable_lines
 from fastdiff.training.logging import Metrics, memory_mib
-from fastdiff.training.meter import Meter
-from fastdiff.training.run import RunFolder, build_diffusion, build_unet, newest_checkpoint
-
-if TYPE_CHECKING:
-    from fastdiff.nn import UNet
+from fastdiff.training.run import newest_checkpoint
+from fastdiff.training.state import TrainState
 
 
-class Trainer:
+class Trainer(TrainState):
     """Trains a U-Net to denoise: L_simple (DDPM eq. 14, Math §6) by default.
 
     Everything random about a training image (its timestep, its noise, whether it is mirrored or
@@ -39,65 +31,8 @@ class Trainer:
     run. So it depends neither on how a batch is split, nor on when the run was interrupted, nor
     on how many processes share the work. Only the masks of dropout differ between processes.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Validated settings.
-    dataset : Dataset
-        What to learn.
-    folder : RunFolder
-        Where to write; it must exist by the time `train` is called.
-    device : torch.device
-        Where to compute.
-    world : World
-        The processes that share the work; default: this one alone.
+    Parameters as `TrainState` has them; the folder must exist by the time `train` is called.
     """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: Dataset,
-        folder: RunFolder,
-        device: torch.device,
-        world: World = World(),  # noqa: B008 (frozen)
-    ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.folder = folder
-        self.device = device
-        self.world = world
-        self.step = 0
-        self.share = _share(config, world)
-
-        torch.manual_seed(config.seed)  # weights and dropout
-        keys = ops.sample_keys(config.seed, 6 + world.size).tolist()
-        self._seed_noise, self._seed_t, self._seed_label, self._seed_flip, *rest = keys
-        self.seed_grid, self._seed_condition, *seeds_of_ranks = rest
-
-        self.diffusion = build_diffusion(config)
-        self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
-        self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
-        self._sharded = config.fsdp and world.size > 1
-        # FSDP shards contiguous weights only; activations follow the images' format.
-        if config.channels_last and not self._sharded:
-            self.unet.to(memory_format=torch.channels_last)
-        self.emas = [EMA(self.unet, decay) for decay in config.ema]
-        if self._sharded:
-            for module in (self.unet, *(ema.model for ema in self.emas)):
-                shards.shard(module, device)
-            self.net = self.unet
-        else:
-            compiled = torch.compile(self.unet) if config.compile else self.unet
-            self.net = world.data_parallel(compiled)
-        # What the optimizer works on: with --fsdp, this process's parts.
-        self.parameters = shards.local(self.unet.parameters())
-        self.optimizer = optimization.optimizer(config, self.parameters)
-        self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
-        if world.rank:
-            torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
-        self.meter = Meter(device, min(config.log_every, config.steps), config.timesteps)
-        self.metrics: Metrics | None = None  # of rank 0, while it trains
-        self.known_metrics: dict[str, Any] | None = None  # by the checkpoint that was restored
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Run until the last step, or until ``should_stop()`` after some step.
@@ -119,7 +54,7 @@ class Trainer:
         UserError
             Another process trains in the run folder.
         """
-        self.saved = self.step if self.step else None
+        self.saved = self.step or None
         self._problem = ""
         with contextlib.ExitStack() as stack:
             # Held already where the command line restores a checkpoint.
@@ -213,7 +148,7 @@ class Trainer:
             if self.step < config.steps:
                 return False
             self.save_samples()
-            state.save_model(self)
+            snapshot.save_model(self)
             return True
 
     def _train_step(self, images: Tensor, labels: Tensor | None) -> None:
@@ -225,7 +160,7 @@ class Trainer:
         size = self.share // config.grad_accum
         loss = torch.zeros((), device=self.device)
         drawn: list[tuple[Tensor, Tensor]] = []
-        self_condition = config.self_conditioning and self._coin(self._seed_condition)
+        self_condition = config.self_conditioning and self._coin(self.seed_condition)
         for start in range(0, self.share, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
@@ -233,19 +168,19 @@ class Trainer:
                 x0 = x0.contiguous()
             flip = None
             if config.flip:
-                flip = self._uniform(self._seed_flip, size, seen + start) < 0.5
-            t, weight = self.timesteps.sample(size, self._keys(self._seed_t, size, seen + start))
+                flip = self._uniform(self.seed_flip, size, seen + start) < 0.5
+            t, weight = self.timesteps.sample(size, self._keys(self.seed_t, size, seen + start))
             model_kwargs = {}
             if config.class_cond:
                 y = self._to_device(labels[part])
-                hidden = self._uniform(self._seed_label, size, seen + start) < config.label_dropout
+                hidden = self._uniform(self.seed_label, size, seen + start) < config.label_dropout
                 model_kwargs["y"] = y.masked_fill(hidden, self.unet.config.num_classes)
             with self.world.averaging(self.net, now=start + size == self.share):
                 losses = self.diffusion.training_losses(
                     self._predict,
                     x0,
                     t,
-                    seed=self._keys(self._seed_noise, size, seen + start),
+                    seed=self._keys(self.seed_noise, size, seen + start),
                     model_kwargs=model_kwargs,
                     flip=flip,
                     self_condition=self_condition,
@@ -254,12 +189,12 @@ class Trainer:
                 (part_loss * self.scaler.scale).backward()
             loss += part_loss.detach()
             drawn.append((t, losses["loss"].detach()))
-        if self._sharded:
+        if self.sharded:
             shards.move_gradients(list(self.unet.parameters()), self.parameters)
         scale = self.scaler.scale.clone()
         self.scaler.unscale(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = shards.norm(gradients, self._sharded)
+        norm = shards.norm(gradients, self.sharded)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         finite = norm.isfinite()
         # The fused kernels leave the weights alone when this is 1: decided without a wait.
@@ -309,14 +244,9 @@ class Trainer:
         elif first:
             self._report()
 
-    def averaged(self) -> UNet:
-        """The U-Net with the first average of the weights, whole; all processes must call it."""
-        averaged = self.emas[0].model
-        return shards.whole(averaged, self.device) if self._sharded else averaged
-
     def save_checkpoint(self) -> None:
         """Write everything that `restore` needs."""
-        taken = state.snapshot(self)
+        taken = snapshot.take(self)
         for weights in (taken.model, *taken.emas):
             finite.check_weights(self.step, weights.values())
         if self.world.is_first:
@@ -330,16 +260,11 @@ class Trainer:
         UserError
             The checkpoint is of other settings, another model or other data.
         """
-        state.restore(self, checkpoint)
+        snapshot.restore(self, checkpoint)
 
     def _predict(self, x_t: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
         with self.autocast():
             return self.net(x_t, t, **kwargs).float()
-
-    def autocast(self) -> torch.autocast:
-        """Context of a forward pass: the precision that --amp asks for."""
-        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "off")
 
     def _keys(self, seed: int, num: int, first: int) -> Tensor:
         return ops.sample_keys(seed, num, offset=first, device=self.device)
@@ -399,14 +324,3 @@ class Trainer:
 
         if self.world.is_first:
             tqdm.write(printable_lines(message), file=sys.stderr)  # above the progress bar
-
-
-def _share(config: TrainConfig, world: World) -> int:
-    """How many images of each batch a process takes."""
-    parts = world.size * config.grad_accum
-    if config.batch_size % parts:
-        raise UserError(
-            f"--batch-size {config.batch_size} cannot be shared equally by {world.size} processes "
-            f"with --grad-accum {config.grad_accum}: give a multiple of {parts}"
-        )
-    return config.batch_size // world.size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule
 
 NUM_TIMESTEPS = 1000
 # Odd sizes: no vector length divides a sample, and the last block is never full.

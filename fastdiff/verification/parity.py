@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastdiff import ops, reference, samplers
 from fastdiff._backends import use_backend
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.nn import UNet
-from fastdiff.schedules import NoiseSchedule
 
 _EPS = torch.finfo(torch.float32).eps
 _BATCH = 4

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import reference
+from fastdiff.diffusion.step_tables import VARIANCES
 from fastdiff.ops._sampler_step import DDIM, DDPM
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.step_tables import VARIANCES
+from fastdiff.reference.step_columns import PREDICTIONS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS = tuple(exact.PUBLIC)

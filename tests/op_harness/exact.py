@@ -19,7 +19,7 @@ from fastdiff.ops.vlb_terms import Arguments as VlbArguments
 from fastdiff.ops.vlb_terms import _reference as _vlb_reference
 from fastdiff.reference.eps_loss import LOSS_KINDS, REDUCTIONS, loss_terms
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
-from fastdiff.reference.step_table import PREDICTIONS, StepColumn, StepRows
+from fastdiff.reference.step_columns import PREDICTIONS, StepColumn, StepRows
 
 from . import group_norm_silu, sampler_step, vlb_terms_cases
 from .tolerance import assert_close

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import reference
 from fastdiff.ops._sampler_step import DDPM, Arguments, run_reference
-from fastdiff.reference.step_table import PREDICTIONS, StepColumn
+from fastdiff.reference.step_columns import PREDICTIONS, StepColumn
 
 from .evaluate import implementation_params
 from .inputs import SHAPES, arrange
@@ -135,7 +135,7 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """
     a = widened(args)
     c = StepColumn
-    row = reference.step_table.StepRows(a.table.abs(), a.step, a.x_t)
+    row = reference.step_columns.StepRows(a.table.abs(), a.step, a.x_t)
     x = a.x_t.abs()
     channels = x.shape[1]
     output = a.model_output[:, :channels].abs()
@@ -164,7 +164,7 @@ def magnitudes(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if noise is not None:
         sigma = row[c.SIGMA]
         if op == DDPM and a.flag:
-            signed = reference.step_table.StepRows(a.table, a.step, a.x_t)
+            signed = reference.step_columns.StepRows(a.table, a.step, a.x_t)
             exponent = 0.5 * signed[c.LOG_VARIANCE_SLOPE] * a.model_output[:, channels:]
             sigma = sigma * exponent.exp() * (1 + exponent.abs())
         x_s = x_s + sigma * noise.abs()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import NoiseSchedule, reference
-from fastdiff.reference.step_table import PREDICTIONS, StepColumn, StepRows
+from fastdiff.diffusion.step_tables import LEARNED_VARIANCES, VARIANCES
+from fastdiff.reference.step_columns import PREDICTIONS, StepColumn, StepRows
 from fastdiff.reference.vlb_terms import BIN_HALF_WIDTH, EDGE, decoder_nll
-from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
 
 from .inputs import SHAPES, arrange
 

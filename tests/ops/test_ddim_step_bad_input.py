@@ -13,7 +13,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops._sampler_step import Arguments
-from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.reference.step_columns import PREDICTIONS
 
 OP = "ddim_step"
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops._sampler_step import Arguments, run_reference
-from fastdiff.reference.step_table import PREDICTIONS, StepColumn
+from fastdiff.reference.step_columns import PREDICTIONS, StepColumn
 
 OP = "ddpm_step"
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdiff import ops, reference
 from fastdiff.ops.vlb_terms import Arguments, _reference
-from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.reference.step_columns import PREDICTIONS
 
 CASES = [
     *(

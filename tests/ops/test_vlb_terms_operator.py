@@ -17,7 +17,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops.vlb_terms import Arguments, _reference
-from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.reference.step_columns import PREDICTIONS
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

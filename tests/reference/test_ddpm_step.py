@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastdiff import ops
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.reference.ddpm_step import ddpm_step
-from fastdiff.reference.step_table import StepColumn
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import StepColumn
 
 T = 1000
 SHAPE = (5, 2, 4, 4)

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.guidance import ClassifierFree
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.guidance import ClassifierFree
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.samplers import (
     DDIM,
     DDPM,
@@ -19,7 +20,6 @@ from fastdiff.samplers import (
     ProbabilityFlow,
     ReverseSDE,
 )
-from fastdiff.schedules import NoiseSchedule
 
 SHAPE = (6, 2, 4, 4)
 SAMPLERS = {

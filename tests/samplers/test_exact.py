@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.samplers import DDIM, DDPM
-from fastdiff.schedules import NoiseSchedule
 
 DATA = (1, 2, 3)
 

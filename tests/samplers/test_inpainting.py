@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.samplers import DDIM, DDPM, DPMSolverPP, Inpainting
-from fastdiff.schedules import NoiseSchedule
 
 SHAPE = (3, 1, 4, 4)
 

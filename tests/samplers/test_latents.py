@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.samplers import (
     DDIM,
@@ -22,7 +23,6 @@ from fastdiff.samplers import (
     interpolate,
     slerp,
 )
-from fastdiff.schedules import NoiseSchedule
 
 DATA = (1, 4, 4)
 

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from fastdiff.analytic import GaussianDenoiser, MixtureDenoiser
-from fastdiff.gaussian import GaussianDiffusion
+from fastdiff.diffusion.analytic import GaussianDenoiser, MixtureDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.samplers import DDIM, DPMSolverPP, Heun, ProbabilityFlow
-from fastdiff.schedules import NoiseSchedule
 
 DATA = (1, 2, 2)
 ODE_SAMPLERS = [DDIM, ProbabilityFlow, Heun, DPMSolverPP]

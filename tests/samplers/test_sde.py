@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.analytic import GaussianDenoiser
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.analytic import GaussianDenoiser
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers import DDIM, DDPM, AnnealedLangevin, PredictorCorrector, ReverseSDE
 from fastdiff.samplers.predictor_corrector import PREDICTORS
 from fastdiff.samplers.reverse_sde import METHODS
-from fastdiff.schedules import NoiseSchedule
 
 DATA = (1, 1, 3)
 MEAN = torch.tensor([0.5, -0.2, 0.1], dtype=torch.float64)

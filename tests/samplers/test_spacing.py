@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.gaussian import GaussianDiffusion
-from fastdiff.reference.step_table import StepColumn
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers import DDIM, DDPM, SPACINGS, spaced_indices
-from fastdiff.schedules import NoiseSchedule
 
 T = 1000
 

@@ -19,11 +19,18 @@ from training.runs import without_dropout
 
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
-from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer, UserError, load_run
+from fastdiff.training import (
+    RunError,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    UserError,
+    load_run,
+    snapshot,
+)
 from fastdiff.training.checkpoint import load_newest
 from fastdiff.training.data import ArrayDataset, Batches
 from fastdiff.training.distributed import World
-from fastdiff.training.state import snapshot
 
 SMALL = TrainConfig(
     preset="tiny",
@@ -95,7 +102,7 @@ def trainer(path, world, **changes):
 
 def everything(run):
     """All state of a run, as arrays that travel between processes."""
-    taken = snapshot(run)
+    taken = snapshot.take(run)
     tensors = {f"model.{name}": value for name, value in taken.model.items()}
     for index, average in enumerate(taken.emas):
         tensors |= {f"ema.{index}.{name}": value for name, value in average.items()}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.training import UserError, data, features, load_dataset
+from fastdiff.evaluation import features
+from fastdiff.training import UserError, data, load_dataset
 
 
 def test_a_classifier_with_another_purpose_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastdiff import train
-from fastdiff.training import Trainer, UserError, state
+from fastdiff.training import Trainer, UserError, snapshot
 from fastdiff.training.data import load_dataset
 
 FLAGS = ["--preset", "tiny", "--channels", "data", "--batch-size", "4", "--timesteps", "20"]
@@ -33,7 +33,7 @@ def photos(tmp_path, monkeypatch):
 def no_pictures(monkeypatch):
     """They take most of the time of such short runs."""
     monkeypatch.setattr(Trainer, "save_samples", lambda self: None)
-    monkeypatch.setattr(state, "save_model", lambda trainer: None)
+    monkeypatch.setattr(snapshot, "save_model", lambda trainer: None)
 
 
 def start(data, *more, steps=2):

@@ -7,10 +7,10 @@
 
 namespace fastdiff {
 
-// The numbers are those of fastdiff/reference/step_table.py.
+// The numbers are those of fastdiff/reference/step_columns.py.
 enum class Prediction : int32_t { kEps, kX0, kV, kMean };
 
-// Columns of a step table; fastdiff/reference/step_table.py says what they are.
+// Columns of a step table; fastdiff/reference/step_columns.py says what they are.
 enum StepColumn {
   kSqrtAlphaBar,
   kSqrtOneMinusAlphaBar,

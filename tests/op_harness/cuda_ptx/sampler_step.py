@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.ops._sampler_step import DDPM, Arguments, empty_results
 from fastdiff.reference.layout import memory_format_of
-from fastdiff.reference.step_table import PREDICTIONS
+from fastdiff.reference.step_columns import PREDICTIONS
 
 from .launcher import (
     DTYPES,

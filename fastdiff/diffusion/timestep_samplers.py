@@ -99,7 +99,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
     Examples
     --------
     >>> import torch
-    >>> from fastdiff.timestep_samplers import LossSecondMomentTimesteps
+    >>> from fastdiff.diffusion.timestep_samplers import LossSecondMomentTimesteps
     >>> timesteps = LossSecondMomentTimesteps(1000)
     >>> t, weights = timesteps.sample(64, seed=0)
     >>> loss = torch.rand(64)  # diffusion.training_losses(model, x0, t)["loss"]

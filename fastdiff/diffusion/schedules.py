@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import step_tables
 from fastdiff._device_cache import DeviceCache, Value
-from fastdiff._schedule_checks import Indices, as_indices, validated_betas, validated_length
+from fastdiff.diffusion import step_tables
+from fastdiff.diffusion._schedule_checks import (
+    Indices,
+    as_indices,
+    validated_betas,
+    validated_length,
+)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._dormand_prince import integrate
 from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
 from fastdiff._types import check_tensors, check_type
-from fastdiff.parameterizations import convert
+from fastdiff.diffusion._dormand_prince import integrate
+from fastdiff.diffusion.parameterizations import convert
 from fastdiff.reference.q_sample import pixels_from_uint8
 
 if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
 
 _BIN = 2 / 255  # width of a pixel level
 
@@ -123,7 +123,7 @@ def flow_likelihood(
     >>> round(float(result.log_likelihood), 3)  # -log(2 pi)
     -1.838
     """
-    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
 
     check_type("flow_likelihood", GaussianDiffusion, diffusion=diffusion)
     check_tensors("flow_likelihood", x0=x0)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._models import Model, device_of, evaluating, keys_of, progress_bar
 from fastdiff._types import check_tensors
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.samplers.spacing import Spacing, spaced_indices
-from fastdiff.schedules import NoiseSchedule
 
 LOSSES = ("kl", "cross_entropy", "hybrid")
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff.parameterizations import conversion, convert
+from fastdiff.diffusion.parameterizations import conversion, convert
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.q_sample import per_sample
-from fastdiff.reference.step_table import guide
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import guide
 
 if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
+    from fastdiff.diffusion.gaussian import GaussianDiffusion
 
 Outputs = tuple[Tensor, Tensor | None, float]
 

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.diffusion.process import Process
+from fastdiff.diffusion.step_tables import LEARNED_VARIANCES
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.q_sample import flip_samples, per_sample, pixels_from_uint8
-from fastdiff.step_tables import LEARNED_VARIANCES
-
-if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """What a loss may need about one batch."""
 
-    diffusion: GaussianDiffusion
+    diffusion: Process
     x0: Tensor  # as given: floating point, or uint8 levels
     x_t: Tensor
     t: Tensor

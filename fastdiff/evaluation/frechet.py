@@ -22,9 +22,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     Examples
     --------
-    >>> import numpy, fastdiff.metrics
+    >>> import numpy, fastdiff.evaluation.frechet
     >>> a = numpy.random.default_rng(0).normal(size=(1000, 2))
-    >>> round(fastdiff.metrics.frechet_distance(a, a + [3.0, 4.0]), 6)
+    >>> round(fastdiff.evaluation.frechet.frechet_distance(a, a + [3.0, 4.0]), 6)
     25.0
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import PREDICTIONS
 
 
 class MixtureDenoiser(nn.Module):

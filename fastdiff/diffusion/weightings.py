@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import PREDICTIONS
 
 # Weight of a squared error of x0, from SNR = abar / (1 - abar) and min-SNR's gamma.
 _X0_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -62,7 +62,7 @@ def weights(
     Examples
     --------
     >>> import fastdiff
-    >>> from fastdiff.weightings import weights
+    >>> from fastdiff.diffusion.weightings import weights
     >>> schedule = fastdiff.NoiseSchedule.cosine(1000)
     >>> diffusion = fastdiff.GaussianDiffusion(
     ...     schedule, prediction="v", weighting=weights("min_snr", schedule, "v", gamma=3.0)

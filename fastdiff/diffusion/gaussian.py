@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import bound, losses, ops
+from fastdiff import ops
 from fastdiff._device_cache import DeviceCache
 from fastdiff._models import Model
 from fastdiff._types import check_tensors
-from fastdiff.parameterizations import convert
+from fastdiff.diffusion import bound, losses
+from fastdiff.diffusion.parameterizations import convert
+from fastdiff.diffusion.process import Process, draw_keys
+from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.diffusion.weightings import validated_weighting
 from fastdiff.reference.q_sample import per_sample
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.schedules import NoiseSchedule
-from fastdiff.step_tables import LEARNED_VARIANCES, VARIANCES
-from fastdiff.weightings import validated_weighting
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ReverseStep:
     pred_eps: Tensor
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """A noise schedule together with what the network predicts and how it is trained.
 
     Parameters
@@ -51,7 +51,8 @@ class GaussianDiffusion:
     loss
         Of the prediction: "mse" (L_simple, DDPM eq. 14, for eps), "rescaled_mse" (T times it),
         "l1", "huber"; the bound: "kl", "rescaled_kl" (T times it); both: "hybrid" (IDDPM eq. 16).
-        Learned variances are trained with "hybrid" or the bound (Math §6, `fastdiff.losses`).
+        Learned variances are trained with "hybrid" or the bound (Math §6,
+        `fastdiff.diffusion.losses`).
     weighting
         Of the error of the prediction at every timestep (L_gamma, DDIM eq. 5): None, a name in
         `fastdiff.weightings` ("min_snr", "snr", "snr_plus_one", "truncated_snr", "p2", "exact"), or
@@ -84,74 +85,14 @@ class GaussianDiffusion:
         weighting: Tensor | str | None = None,
         self_conditioning: bool = False,
     ) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule is {type(schedule).__name__}, expected a NoiseSchedule")
-        for name, value, known in (
-            ("prediction", prediction, PREDICTIONS),
-            ("variance", variance, VARIANCES),
-            ("loss", loss, losses.LOSSES),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
-        if prediction == "eps" and schedule.has_zero_terminal_snr:
-            raise ValueError(
-                "prediction='eps' cannot recover x0 from a schedule with zero terminal SNR "
-                "(abar_T = 0); use prediction='v' or 'x0', or leave the last timestep out with "
-                "schedule.respace(range(T - 1))"
-            )
-        self.schedule = schedule
-        self.prediction = prediction
-        self.variance = variance
+        super().__init__(schedule, prediction, variance)
+        if loss not in losses.LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(losses.LOSSES)}")
         self.loss = loss
         self.self_conditioning = self_conditioning
         losses.check_loss(loss, variance, weighted=weighting is not None)
         self.weighting = validated_weighting(weighting, schedule, prediction, variance)
         self._cache = DeviceCache(self)
-        self._identity_times = torch.equal(schedule.timesteps, torch.arange(schedule.num_timesteps))
-
-    @property
-    def num_timesteps(self) -> int:
-        """T."""
-        return self.schedule.num_timesteps
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the network has 2C output channels, the second half for the variance."""
-        return self.variance in LEARNED_VARIANCES
-
-    # ---------------------------------------------------------------- forward process
-
-    def q_sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        noise: Tensor | None = None,
-        seed: int | Tensor | None = None,
-        *,
-        stream: int = 0,
-        flip: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (DDPM eq. 4, Math §3).
-
-        Arguments as in `fastdiff.ops.q_sample`. With neither noise nor seed, keys are drawn from
-        torch's generator on x0's device, so that `torch.manual_seed` governs the noise.
-        """
-        check_tensors("q_sample", x0=x0, t=t)
-        if noise is None and seed is None:
-            seed = _draw_keys(x0)
-        tables = self.schedule.tables(x0.device)
-        return ops.q_sample(
-            x0,
-            t,
-            tables.sqrt_alpha_bar,
-            tables.sqrt_one_minus_alpha_bar,
-            noise,
-            seed=seed,
-            stream=stream,
-            flip=flip,
-            dtype=dtype,
-        )
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0) (DDPM eqs. 6-7, Math §4).
@@ -224,29 +165,6 @@ class GaussianDiffusion:
         variance, log_variance = self._variance(extra, x_t, t)
         return ReverseStep(mean, variance, log_variance, pred_x0, pred_eps)
 
-    def model_times(self, t: Tensor) -> Tensor:
-        """What the network is fed for the schedule's indices t: other ones only if respaced."""
-        return t if self._identity_times else self.schedule.tables(t.device).timesteps[t]
-
-    def split_output(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(prediction, variance channels or None), after checking the model's output channels."""
-        channels = x_t.shape[1]
-        factor = 2 if self.learns_variance else 1
-        expected = (x_t.shape[0], factor * channels, *x_t.shape[2:])
-        if not isinstance(output, Tensor):
-            raise TypeError(f"the model returned {type(output).__name__}, expected a tensor")
-        if tuple(output.shape) != expected:
-            hint = ""
-            if output.dim() > 1 and output.shape[1] == 2 * channels:
-                hint = "; 2C channels go with variance='learned' or 'learned_range'"
-            raise ValueError(
-                f"the model returned shape {tuple(output.shape)}, expected {expected} for "
-                f"variance={self.variance!r} and x_t of shape {tuple(x_t.shape)}{hint}"
-            )
-        if not self.learns_variance:
-            return output, None
-        return output[:, :channels], output[:, channels:]
-
     def _variance(self, extra: Tensor | None, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         tables = self.schedule.tables(x_t.device)
         if extra is None:
@@ -318,7 +236,7 @@ class GaussianDiffusion:
             )
         check_tensors("training_losses", x0=x0, t=t)
         if noise is None and seed is None:
-            seed = _draw_keys(x0)
+            seed = draw_keys(x0)
         x_t = self.q_sample(x0, t, noise, seed, stream=stream, flip=flip)
         model_kwargs = dict(model_kwargs or {})
         if self_condition:
@@ -341,13 +259,7 @@ class GaussianDiffusion:
         output, _ = self.split_output(model(x_t, self.model_times(t), **model_kwargs), x_t)
         return convert(self.schedule, self.prediction, "x0", output, x_t, t).clamp(-1, 1)
 
-    # ---------------------------------------------------------------- variational bound
-
     bits_per_dim = bound.bits_per_dim
-
-    def bound_table(self, device: torch.device | str = "cpu") -> Tensor:
-        """What `ops.vlb_terms` reads: the DDPM step table of all T timesteps, float32 (T, K)."""
-        return self.schedule.on_device(_ddpm_table, device, self.variance)
 
     def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
         """t must be int64 (B,) where x_t is; its range is checked where that does not wait."""
@@ -377,12 +289,3 @@ class GaussianDiffusion:
 
 def _float32_weighting(diffusion: GaussianDiffusion, device: torch.device) -> Tensor:
     return diffusion.weighting.to(device, torch.float32)
-
-
-def _ddpm_table(schedule: NoiseSchedule, device: torch.device, variance: str) -> Tensor:
-    return schedule.ddpm_table(variance=variance, device=device)
-
-
-def _draw_keys(x0: Tensor) -> Tensor:
-    """Keys (B,) from torch's generator on x0's device: reproducible, and nothing synchronizes."""
-    return torch.randint(-(2**63), 2**63 - 1, (len(x0),), dtype=torch.int64, device=x0.device)

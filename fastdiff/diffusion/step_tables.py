@@ -7,22 +7,37 @@ sample is its t. The columns are `StepColumn`; a step reads its row and nothing 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastdiff.reference.step_table import NUM_STEP_COLUMNS, StepColumn
-
-if TYPE_CHECKING:
-    from fastdiff.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import NUM_STEP_COLUMNS, StepColumn
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCES = ("fixed_large", "fixed_small", *LEARNED_VARIANCES)
 
 
+class Schedule(Protocol):
+    """What the tables read of a `NoiseSchedule`: its own tables (T,) in float64."""
+
+    betas: Tensor
+    alphas: Tensor
+    alpha_bars_prev: Tensor
+    one_minus_alpha_bars: Tensor
+    one_minus_alpha_bars_prev: Tensor
+    sqrt_alpha_bars: Tensor
+    sqrt_one_minus_alpha_bars: Tensor
+    posterior_mean_coef_x0: Tensor
+    posterior_mean_coef_x_t: Tensor
+    posterior_log_variance_clipped: Tensor
+    timesteps: Tensor
+
+    def respace(self, indices: Tensor) -> Schedule: ...
+
+
 @torch.no_grad()
-def ddpm_table(schedule: NoiseSchedule, indices: Tensor, variance: str = "fixed_large") -> Tensor:
+def ddpm_table(schedule: Schedule, indices: Tensor, variance: str = "fixed_large") -> Tensor:
     """Ancestral steps: x_s = mu~(x0, x_t) + sigma z on the respaced betas (DDPM alg. 2, Math §7).
 
     sigma^2 is beta (`fixed_large`), beta~ (`fixed_small`), or comes from the network's variance
@@ -59,7 +74,7 @@ def ddpm_table(schedule: NoiseSchedule, indices: Tensor, variance: str = "fixed_
 
 @torch.no_grad()
 def ddim_table(
-    schedule: NoiseSchedule, indices: Tensor, eta: float = 0.0, sigma_hat: bool = False
+    schedule: Schedule, indices: Tensor, eta: float = 0.0, sigma_hat: bool = False
 ) -> Tensor:
     """DDIM steps: x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (DDIM eq. 12).
 
@@ -99,7 +114,7 @@ def ddim_table(
 
 
 @torch.no_grad()
-def ddim_encode_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
+def ddim_encode_table(schedule: Schedule, indices: Tensor) -> Tensor:
     """The DDIM ODE run forward, x0 -> x_T (DDIM eqs. 13-14, Math §7).
 
     x_t = R x_s + (sqrt(1-abar_t) - R sqrt(1-abar_s)) eps(x_s), R = sqrt(abar_t/abar_s): the
@@ -128,7 +143,7 @@ def encode_indices(indices: Tensor) -> Tensor:
     return torch.cat([indices.new_zeros(1), indices[:-1]])
 
 
-def conversion_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
+def conversion_table(schedule: Schedule, indices: Tensor) -> Tensor:
     """A float64 table with the columns that turn a model output into x0 and eps (Math §5)."""
     c = StepColumn
     table = torch.zeros(len(indices), NUM_STEP_COLUMNS, dtype=torch.float64)

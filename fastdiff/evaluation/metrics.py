@@ -10,24 +10,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import _cli, ops
-from fastdiff.bound import BitsPerDim
+from fastdiff.diffusion.bound import BitsPerDim
+from fastdiff.diffusion.likelihood import flow_likelihood
+from fastdiff.evaluation.config import EvaluateConfig
+from fastdiff.evaluation.frechet import frechet_distance
 from fastdiff.images import image_grid, not_finite
-from fastdiff.likelihood import flow_likelihood
-from fastdiff.metrics import frechet_distance
+from fastdiff.training.data import Dataset
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, naming
 from fastdiff.training.trained import TrainedRun
-
-if TYPE_CHECKING:
-    from fastdiff.evaluate import EvaluateConfig
-    from fastdiff.training.data import Dataset
 
 # Images of the grid of samples.
 _SHOWN = 64
@@ -222,9 +220,9 @@ def frechet(task: Task) -> Result:
     with. So a model that draws from the distribution of the data would reach the floor, up to
     chance. Samples are rounded to the 256 levels that real images have.
     """
+    from fastdiff.evaluation.features import extractor
     from fastdiff.sample import generate
     from fastdiff.samplers import from_name
-    from fastdiff.training.features import extractor
 
     config, run, world = task.config, task.run, task.world
     num = config.samples

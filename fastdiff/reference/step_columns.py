@@ -1,7 +1,7 @@
 """The row of coefficients that one sampler step needs, and the formulas every step shares.
 
 A step kernel gets a float32 table (S, K) and reads one row per sample. The rows are built in
-float64 by `fastdiff.step_tables`; here is what the columns are and how they are used.
+float64 by `fastdiff.diffusion.step_tables`; here is what the columns are and how they are used.
 """
 
 from __future__ import annotations

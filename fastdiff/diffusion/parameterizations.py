@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff._types import check_tensors
+from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.q_sample import per_sample
-from fastdiff.reference.step_table import PREDICTIONS
-from fastdiff.schedules import NoiseSchedule
+from fastdiff.reference.step_columns import PREDICTIONS
 
 QUANTITIES = (*PREDICTIONS, "score")
 """What `convert` knows: eps, x0, v, the posterior mean, and the score grad log q(x_t)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
 from fastdiff._types import check_tensors
+from fastdiff.diffusion.process import Process
 from fastdiff.reference.philox import derived_keys
 from fastdiff.reference.q_sample import pixels_from_uint8
-
-if TYPE_CHECKING:
-    from fastdiff.gaussian import GaussianDiffusion
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class RateDistortion:
 
 @torch.no_grad()
 def bits_per_dim(
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     model: Model,
     x0: Tensor,
     seed: int | Tensor | None = None,

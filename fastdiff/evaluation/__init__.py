@@ -1,0 +1,1 @@
+"""What a trained run is worth: the metrics of ``python -m fastdiff.evaluate``."""
