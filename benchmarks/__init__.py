@@ -11,9 +11,7 @@
     compare         two reports: what became slower beyond the noise
     page, plots     docs/performance.md and its pictures, made from benchmarks/results/
     machine, allocator   facts about the machine, and a steady memory allocator
-    instructions    instruction counts of the CPU kernels against a committed budget
-    inspect_kernels, kernel_budget   registers, spills and accesses of the compiled GPU kernels
-    traffic         bytes that the GPU kernels move, counted, and times predicted from them
+    audit/          what kernels cost, counted without a GPU
 
 Numbers mean something on a quiet machine only; ratios within one run bear some noise, because all
 contenders take turns.

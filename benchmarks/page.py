@@ -33,7 +33,7 @@ PUBLISH = "python -m benchmarks --threads 2 --end-to-end --publish"
 NOTHING = f"No report is published yet: `{PUBLISH}` on a quiet machine writes it here.\n"
 GPU_TARGETS = (
     "The targets of the GPU kernels are counted, not timed: bytes in docs/traffic.md, registers "
-    "and spills in `benchmarks/kernel_budget.json`. No GPU time is claimed here."
+    "and spills in `benchmarks/audit/kernel_budget.json`. No GPU time is claimed here."
 )
 
 

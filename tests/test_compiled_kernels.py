@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
 from benchmarks import cubin, inspect_kernels, kernel_budget  # noqa: E402
-from benchmarks.cubin import Kernel  # noqa: E402
+from benchmarks.audit.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
 # Second stages of reductions, which read one value per chunk or sample.

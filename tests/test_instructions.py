@@ -15,8 +15,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import instructions
-from benchmarks.instructions import CannotCountError, Counts
+from benchmarks.audit import instructions
+from benchmarks.audit.instructions import CannotCountError, Counts
 
 BUDGET = Counts("compiler 1", "AVX2", {"a fp32": 1000, "b fp32": 2000})
 

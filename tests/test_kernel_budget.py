@@ -13,8 +13,8 @@ from ptx_emulator.nvcc import find_nvcc
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import cubin, inspect_kernels, kernel_budget
-from benchmarks.cubin import Kernel
+from benchmarks.audit import cubin, inspect_kernels, kernel_budget
+from benchmarks.audit.cubin import Kernel
 
 needs_cuobjdump = pytest.mark.skipif(
     cubin.find_cuobjdump() is None, reason="cuobjdump is in neither a CUDA toolkit nor triton"
@@ -29,7 +29,7 @@ archs = pytest.mark.parametrize(
         for arch in inspect_kernels.ARCHS
     ],
 )
-REPAIR = "python -m benchmarks.kernel_budget --update accepts them"
+REPAIR = "python -m benchmarks.audit.kernel_budget --update accepts them"
 
 
 @needs_cuobjdump

@@ -14,7 +14,8 @@ from op_harness import available
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import roofline, traffic, traffic_cases, traffic_page
+from benchmarks import roofline
+from benchmarks.audit import traffic, traffic_cases, traffic_page
 from benchmarks.bench_eps_loss import gradient, mse
 from benchmarks.bench_q_sample import eager_q_sample, eager_with_noise
 from benchmarks.roofline import Cost, Gpu

@@ -1,6 +1,6 @@
 """Registers, spills, occupancy and memory accesses of every compiled GPU kernel.
 
-    python -m benchmarks.inspect_kernels [--arch sm_90 ...] [--kernel q_sample] [--json FILE]
+    python -m benchmarks.audit.inspect_kernels [--arch sm_90 ...] [--kernel q_sample] [--json FILE]
 
 Needs no GPU: reads the machine code of the CUDA library, and compiles the Triton kernels ahead of
 time. Per thread: registers, bytes of stack and local memory, accesses to local memory (spills);
@@ -19,8 +19,9 @@ import tempfile
 from dataclasses import asdict, replace
 
 import fastdiff
-from benchmarks import cubin, report, triton_aot
-from benchmarks.cubin import Kernel
+from benchmarks import report
+from benchmarks.audit import cubin, triton_aot
+from benchmarks.audit.cubin import Kernel
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 TITLES = (
@@ -92,7 +93,7 @@ def to_json(backend: str, kernel: Kernel) -> dict[str, object]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inspect_kernels", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.audit.inspect_kernels", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "--arch",

@@ -1,6 +1,6 @@
-"""The counts of `python -m benchmarks.traffic --csv`, and what docs/traffic.md says of them.
+"""The counts of `python -m benchmarks.audit.traffic --csv`, and what docs/traffic.md says of them.
 
-    python -m benchmarks.traffic_page FILE.csv...
+    python -m benchmarks.audit.traffic_page FILE.csv...
 
 prints one line per op, pass, backend and architecture: the worst ratio to the bound and the most
 sectors over all shapes, dtypes and layouts, and below it every row that is above the target.
@@ -21,7 +21,7 @@ COLUMNS = (*LABELS, "launches", "blocks", "ran", "MB", "of_bound", "sectors")
 
 
 def append(path: pathlib.Path, row: Any) -> None:
-    """Add one `benchmarks.traffic.Row`, so that a run of hours can be cut off and continued."""
+    """Add one `traffic.Row`, so that a run of hours can be cut off and continued."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -85,7 +85,7 @@ def above(rows: Sequence[dict[str, str]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.traffic_page", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.audit.traffic_page", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("csv", nargs="+", type=pathlib.Path, metavar="FILE")
     rows = read(parser.parse_args(argv).csv)

@@ -25,7 +25,7 @@ from benchmarks.shapes import GROUP_NORM_BATCHES, GroupNormSite, group_norm_site
 from fastdiff.reference.step_columns import StepColumn
 
 # The emulator belongs to the tests, which are not installed.
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests"))
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -1,12 +1,12 @@
 """The compiled kernels against the committed budget: registers, spills, shared memory, widths.
 
-    python -m benchmarks.kernel_budget [--arch sm_90 ...] [--backend cuda] [--update]
+    python -m benchmarks.audit.kernel_budget [--arch sm_90 ...] [--backend cuda] [--update]
 
 Needs no GPU. Prints what became worse as a diff and exits with 1: more registers than the budget
 and its slack, any more spilled accesses, more static shared memory, a lower occupancy, fewer bytes
 per access, more instructions of a class, a kernel that has no budget or is gone. --update writes
-what the compilers make now to benchmarks/kernel_budget.json; review that diff like code. The CUDA
-kernels are those of the built library: build it first.
+what the compilers make now to kernel_budget.json beside this file; review that diff like code. The
+CUDA kernels are those of the built library: build it first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from benchmarks import cubin, inspect_kernels, triton_aot
-from benchmarks.cubin import Kernel
-from benchmarks.inspect_kernels import ARCHS
+from benchmarks.audit import cubin, inspect_kernels, triton_aot
+from benchmarks.audit.cubin import Kernel
+from benchmarks.audit.inspect_kernels import ARCHS
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILE = ROOT / "benchmarks/kernel_budget.json"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILE = ROOT / "benchmarks/audit/kernel_budget.json"
 BACKENDS = ("cuda", "triton")
 # Registers come in groups of eight per thread; compilers of another version differ by a few.
 SLACK = 8
@@ -146,7 +146,7 @@ KERNELS: dict[str, Callable[[str], list[Kernel]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernel_budget", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.audit.kernel_budget", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS)

@@ -1,6 +1,6 @@
 """Bytes that the GPU kernels move, counted without a GPU, and times PREDICTED from them.
 
-    python -m benchmarks.traffic [--quick] [--op group_norm_silu] [--arch sm_80] [--json FILE]
+    python -m benchmarks.audit.traffic [--quick] [--op group_norm_silu] [--arch sm_80] [--json FILE]
                                  [--all] [--csv FILE] [--plot FILE.png] [--markdown FILE]
 
 The PTX that nvcc and Triton emit runs in the emulator of tests/ptx_emulator, under the unmodified
@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import report, roofline, traffic_page
-from benchmarks.roofline import GPUS, Cost
-from benchmarks.shapes import GroupNormSite
-from benchmarks.traffic_cases import (
+from benchmarks import report, roofline
+from benchmarks.audit import traffic_page
+from benchmarks.audit.traffic_cases import (
     DTYPES,
     IMAGES,
     LAYOUTS,
@@ -39,6 +38,8 @@ from benchmarks.traffic_cases import (
     group_norm_calls,
     image_calls,
 )
+from benchmarks.roofline import GPUS, Cost
+from benchmarks.shapes import GroupNormSite
 
 BACKENDS = ("cuda", "triton")
 ARCHS = ("sm_80", "sm_90")
@@ -244,7 +245,7 @@ def plot(found: Sequence[Row], path: pathlib.Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.traffic", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.audit.traffic", description=__doc__.partition("\n")[0]
     )
     axes = (
         ("op", OPS, OPS, OPS),

@@ -1,11 +1,11 @@
 """Instructions of the CPU kernels against a committed budget: the performance gate without a clock.
 
-    python -m benchmarks.instructions [--update]
+    python -m benchmarks.audit.instructions [--update]
 
 Needs valgrind and the objects of the native build; a few seconds. Every kernel runs once on a small
 shape under callgrind, whose counts repeat exactly. Prints what needs more instructions than the
 budget and its tolerance, or has none, and exits with 1. --update writes what is counted now to
-benchmarks/instruction_budget.json; review that diff like code.
+benchmarks/audit/instruction_budget.json; review that diff like code.
 
 Valgrind knows no AVX-512 and hides it from the program, so the AVX2 code is what is counted. It is
 compiled from the same loops; those written with AVX-512 intrinsics are not covered. Counts say
@@ -13,7 +13,7 @@ nothing of cache misses: a kernel that reads its memory in a worse order passes.
 
 The GPU kernels have the same kind of gate in two parts. Bytes counted in the emulator: the tests
 `pytest tests/ops -k traffic`; registers, spills and access widths:
-`python -m benchmarks.kernel_budget`.
+`python -m benchmarks.audit.kernel_budget`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dataclasses import dataclass
 
 from fastdiff import _native
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILE = ROOT / "benchmarks/instruction_budget.json"
-SOURCE = ROOT / "benchmarks/instructions.cpp"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILE = ROOT / "benchmarks/audit/instruction_budget.json"
+SOURCE = ROOT / "benchmarks/audit/instructions.cpp"
 OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}"
 TOLERANCE = 0.02
 # Another compiler, or another version of it, makes other code of the same source.
 OTHER_COMPILER = 0.25
-REPAIR = "python -m benchmarks.instructions --update accepts them"
+REPAIR = "python -m benchmarks.audit.instructions --update accepts them"
 
 
 class CannotCountError(RuntimeError):
@@ -170,7 +170,7 @@ def compare(budget: Counts, now: Counts, complete: bool = True) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """1 if a kernel exceeds its budget, 2 if nothing can be counted here."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.instructions", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.audit.instructions", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--update", action="store_true", help="write what is counted now")
     options = parser.parse_args(argv)
