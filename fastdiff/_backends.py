@@ -159,8 +159,19 @@ for _function in (_of_gpu, _runs_nowhere, _why_not):
     _function._dynamo_marked_constant = True
 
 
-def default_backend(device_type: str) -> str:
-    """The backend that ops on "cpu", "cuda", "cuda:1", ... tensors use when none is asked for."""
+def default_backend(device_type: str | torch.device) -> str:
+    """The backend that ops on "cpu", "cuda", "cuda:1", ... tensors use when none is asked for.
+
+    Raises
+    ------
+    TypeError
+        Neither a string nor a torch.device.
+    """
+    if not isinstance(device_type, (str, torch.device)):
+        raise TypeError(
+            f"device_type is {type(device_type).__name__}, expected a string such as 'cuda'"
+        )
+    device_type = str(device_type)
     if not device_type.startswith("cuda"):
         return _defaults.get(device_type, "reference")
     if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -41,11 +42,11 @@ def main(argv: list[str]) -> int:
             "machine": info.collect(),
             "device": str(device),
             "seconds": seconds,
-            "rows": [row.to_dict() for row in rows],
-            "parity": parity,
+            "rows": [_strict(row.to_dict()) for row in rows],
+            "parity": [_strict(p) for p in parity],
             "failed": failed,
         }
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print(_table(rows, every=arguments.all))
         print(_parity_table(parity))
@@ -141,6 +142,14 @@ def _homes(backend: str) -> tuple[str, ...]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _strict(values: dict[str, Any]) -> dict[str, Any]:
+    """Infinity and NaN, of which JSON knows nothing, as strings."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def _table(rows: Sequence[Row], every: bool) -> str:

@@ -305,3 +305,10 @@ def triton_version() -> str:
     import triton
 
     return triton.__version__
+
+
+def test_default_backend_takes_a_device_and_refuses_what_is_none():
+    assert fastdiff.default_backend(torch.device("cpu")) == fastdiff.default_backend("cpu")
+    for wrong in (None, 0, torch.zeros(1)):
+        with pytest.raises(TypeError, match="device_type is"):
+            fastdiff.default_backend(wrong)

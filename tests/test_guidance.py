@@ -292,3 +292,9 @@ def test_the_noisy_classifier_learns_and_depends_on_the_time():
     assert confidence[1] < confidence[0] - 0.2, confidence
     with pytest.raises(ValueError, match="num_classes must be 2 or more, got 1"):
         NoisyClassifier(SMALL["digits"], 1)
+
+
+@pytest.mark.parametrize("scale", [None, "2", [1.0]])
+def test_a_scale_is_a_number(scale):
+    with pytest.raises(TypeError, match="scale is"):
+        ClassifierFree(scale, {})

@@ -92,3 +92,12 @@ def test_bad_input(monkeypatch, argv, message) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         verify.main(argv)
+
+
+def test_json_has_no_numbers_that_json_does_not_know():
+    values = {"error": float("inf"), "relative": float("nan"), "share": 0.5, "op": "q_sample"}
+    assert json.loads(json.dumps(verify._strict(values), allow_nan=False)) == {
+        **values,
+        "error": "inf",
+        "relative": "nan",
+    }

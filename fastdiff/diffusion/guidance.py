@@ -7,6 +7,7 @@ a condition; `DynamicThresholding` wraps either, or the model alone.
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,8 +63,8 @@ class ClassifierFree:
     Raises
     ------
     TypeError, ValueError
-        uncond_kwargs that is no mapping, rescale outside [0, 1]; and when sampling, a model that
-        takes no condition, or no condition to guide towards.
+        scale that is no number, uncond_kwargs that is no mapping, rescale outside [0, 1]; and when
+        sampling, a model that takes no condition, or no condition to guide towards.
 
     Examples
     --------
@@ -78,6 +79,8 @@ class ClassifierFree:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scale, (numbers.Real, Tensor)):
+            raise TypeError(f"scale is {type(self.scale).__name__}, expected a number")
         if not isinstance(self.uncond_kwargs, Mapping):
             raise TypeError(
                 f"uncond_kwargs is {type(self.uncond_kwargs).__name__}, expected a mapping of "

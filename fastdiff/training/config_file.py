@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.training.errors import UserError, one_line, printable
+from fastdiff.training.files import read_file
 
 # More than all settings with all their comments.
 _MOST_BYTES = 1 << 20
@@ -44,12 +45,9 @@ def _text(path: str | Path, what: str) -> str:
         kind = "a folder" if os.path.isdir(path) else "no regular file, but a pipe or device"
         raise UserError(f"{what}: is {kind}; give a file with settings")
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_file(path, most=_MOST_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise UserError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > _MOST_BYTES:
-        raise UserError(f"{what}: larger than {_MOST_BYTES} bytes; give a file with settings")
     if content.startswith(_UTF16) or b"\0" in content:
         raise UserError(
             f"{what}: its text is UTF-16 or no text at all; save it as UTF-8 (in PowerShell: "

@@ -48,7 +48,8 @@ def read_file(path: str | Path, most: int | None = None) -> bytes:
         if most is not None and found.st_size > most:
             raise OSError(errno.EFBIG, f"it is larger than {most} bytes", str(path))
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            # None: a file of the kernel's that would let its reader wait.
+            return file.read() or b""
     finally:
         os.close(descriptor)
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -188,6 +189,18 @@ def test_config_files_that_are_none(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_config_file(path)
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="needs root on Linux")
+def test_a_config_file_that_never_ends_is_not_waited_for():
+    """The kernel's log: a regular file whose reader waits for the next message."""
+    try:
+        os.close(os.open("/proc/kmsg", os.O_RDONLY))
+    except OSError:
+        pytest.skip("the kernel's log is closed to this container")
+    for _ in range(2):  # the second finds it empty
+        with contextlib.suppress(UserError):
+            read_config_file("/proc/kmsg")
 
 
 def test_a_toml_file_is_read_and_checked_like_any_other(tmp_path):
