@@ -19,6 +19,11 @@ def compiles_clusters(version: str) -> bool:
     return tuple(map(int, version.split(".")[:2])) >= (3, 8)
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). Outside of kernels triton.cdiv looks at the environment: 3 to 8 us."""
+    return -(-a // b)
+
+
 def is_nvidia(device: torch.device) -> bool:
     """ROCm's devices are "cuda" too, and gfx942 has the capability 9.4: it is no Hopper."""
     return device.type == "cuda" and torch.version.hip is None

@@ -200,7 +200,7 @@ def eps_loss(
     layout = sample_layout(prediction, channels_last)
     block = block_elements(prediction.dtype)
     rounds = reduce.rounds_per_program(layout.numel, block)
-    chunks = triton.cdiv(layout.numel, rounds * block)
+    chunks = _launch.cdiv(layout.numel, rounds * block)
     whole_samples = out.dim() == 1 and chunks == 1
     small = out.dim() == 0 and chunks == 1
     sample_bytes = layout.numel * prediction.element_size()
@@ -209,7 +209,7 @@ def eps_loss(
     numbers = (0 if seed is None else seed, stream)
     meta = {"KIND": kind, "LOGICAL_ORDER": layout.inner == 1, "BLOCK": block}
     if samples > 1:
-        programs = triton.cdiv(layout.batch, samples)
+        programs = _launch.cdiv(layout.batch, samples)
         sums = reduce.workspace(out, programs)
         sizes = (layout.batch, layout.numel, layout.inner)
         _launch.launch(
@@ -267,7 +267,7 @@ def eps_loss_backward(
         return
     layout = sample_layout(prediction, channels_last)
     block = block_elements(prediction.dtype)
-    chunks = triton.cdiv(layout.numel, block)
+    chunks = _launch.cdiv(layout.numel, block)
     tensors = grad_prediction, grad_noise, grad, prediction, noise, keys, weight
     numbers = 0 if seed is None else seed, stream
     sizes = chunks, layout.numel, layout.inner

@@ -77,7 +77,7 @@ def group_norm_silu(
         )
         return
 
-    chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
+    chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     parts = cut.parts(channels, num_groups) * chunks
     moments = [workspace(x, mean.numel() * parts) for _ in range(3)]
     bias_only = Operands(channel_bias=channel_bias, channel_bias_stride=row_stride(channel_bias))
@@ -95,7 +95,7 @@ def group_norm_silu(
     )
     _launch.launch(
         group_norm_silu_fwd_merge_kernel,
-        triton.cdiv(mean.numel(), 8),
+        _launch.cdiv(mean.numel(), 8),
         x.device,
         mean,
         rstd,
@@ -178,7 +178,7 @@ def group_norm_silu_backward(
         block = min(32, triton.next_power_of_2(channels))
         _launch.launch(
             group_norm_silu_bwd_samples_kernel,
-            triton.cdiv(channels, block),
+            _launch.cdiv(channels, block),
             x.device,
             grad_weight,
             grad_bias,
@@ -220,7 +220,7 @@ def _sample_gradients(
         )
         return
 
-    chunks = triton.cdiv(pixels, cut.pixels * cut.rounds)
+    chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     s0, s1 = (workspace(x, tiles * chunks * cut.channels) for _ in range(2))
     sums = Sums(s0, s1, None if gradients.channel_bias is None else workspace(x, s0.numel()))
     means = [workspace(x, mean.numel()) for _ in range(2)]

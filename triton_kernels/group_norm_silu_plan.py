@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import triton
 
+from . import _launch
 from .group_norm_silu_tiles import Tiling
 from .reduce import DEVICE_PROGRAMS
 
@@ -26,7 +28,7 @@ class Plan(NamedTuple):
 
     def parts(self, channels: int, num_groups: int) -> int:
         """Channel tiles that a span is cut into; more than one only if it is a single group."""
-        return triton.cdiv(channels // num_groups * self.groups, self.channels)
+        return _launch.cdiv(channels // num_groups * self.groups, self.channels)
 
     def channel_tiles(self, channels: int, num_groups: int) -> int:
         """Channel tiles of one sample."""
@@ -74,10 +76,11 @@ WASTE = 1.1  # sectors touched / needed
 def _sector_waste(width: int) -> float:
     """Bytes of the sectors touched by rows of `width` bytes that begin at multiples of `width`."""
     starts = range(0, SECTOR_BYTES, math.gcd(width, SECTOR_BYTES))
-    sectors = sum(triton.cdiv(start + width, SECTOR_BYTES) for start in starts) / len(starts)
+    sectors = sum(_launch.cdiv(start + width, SECTOR_BYTES) for start in starts) / len(starts)
     return sectors * SECTOR_BYTES / width
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
     channels: int,
     num_groups: int,
@@ -93,6 +96,9 @@ def plan(
     One pass, in the registers of one block or of a cluster of at most `max_blocks`: of the
     smallest that can hold its groups, unless a larger one wastes less of the sectors it reads.
     Otherwise two passes. `pairs`: whether elements of 16 bits may be held in pairs.
+
+    A network has few shapes and asks for each in every step, so plans are remembered: the search
+    takes up to 300 us, a call of the op 50.
     """
     group_channels = channels // num_groups
     divisors = [k for k in range(1, num_groups + 1) if num_groups % k == 0]
@@ -152,7 +158,7 @@ def plan(
     else:
         tile_pixels = min(padded, SPLIT_ELEMENTS)
         tile = min(triton.next_power_of_2(group_channels), SPLIT_ELEMENTS // tile_pixels)
-    tiles = triton.cdiv(pixels, tile_pixels) * triton.cdiv(channels, tile)
+    tiles = _launch.cdiv(pixels, tile_pixels) * _launch.cdiv(channels, tile)
     rounds = max(1, triton.next_power_of_2(tiles // REDUCTION_PROGRAMS + 1) // 2)
     return Plan(False, groups, tile, tile_pixels, rounds, 4)
 

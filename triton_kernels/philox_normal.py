@@ -33,7 +33,7 @@ def philox_normal(
         return
     layout = sample_layout(out, channels_last)
     block = block_elements(out.dtype)
-    chunks = triton.cdiv(layout.numel, block)
+    chunks = _launch.cdiv(layout.numel, block)
     _launch.launch(
         philox_normal_kernel,
         layout.batch * chunks,

@@ -93,7 +93,7 @@ def q_sample(
         return
     layout = sample_layout(x0, channels_last)
     block = block_elements(out.dtype)
-    chunks = triton.cdiv(layout.numel, block)
+    chunks = _launch.cdiv(layout.numel, block)
     tensors = out, x0, noise, t, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, keys, flip
     numbers = 0 if seed is None else seed, stream, sqrt_alpha_bar.shape[0], chunks
     sizes = layout.numel, layout.inner, layout.width

@@ -20,7 +20,7 @@ DEVICE_PROGRAMS = 116  # seven eighths of the multiprocessors of an H100
 
 def rounds_per_program(numel: int, block: int) -> int:
     """Blocks of elements per program: a power of two, 1 up to REDUCTION_CHUNKS blocks a sample."""
-    blocks = triton.cdiv(numel, block)
+    blocks = _launch.cdiv(numel, block)
     return 1 << max(0, (blocks // REDUCTION_CHUNKS).bit_length() - 1)
 
 
@@ -76,7 +76,7 @@ def finish_sums(
     samples = 16
     _launch.launch(
         finish_sums_kernel,
-        1 if total else triton.cdiv(batch, samples),
+        1 if total else _launch.cdiv(batch, samples),
         out.device,
         out,
         partials,

@@ -217,7 +217,7 @@ def sampler_step(
     block = block_elements(x_s.dtype)
     two_heads = model_output.shape[1] != x_t.shape[1]
     heads = plan_heads(layout, two_heads, block)
-    chunks = triton.cdiv(layout.numel, heads.span)
+    chunks = _launch.cdiv(layout.numel, heads.span)
     tensors = x_s, pred_x0, x_t, model_output, uncond, noise, step, table, keys
     numbers = 0 if seed is None else seed, stream, table.shape[0], chunks, guidance_scale
     sizes = layout.numel, layout.inner, heads.span

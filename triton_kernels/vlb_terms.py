@@ -283,7 +283,7 @@ def vlb_terms(
     heads = plan_heads(layout, learned, block)
     settings = Settings(prediction, learned, heads.staged, clip, layout.inner == 1, block)
     rounds = reduce.rounds_per_program(layout.numel, heads.span)
-    chunks = triton.cdiv(layout.numel, rounds * heads.span)
+    chunks = _launch.cdiv(layout.numel, rounds * heads.span)
     partials = reduce.workspace(out, 3 * layout.batch * chunks)
     if chunks > 0:
         tensors = partials, Inputs(x0, x_t, model_output), t, table, noise, keys
@@ -328,7 +328,7 @@ def vlb_terms_backward(
     block = block_elements(model_output.dtype)
     heads = plan_heads(layout, learned, block)
     settings = Settings(prediction, learned, heads.staged, clip, layout.inner == 1, block)
-    chunks = triton.cdiv(layout.numel, heads.span)
+    chunks = _launch.cdiv(layout.numel, heads.span)
     tensors = grad_output, grad, Inputs(x0, x_t, model_output), t, table, noise, keys
     numbers = 0 if seed is None else seed, stream, table.shape[0], layout.batch, chunks
     sizes = layout.numel, layout.inner, heads.span

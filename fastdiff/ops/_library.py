@@ -230,7 +230,7 @@ def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 def refuse_float64(op: str, *inputs: torch.Tensor | torch.dtype | None) -> None:
     """Raise on float64, which the Triton kernels do not compute in."""
     for x in inputs:
-        if torch.float64 in (x, getattr(x, "dtype", None)):
+        if getattr(x, "dtype", x) is torch.float64:
             raise RuntimeError(f"{op}: there are no float64 Triton kernels")
 
 

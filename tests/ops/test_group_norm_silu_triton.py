@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -60,6 +61,14 @@ SPLIT_CASES = [
 ptx = pytest.mark.skipif(
     available("triton-ptx") is not None, reason=f"triton-ptx: {available('triton-ptx')}"
 )
+
+
+@pytest.fixture(autouse=True)
+def forgotten_plans() -> Iterator[None]:
+    """Plans of changed constants are not remembered for other tests, nor theirs for these."""
+    plans.plan.cache_clear()
+    yield
+    plans.plan.cache_clear()
 
 
 @pytest.fixture
@@ -440,3 +449,13 @@ def test_plan_with_clusters(shape, itemsize, layout, arrays, expected) -> None:
     channels, groups, pixels = shape
     chosen = plans.plan(channels, groups, pixels, itemsize, layout == "channels_last", arrays, 8)
     assert (*chosen[:4], chosen.blocks) == expected
+
+
+@ptx
+def test_a_plan_is_searched_for_once() -> None:
+    """The search takes longer than all else that a call does on the host."""
+    for _ in range(3):
+        check(Case(shape="wide"), "triton-ptx")
+    found = plans.plan.cache_info()
+    assert found.misses == 2  # forward and backward
+    assert found.hits == 4
