@@ -115,6 +115,8 @@ def _prepare(
 
     run = load_run(config.run, device, say, config.ema)
     use_threads(run.config)
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda-graph: needs a GPU, not --device {device.type}")
     timesteps = run.diffusion.num_timesteps
     if config.steps is None:
         steps = tuple(s for s in _STEPS if s <= timesteps) or (timesteps,)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,6 +80,16 @@ class SampleConfig:
     """Images at a time; changes memory and speed, not the images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU when there is one."""
+    amp: Literal["off", "bf16", "fp16"] | None = None
+    """Compute under autocast in bfloat16 or float16; None: as the run was trained."""
+    channels_last: bool | None = None
+    """Whether to keep weights and images in channels_last memory format; None: as the run was
+    trained."""
+    compile: bool | None = None
+    """Whether to compile the U-Net with torch.compile; None: as the run was trained."""
+    cuda_graph: bool = False
+    """On a GPU: launch the U-Net's hundreds of kernels as one, which is what small batches wait
+    for."""
     out: str | None = None
     """Where to write: a picture of all images (.png, .jpg), an animation of it at every step
     (.gif), or an .npz with arr_0, uint8 (N, H, W, C), and for class-conditional runs arr_1, the
@@ -103,7 +113,11 @@ def main(argv: list[str]) -> int:
     _check_suffix(config)
     world = World.from_environment()
     device = choose_device(config.device, world)
-    run = load_run(config.run, device, _cli.say if world.is_first else _say_nothing, config.ema)
+    say = _cli.say if world.is_first else _say_nothing
+    run = load_run(config.run, device, say, config.ema)
+    run = run.computed(config.amp, config.channels_last, config.compile)
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda-graph: needs a GPU, not --device {device.type}")
     if config.steps is None:
         config = dataclasses.replace(config, steps=min(STEPS, run.diffusion.num_timesteps))
     out = _output(config)
@@ -126,6 +140,7 @@ def main(argv: list[str]) -> int:
             guidance,
             frames,
             world,
+            cuda_graph=config.cuda_graph,
         )
     if not world.is_first:
         return 0
@@ -151,6 +166,8 @@ def generate(
     guidance: Callable[[torch.Tensor | None], Guidance | None] = lambda labels: None,
     frames: Frames | None = None,
     world: World = World(),  # noqa: B008 (frozen)
+    *,
+    cuda_graph: bool = False,
 ) -> torch.Tensor:
     """Draw ``num`` images, uint8 (num, C, H, W) on the CPU, under a progress bar.
 
@@ -169,6 +186,8 @@ def generate(
         The guidance of a batch, given its labels.
     frames : Frames, optional
         Keeps the predictions of every step, batch after batch.
+    cuda_graph : bool
+        As of `Sampler.sample`.
     """
     from tqdm import tqdm
 
@@ -201,6 +220,7 @@ def generate(
                 model_kwargs=kwargs,
                 progress=False,
                 callback=watch,
+                cuda_graph=cuda_graph,
             )
             bad[part] = not_finite(images).to(bad)
             drawn[part] = to_uint8(images.nan_to_num())
@@ -278,6 +298,7 @@ def _default_name(config: SampleConfig) -> str:
         "guidance_scale",
         "guidance_rescale",
         "dynamic_threshold",
+        "amp",
         "class_label",
         "num",
     ):
@@ -313,6 +334,15 @@ def _guidance(
             "unconditional prediction"
         )
 
+    made: dict[int | None, Guidance | None] = {}
+
+    def of(labels: torch.Tensor | None) -> Guidance | None:
+        """One for all batches of a size: a CUDA graph belongs to its guidance."""
+        size = None if labels is None else len(labels)
+        if size not in made:
+            made[size] = make(labels)
+        return made[size]
+
     def make(labels: torch.Tensor | None) -> Guidance | None:
         guidance = None
         if config.guidance_scale is not None:
@@ -324,7 +354,7 @@ def _guidance(
 
     with naming("--guidance-rescale or --dynamic-threshold"):
         make(torch.zeros(1, dtype=torch.int64))
-    return make
+    return of
 
 
 def _labels(config: SampleConfig, run: TrainedRun) -> torch.Tensor | None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -273,3 +275,36 @@ def test_help_names_every_sampler():
     text = source[source.index("sampler: str") : source.index("steps: int")]
     named = re.findall(r"[a-z_]{4,}", text.partition('"""')[2].partition("How to sample:")[2])
     assert [name for name in named if name in SAMPLERS] == list(SAMPLERS)
+
+
+def test_the_precision_is_that_of_training_unless_another_is_asked_for(run_sample, runs, tmp_path):
+    """A run trained with --amp bf16 --channels-last: a copy whose settings say so."""
+    run = RunFolder(tmp_path / "half")
+    shutil.copytree(runs / "plain", run.path)
+    settings = json.loads(run.config.read_text()) | {"amp": "bf16", "channels_last": True}
+    del settings["checksum"]  # changed by hand
+    run.config.write_text(json.dumps(settings))
+    drawn = {}
+    for name, flags in {
+        "as trained": (),
+        "bf16": ("--amp", "bf16", "--channels-last", "True"),
+        "off": ("--amp", "off", "--channels-last", "False"),
+    }.items():
+        out = tmp_path / f"{name}.npz"
+        code, error = run_sample("half", "--num", "4", "--steps", "4", "--out", str(out), *flags)
+        assert code == 0, error
+        with np.load(out) as file:
+            drawn[name] = file["arr_0"]
+    loaded = load_run(run.path)
+    sampler = DDIM(loaded.diffusion, steps=4)
+    for name, amp in (("bf16", "bf16"), ("off", "off")):
+        levels = sample.generate(loaded.computed(amp), sampler, 4).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(drawn[name], levels)
+    assert np.array_equal(drawn["as trained"], drawn["bf16"])
+    assert not np.array_equal(drawn["as trained"], drawn["off"])
+
+
+def test_a_cuda_graph_needs_a_gpu(run_sample):
+    code, error = run_sample("plain", "--cuda-graph")
+    assert code == 2
+    assert "--cuda-graph: needs a GPU, not --device cpu" in error

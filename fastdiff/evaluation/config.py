@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,15 @@ class EvaluateConfig:
     """--frechet: number of timesteps visited; None: 50, or all that the run has."""
     eta: float = 0.0
     """--frechet: DDIM's noise, 0 none, 1 as much as DDPM."""
+    amp: Literal["off", "bf16", "fp16"] | None = None
+    """--frechet: draw under autocast in bfloat16 or float16; None: as the run was trained. (The
+    other metrics compute in float32.)"""
+    channels_last: bool | None = None
+    """--frechet: draw in channels_last memory format; None: as the run was trained."""
+    compile: bool | None = None
+    """--frechet: draw with a compiled U-Net; None: as the run was trained."""
+    cuda_graph: bool = False
+    """--frechet, on a GPU: launch the U-Net's hundreds of kernels as one."""
     features: str = "classifier"
     """--frechet: classifier (a small one, trained on the data once and kept in RUN/evaluation),
     inception (torchvision's, if its weights are there), module:function of yours that maps uint8

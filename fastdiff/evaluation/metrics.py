@@ -243,7 +243,17 @@ def frechet(task: Task) -> Result:
             extractor(config.features, task.dataset, task.data, task.folder, device, _cli.say)
         )
     )
-    levels = generate(run, sampler, num, config.seed, labels, config.batch_size, world=world)
+    drawing = run.computed(config.amp, config.channels_last, config.compile)
+    levels = generate(
+        drawing,
+        sampler,
+        num,
+        config.seed,
+        labels,
+        config.batch_size,
+        world=world,
+        cuda_graph=config.cuda_graph,
+    )
     if not world.is_first:
         return Result([], {})
     (extract,) = found

@@ -18,6 +18,7 @@ from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import Guidance, check_guidance
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_columns import StepColumn
+from fastdiff.samplers.cuda_graph import GraphCache, Outputs
 from fastdiff.samplers.spacing import SPACINGS, Spacing, spaced_indices
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -91,6 +92,7 @@ class Sampler(ABC):
         check_type(type(self).__name__, GaussianDiffusion, diffusion=diffusion)
         self.diffusion = diffusion
         self.clip_denoised = clip_denoised
+        self._graphs = GraphCache()
         self.indices = spaced_indices(diffusion.schedule, steps, spacing)
         """(S,) indices of the schedule, increasing; they are visited from the last to the first."""
         if self.finite_noise_level:
@@ -165,6 +167,7 @@ class Sampler(ABC):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Samples x_0.
 
@@ -193,14 +196,25 @@ class Sampler(ABC):
         device, dtype
             Of the state. Default: those of x_T, else the model's device and float32; this also for
             a half-precision model, because a bfloat16 state is as coarse as an image's 256 levels.
+        cuda_graph
+            Capture the model's evaluation (with its guidance) in a CUDA graph and replay it in
+            every step: one launch in place of hundreds, which is what small batches wait for. The
+            sampler keeps the graph, and its memory, for calls with the same model, guidance object
+            and shapes. The model must do the same work in every step and not read values on the
+            host; where it cannot be captured, a warning says so and it runs as without.
 
         Returns
         -------
         Tensor
             (B, C, ...), in [-1, 1] for a model of images.
+
+        Raises
+        ------
+        ValueError
+            Neither shape nor x_T, or ones that do not go together; cuda_graph on another device.
         """
         x, keys = self._start(model, shape, seed, x_T, device, dtype)
-        run = self._run(model, x, self._table(), keys, guidance, model_kwargs)
+        run = self._run(model, x, self._table(), keys, guidance, model_kwargs, cuda_graph)
         return self._loop(
             model, run, x, self._order(), self._step, self.timesteps, progress, callback
         )
@@ -344,6 +358,7 @@ class Sampler(ABC):
         keys: Tensor | None,
         guidance: Guidance | None,
         model_kwargs: Mapping[str, Any] | None,
+        cuda_graph: bool = False,
     ) -> Run:
         """Upload all that depends on the step: the loop then never waits for the device."""
         batch, device = x.shape[0], x.device
@@ -354,14 +369,21 @@ class Sampler(ABC):
         model_dtype = dtype_of(model)
         memory: dict[str, Tensor] = {}
 
-        def evaluate(x: Tensor, row: int) -> tuple[Tensor, Tensor | None, float]:
+        def outputs(x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Outputs:
+            if guidance is None:
+                return model(x, t, **kwargs), None, 1.0
+            return guidance(model, x, t, kwargs)
+
+        if cuda_graph:
+            if device.type != "cuda":
+                raise ValueError(f"cuda_graph=True needs a CUDA device, the state is on {device}")
+            outputs = self._graphs.get(model, guidance, device, outputs)
+
+        def evaluate(x: Tensor, row: int) -> Outputs:
             x = x.to(model_dtype or x.dtype)
             if "x_self_cond" in memory:
                 kwargs["x_self_cond"] = memory["x_self_cond"].to(x.dtype)
-            if guidance is None:
-                output, uncond, scale = model(x, times[row], **kwargs), None, 1.0
-            else:
-                output, uncond, scale = guidance(model, x, times[row], kwargs)
+            output, uncond, scale = outputs(x, times[row], kwargs)
             self.diffusion.split_output(output, x)
             if uncond is not None:
                 self.diffusion.split_output(uncond, x)

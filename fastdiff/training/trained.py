@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.training import finite
 from fastdiff.training.config import TrainConfig
@@ -32,7 +33,7 @@ class TrainedRun:
     step : int
         Optimizer steps behind the weights.
     unet : UNet
-        With averaged weights, in eval mode, on the device.
+        With averaged weights, in eval mode, on the device; see `computed`.
     ema : float
         Decay of that average.
     diffusion : GaussianDiffusion
@@ -47,6 +48,41 @@ class TrainedRun:
     ema: float
     diffusion: GaussianDiffusion
     image_shape: tuple[int, int, int]
+
+    def computed(
+        self,
+        amp: str | None = None,
+        channels_last: bool | None = None,
+        compiled: bool | None = None,
+    ) -> TrainedRun:
+        """The run with a U-Net that computes as asked for; None: as in training.
+
+        Its outputs are float32 whatever it computes in.
+        """
+        config = self.config
+        amp = config.amp if amp is None else amp
+        if config.channels_last if channels_last is None else channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if amp == "off" and not (config.compile if compiled is None else compiled):
+            return self
+        network = Computed(self.unet, amp, config.compile if compiled is None else compiled)
+        return dataclasses.replace(self, unet=network)
+
+
+class Computed(nn.Module):
+    """A U-Net under autocast ("bf16", "fp16" or "off"), or compiled; it returns float32."""
+
+    def __init__(self, unet: UNet, amp: str, compiled: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.config = unet.config
+        self._dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self._call = torch.compile(unet) if compiled else unet
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """As the U-Net's."""
+        with torch.autocast(x_t.device.type, self._dtype, enabled=self._dtype is not None):
+            return self._call(x_t, t, **kwargs).float()
 
 
 def load_run(

@@ -147,6 +147,17 @@ def test_sampling(options: tuple, run: Callable, trained: Path, tmp_path: Path) 
     assert (difference == 0).mean() > (0.99 if on_software_device() else 0.8)
 
 
+def test_sampling_with_a_cuda_graph(run: Callable, trained: Path, tmp_path: Path) -> None:
+    options = ("--guidance-scale", 2.0, "--sampler", "ddpm", "--batch-size", 3)  # 3 and 1
+    folders = tmp_path / "without", tmp_path / "with"
+    for folder in folders:
+        folder.mkdir()
+    without = images(run, trained, "cuda", folders[0], *options)
+    graphed = images(run, trained, "cuda", folders[1], *options, "--cuda-graph")
+    assert np.abs(without - graphed).max() <= 1
+    assert without.std() > 1
+
+
 @pytest.mark.slow
 def test_evaluation(run: Callable, trained: Path) -> None:
     found = []
