@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastdiff import _dormand_prince, ops
+from fastdiff import ops
+from fastdiff.diffusion import _dormand_prince
 from fastdiff.diffusion.analytic import GaussianDenoiser, MixtureDenoiser
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.likelihood import flow_likelihood

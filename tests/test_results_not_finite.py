@@ -156,7 +156,9 @@ def test_no_metric_is_written(call, runs, monkeypatch, flags, fragments):
 
 def test_a_mean_that_is_not_finite_is_no_result(call, runs, monkeypatch):
     """Every image's number may be finite where their mean is not."""
-    monkeypatch.setattr("fastdiff.evaluation._mean_and_error", lambda values: (1.0, float("nan")))
+    monkeypatch.setattr(
+        "fastdiff.evaluation.metrics._mean_and_error", lambda values: (1.0, float("nan"))
+    )
     line = refused(call, runs, evaluate, "good", "--bpd", "--num", "4")
     assert "--bpd: 1 of 1 numbers of its standard_error are not finite" in line
 
