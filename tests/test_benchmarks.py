@@ -22,11 +22,11 @@ from benchmarks import (  # noqa: E402
     allocator,
     bench_ddim_step,
     bench_q_sample,
-    inspect_kernels,
     report,
     suite,
     timing,
 )
+from benchmarks.audit import inspect_kernels  # noqa: E402
 from benchmarks.suite import Contender, Workload, run  # noqa: E402
 from benchmarks.timing import CudaClock, Timing, measure  # noqa: E402
 from fastdiff import _backends  # noqa: E402

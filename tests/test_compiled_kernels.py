@@ -17,7 +17,7 @@ from ptx_emulator.nvcc import find_nvcc
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks import cubin, inspect_kernels, kernel_budget  # noqa: E402
+from benchmarks.audit import cubin, inspect_kernels, kernel_budget  # noqa: E402
 from benchmarks.audit.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS

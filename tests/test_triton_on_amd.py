@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks import triton_aot  # noqa: E402
+from benchmarks.audit import triton_aot  # noqa: E402
 
 ARCH = "gfx942"  # for gfx1100 the compiler of Triton 3.8 crashes on finish_sums_kernel
 
