@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,23 +55,27 @@ class GraphedEvaluation:
         arguments = tree_unflatten(inputs, structure)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream(self.device)
-        captured = False
+        warm = False
         try:
-            stream.wait_stream(current)
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):
-                    self.evaluate(*arguments)
-            current.wait_stream(stream)
-            captured = True  # from here on errors are those of the capture
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=stream):
-                output, uncond, scale = self.evaluate(*arguments)
-        except torch.OutOfMemoryError:
-            _warn("there is not enough memory for it")
-            return self.evaluate
+            # A capture that fails leaves its stream the current one: the outer block takes it back.
+            with torch.cuda.device(self.device), torch.cuda.stream(current):
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UP):
+                        self.evaluate(*arguments)
+                current.wait_stream(stream)
+                warm = True
+                with torch.cuda.graph(graph, stream=stream):
+                    output, uncond, scale = self.evaluate(*arguments)
         except RuntimeError as error:
-            if not captured:
+            full = isinstance(error, torch.OutOfMemoryError)
+            if not (warm or full):  # the model's own
                 raise
-            _warn(str(error).partition("\n")[0])
+            reason = "there is not enough memory for it" if full else str(error).partition("\n")[0]
+            _warn(reason)
+            # Or torch's allocator goes on as in a capture.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(current.device_index, graph.pool())
             return self.evaluate
 
         def replay(x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Outputs:

@@ -153,9 +153,11 @@ class _Broken(nn.Module):
 def test_a_model_that_cannot_be_captured_runs_without() -> None:
     sampler = DDIM(fastdiff.GaussianDiffusion(SCHEDULE), 4)
     options = {"progress": False, "device": "cuda"}
+    stream = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="no CUDA graph of the model"):
         found = sampler.sample(_Reads(), (BATCH, *SHAPE), cuda_graph=True, **options)
     torch.testing.assert_close(found, sampler.sample(_Reads(), (BATCH, *SHAPE), **options))
+    assert torch.cuda.current_stream() == stream
     with pytest.raises(RuntimeError, match="no such layer"):
         sampler.sample(_Broken(), (BATCH, *SHAPE), cuda_graph=True, **options)
 

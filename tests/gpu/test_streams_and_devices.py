@@ -45,9 +45,15 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(one.cpu(), other.cpu())
 
 
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=two_devices)])
 @cases
-def test_runs_on_the_current_stream(case: Case, backend: str) -> None:
+def test_runs_on_the_current_stream(case: Case, index: int, backend: str) -> None:
     """Inputs that a side stream is still writing are waited for: the default stream would not."""
+    with torch.cuda.device(index):
+        check_the_current_stream(case, backend)
+
+
+def check_the_current_stream(case: Case, backend: str) -> None:
     arguments = inputs(case, "cuda")
     tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
     late = arguments | {k: torch.zeros_like(v) for k, v in tensors.items()}
@@ -102,7 +108,9 @@ def test_runs_repeat_bit_for_bit(case: Case, layout: str, backend: str) -> None:
     arguments = inputs(case, "cuda", layout)
     with fastdiff.use_backend(backend):
         expected = results(case, arguments)
-        load, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+        other = torch.cuda.Stream()
+        with torch.cuda.stream(other):
+            load = torch.randn(2048, 2048, device="cuda")
         for _ in range(5):
             with torch.cuda.stream(other):
                 load = load @ load / 2048

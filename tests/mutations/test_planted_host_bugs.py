@@ -15,6 +15,7 @@ from .project_copy import ProjectCopy
 STREAMS = "tests/gpu/test_streams_and_devices.py"
 PLANS = "tests/gpu/test_group_norm_silu_plans.py"
 GRAPHS = "tests/gpu/test_cuda_graphs.py"
+COMMANDS = "tests/gpu/test_commands.py"
 BINDING = "csrc/bindings/cuda.cpp"
 COMPILES = 1500.0  # seconds for a C++ file of torch's headers on a busy machine
 
@@ -30,6 +31,15 @@ MUTANTS = [
         "launcher(&args, static_cast<cudaStream_t>(stream))",
         "launcher(&args, static_cast<cudaStream_t>(nullptr))",
         gpu(STREAMS, "-k", "current_stream and q_sample and cuda"),
+        "foreign stream",
+        seconds=COMPILES,
+    ),
+    Mutant(
+        "the current stream of another device",
+        BINDING,
+        "aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream)",
+        "aoti_torch_get_current_cuda_stream(0, &stream)",
+        gpu(STREAMS, "-k", "current_stream and q_sample and cuda", devices=2),
         "foreign stream",
         seconds=COMPILES,
     ),
@@ -81,6 +91,26 @@ MUTANTS = [
             *("-m", "gpu", "tests/ops/test_q_sample.py", "-k", "test_forward and triton and odd"),
         ),
         "freed in use",
+    ),
+    Mutant(
+        "a pinned buffer that is filled again before its copy has run",
+        "fastdiff/training/trainer.py",
+        "            tensor = tensor.pin_memory()\n",
+        "            self.pinned = getattr(self, 'pinned', {})\n"
+        "            kind = tuple(tensor.shape), tensor.dtype\n"
+        "            held = torch.empty_like(tensor, pin_memory=True)\n"
+        "            held = self.pinned.setdefault(kind, held)\n"
+        "            tensor = held.copy_(tensor)\n",
+        ("--software-cuda=lazy", "-m", "gpu", COMMANDS, "-k", "test_training and fp32"),
+        "Not equal to tolerance",
+    ),
+    Mutant(
+        "a generator of the device that is not put back on resuming",
+        "fastdiff/training/snapshot.py",
+        '        torch.cuda.set_rng_state(random["cuda"][rank], run.device)\n',
+        "        pass\n",
+        gpu(COMMANDS, "-k", "resuming"),
+        "assert",
     ),
     Mutant(
         "a value read by the host in the loop of a sampler",

@@ -14,7 +14,10 @@ from typing import Any
 from .reports import PROBLEMS, Report, Reports
 from .settings import Settings, chosen
 
-__all__ = ["PROBLEMS", "Counts", "Report", "Settings", "activate", "device", "install"]
+__all__ = ["PROBLEMS", "REPORTED", "Counts", "Report", "Settings", "activate", "device", "install"]
+
+REPORTED = 70
+"""Exit code of a process whose device has reported problems."""
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -64,6 +67,16 @@ class Device:
         found, self.reports.problems = self.reports.problems, []
         self.runtime.sc_reset_errors()
         return found
+
+    def end(self) -> None:
+        """At the end of the process: problems that nobody has taken are its exit code."""
+        if problems := self.take_problems():
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            message = f"software_cuda: the process ends with {len(problems)} reported problems\n"
+            os.write(2, message.encode())
+            os._exit(REPORTED)
 
     @contextlib.contextmanager
     def expect(self, kind: str) -> Iterator[list[Report]]:

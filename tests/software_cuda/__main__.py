@@ -3,7 +3,8 @@
     python -m tests.software_cuda COMMAND ...
     python -m tests.software_cuda --device sm_80,devices=2 python -m fastdiff.train --device cuda
 
-The command and the Python processes that it starts see the device.
+The command and the Python processes that it starts see the device. Each of them ends with exit code
+70 if its device has reported a problem that nobody took.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def main() -> None:
     parser.add_argument(
         "--device",
         default="sm_90",
-        help="sm_75, sm_80, sm_90, sm_100 or sm_120, then, behind commas, devices=N, memory=GIB, "
-        "lazy, rocm (default: sm_90)",
+        help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120, then, behind commas, devices=N, "
+        "memory=GIB, lazy, rocm (default: sm_90)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="any command line")
     options = parser.parse_args()

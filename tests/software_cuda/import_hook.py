@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib.abc
@@ -51,6 +52,7 @@ def load_runtime(settings: Settings) -> None:
     device = software_cuda.device
     device.settings, device.runtime = settings, library
     device.emulation = Emulation(library, settings.capability, device.reports)
+    atexit.register(device.end)
 
 
 def load_fallback(settings: Settings) -> None:

@@ -42,13 +42,29 @@ def _switch_on(text: str) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Fixtures may use the device too."""
+    return (yield from _watched())
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fails a test during which the device reported a problem that nobody expected."""
+    if device.active:
+        device.emulation.launches.clear()
+        device.emulation.refused.clear()
+    return (yield from _watched())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """What is freed with a fixture may still be in use."""
+    return (yield from _watched())
+
+
+def _watched() -> Iterator[None]:
     if not device.active:
         return (yield)
-    device.take_problems()
-    device.emulation.launches.clear()
-    device.emulation.refused.clear()
     try:
         result = yield
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Settings:
             name, _, value = word.partition("=")
             if name.removeprefix("sm_") in _CAPABILITIES and not value:
                 chosen["capability"] = _CAPABILITIES[name.removeprefix("sm_")]
-            elif name == "devices" and value.isdigit() and 1 <= int(value) <= 8:
+            elif name == "devices" and value.isascii() and value.isdigit() and 1 <= int(value) <= 8:
                 chosen["devices"] = int(value)
             elif name == "memory" and _is_positive(value):
                 chosen["memory"] = int(float(value) * GIB)
@@ -67,7 +68,7 @@ class Settings:
 
 def _is_positive(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < math.inf
     except ValueError:
         return False
 

@@ -368,9 +368,20 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
       at::native::resize_output(wanted, found.sizes());
       call.arguments[i] = on_host(wanted);
     }
+    // Meta kernels do not know that convolutions keep channels_last.
+    auto format = at::MemoryFormat::Contiguous;
+    if (name.find("convolution") != std::string::npos)
+      for (const IValue& value : arguments)
+        each_tensor(value, [&](const Tensor& x) {
+          if (x.defined() && x.dim() > 3 &&
+              x.suggest_memory_format() != at::MemoryFormat::Contiguous)
+            format = x.suggest_memory_format();
+        });
     for (size_t i = 0; i < trial.size(); i++)
       push_result(i, replaced(trial[i], [&](const Tensor& x) {
-                    const Tensor made = allocated(x, *device);
+                    const bool kept =
+                        x.defined() && x.dim() > 3 && format != at::MemoryFormat::Contiguous;
+                    const Tensor made = allocated(kept ? x.contiguous(format) : x, *device);
                     if (is_new(schema.returns()[i])) call.targets.push_back(on_host(made));
                     return made;
                   }));

@@ -52,8 +52,11 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared_by
   const char* parameters = nullptr;
   if (const int error = ask(hooks.prepare_launch, kernel->image, kernel->name.c_str(), grid_sizes,
                             block_sizes, shared_bytes, arguments, cluster ? &cluster->x : nullptr,
-                            cooperative, &id, &parameters, &parameter_bytes))
+                            cooperative, &id, &parameters, &parameter_bytes)) {
+    // A launch that is refused leaves the device as it was; a kernel that cannot run here does not.
+    if (error == cudaErrorLaunchFailure) device_error(stream->device) = cudaErrorLaunchFailure;
     return (cudaError_t)error;
+  }
   counters.launches++;
   if (torch_hooks.current_stream &&
       find_stream(torch_hooks.current_stream(stream->device)) != stream)

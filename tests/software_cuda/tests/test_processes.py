@@ -78,7 +78,10 @@ def test_settings_survive_the_environment():
     assert Settings.parse(environment["SOFTWARE_CUDA"]) == settings
 
 
-@pytest.mark.parametrize("text", ["sm_70", "devices=0", "devices=x", "memory=-1", "lazy=1", "fast"])
+@pytest.mark.parametrize(
+    "text",
+    ["sm_70", "devices=0", "devices=x", "devices=²", "memory=-1", "memory=inf", "lazy=1", "fast"],
+)
 def test_unknown_settings_are_named(text):
     with pytest.raises(ValueError, match=text):
         Settings.parse(f"sm_80,{text}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from software_cuda import PROBLEMS, device
+from software_cuda import PROBLEMS, REPORTED, device
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -197,3 +202,67 @@ def test_threads_do_not_block_each_other(launchers):
             thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads)
     assert failed == []
+
+
+def test_a_kernel_that_cannot_run_here_is_a_fault_that_lasts():
+    """torch launches it itself, and the device has no PTX of it."""
+    x = torch.ones(2, 3, device="cuda")
+    with device.expect("kernel fault"):
+        with contextlib.suppress(RuntimeError):
+            torch.nested.nested_tensor([x, x]).to_padded_tensor(0)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            x.sum().item()
+    assert x.sum().item() == 6
+
+
+_FOREIGN = """
+import torch
+from software_cuda import device
+x, stream = torch.zeros(8, device="cuda"), torch.cuda.Stream()
+device.reports.add("foreign stream", "planted")
+"""
+
+
+@pytest.mark.parametrize("take", ["", "device.take_problems()"])
+def test_a_process_with_problems_that_nobody_took_fails(take):
+    done = subprocess.run(
+        [sys.executable, "-c", _FOREIGN + take], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if take else REPORTED), done.stderr
+    assert "foreign stream: planted" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_fixtures_are_watched(place, tmp_path):
+    """A report in the setup or teardown of a fixture is an error of its test."""
+    (tmp_path / "test_planted.py").write_text(
+        f"""
+import pytest
+import torch
+from software_cuda import device
+
+@pytest.fixture
+def planted():
+    torch.zeros(1, device="cuda")
+    if {place == "before"}:
+        device.reports.add("foreign stream", "planted")
+    yield
+    if {place == "after"}:
+        device.reports.add("foreign stream", "planted")
+
+def test_with_it(planted):
+    pass
+"""
+    )
+    tests = str(Path(__file__).resolve().parents[2])
+    line = [sys.executable, "-m", "pytest", "-p", "software_cuda.pytest_plugin", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*line, "--software-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ["PYTHONPATH"]])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 error" in done.stdout
+    assert "the software CUDA device reports" in done.stdout

@@ -125,3 +125,19 @@ def test_seeds_and_states_of_the_generator():
     torch.cuda.manual_seed(3)
     assert torch.equal(torch.randn(5, device="cuda"), first)
     assert not torch.equal(first, second)
+
+
+def test_convolutions_keep_channels_last_in_a_graph_and_behind_a_sleep():
+    x = torch.randn(2, 8, 6, 6, device="cuda").to(memory_format=torch.channels_last)
+    weight = torch.randn(4, 8, 3, 3, device="cuda")
+    expected = torch.conv2d(x, weight, padding=1)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.conv2d(x, weight, padding=1)
+    graph.replay()
+    torch.cuda._sleep(1000)
+    late = torch.conv2d(x, weight, padding=1)
+    for found in (captured, late):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected)
