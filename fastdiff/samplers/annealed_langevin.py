@@ -74,7 +74,7 @@ class AnnealedLangevin(Sampler):
     def _table(self) -> Tensor:
         return annealed_langevin_table(self.diffusion.schedule, self.indices, self.step_size)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         first, pred_x0 = (stream - 1) * self.inner_steps + 1, None
         for k in range(self.inner_steps):
             last = k == self.inner_steps - 1

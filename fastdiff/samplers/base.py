@@ -41,6 +41,8 @@ class Run:
     """(x_t, row) -> what guidance adds to the mean, in units of the variance; see `guidance`."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """What is remembered of the steps before: by multistep samplers, and for self-conditioning."""
+    wants_x0: bool = False
+    """Whether somebody reads the predicted x0, which is one more tensor to write in every step."""
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -76,6 +78,8 @@ class Sampler(ABC):
     """Whether the first visited timestep needs a finite noise level, so a non-zero SNR."""
     takes_mean_shift = False
     """Whether guidance may shift the mean of the step (CG algorithm 1)."""
+    multistep = False
+    """Whether a step needs the x0 that the one before predicted."""
     use_clipped_model_output = True
     """After clipping, recompute eps from the clipped x0 (else keep the model's)."""
 
@@ -113,8 +117,11 @@ class Sampler(ABC):
         """Step table (R, K) on the CPU; its first S rows are the steps."""
 
     @abstractmethod
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
-        """(x_s, pred_x0) from the state of table row `row`; `stream` numbers its noise."""
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
+        """(x_s, pred_x0) from the state of table row `row`; `stream` numbers its noise.
+
+        pred_x0 may be None unless `run.wants_x0`.
+        """
 
     def _order(self) -> Sequence[int]:
         """Rows in the order they are executed."""
@@ -130,14 +137,14 @@ class Sampler(ABC):
         stream: int | None = None,
         extra: Tensor | None = None,
         clip: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """COEF_X0 x0 + COEF_X_T x + COEF_EPS eps + SIGMA z by one table row, and x0 (`StepColumn`).
 
         z is the noise of `stream`, or any tensor `extra`, whose coefficient is COEF_EXTRA: so a
         step of several terms is one call.
         """
         output, uncond, scale = outputs
-        return ops.ddim_step(
+        found = ops.ddim_step(
             x,
             output,
             run.rows[row],
@@ -150,8 +157,9 @@ class Sampler(ABC):
             noise=extra,
             seed=None if stream is None else run.keys,
             stream=stream or 0,
-            return_pred_x0=True,
+            return_pred_x0=run.wants_x0,
         )
+        return found if run.wants_x0 else (found, None)
 
     @torch.no_grad()
     def sample(
@@ -276,7 +284,9 @@ class Sampler(ABC):
         """Step table of `encode`, executed from row 0 up; deterministic samplers have one."""
         raise NotImplementedError
 
-    def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _encode_step(
+        self, run: Run, x: Tensor, row: int, stream: int
+    ) -> tuple[Tensor, Tensor | None]:
         return self._update(run, x, run.evaluate(x, row), row, clip=False)
 
     def _require_deterministic(self, what: str) -> None:
@@ -305,12 +315,13 @@ class Sampler(ABC):
         run: Run,
         x: Tensor,
         rows: Sequence[int],
-        step: Callable[[Run, Tensor, int, int], tuple[Tensor, Tensor]],
+        step: Callable[[Run, Tensor, int, int], tuple[Tensor, Tensor | None]],
         timesteps: Tensor,
         progress: bool,
         callback: Callback | None,
     ) -> Tensor:
         times = timesteps.tolist()
+        run.wants_x0 = self.multistep or self.diffusion.self_conditioning or callback is not None
         with evaluating(model), progress_bar(len(rows), "sampling", progress) as bar:
             for k, row in enumerate(rows):
                 x_next, pred_x0 = step(run, x, row, k + 1)

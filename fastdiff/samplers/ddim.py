@@ -71,7 +71,7 @@ class DDIM(Sampler):
     def _table(self) -> Tensor:
         return self._steps_table
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         stream_or_none = None if self.deterministic else stream
         return self._update(run, x, run.evaluate(x, row), row, stream=stream_or_none)
 

@@ -36,14 +36,14 @@ class DDPM(Sampler):
     def _table(self) -> Tensor:
         return self.diffusion.schedule.ddpm_table(self.indices, self.diffusion.variance)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         output, uncond, scale = run.evaluate(x, row)
         noise = None
         if run.mean_shift is not None:
             # mu + Sigma g + sigma z = mu + sigma (z + sigma g), for any sigma the step may use.
             noise = run.noise(x, stream)
             noise += self._sigma(run, x, output, row) * run.mean_shift(x, row).to(noise.dtype)
-        return ops.ddpm_step(
+        found = ops.ddpm_step(
             x,
             output,
             run.rows[row],
@@ -56,8 +56,9 @@ class DDPM(Sampler):
             noise=noise,
             seed=run.keys if noise is None else None,
             stream=stream,
-            return_pred_x0=True,
+            return_pred_x0=run.wants_x0,
         )
+        return found if run.wants_x0 else (found, None)
 
     def _sigma(self, run: Run, x: Tensor, output: Tensor, row: int) -> Tensor:
         """Standard deviation of the step, per element where the network predicts it."""

@@ -53,13 +53,15 @@ class DPMSolverPP(OdeSampler):
         self._require_finite_noise_level()
         return dpm_solver_pp_encode_table(self.diffusion.schedule, self.indices)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         return self._multistep(run, x, row, self.clip_denoised)
 
-    def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _encode_step(
+        self, run: Run, x: Tensor, row: int, stream: int
+    ) -> tuple[Tensor, Tensor | None]:
         return self._multistep(run, x, row, clip=False)
 
-    def _multistep(self, run: Run, x: Tensor, row: int, clip: bool) -> tuple[Tensor, Tensor]:
+    def _multistep(self, run: Run, x: Tensor, row: int, clip: bool) -> tuple[Tensor, Tensor | None]:
         outputs = run.evaluate(x, row)
         x, pred_x0 = self._update(run, x, outputs, row, extra=run.memory.get("x0"), clip=clip)
         run.memory["x0"] = pred_x0

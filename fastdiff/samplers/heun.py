@@ -35,15 +35,17 @@ class Heun(OdeSampler):
     def _encode_table(self) -> Tensor:
         return heun_encode_table(self.diffusion.schedule, self.indices)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         if row == 0:
             return self._update(run, x, run.evaluate(x, row), row)
         return self._trapezoid(run, x, row, self.clip_denoised)
 
-    def _encode_step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _encode_step(
+        self, run: Run, x: Tensor, row: int, stream: int
+    ) -> tuple[Tensor, Tensor | None]:
         return self._trapezoid(run, x, row, clip=False)
 
-    def _trapezoid(self, run: Run, x: Tensor, row: int, clip: bool) -> tuple[Tensor, Tensor]:
+    def _trapezoid(self, run: Run, x: Tensor, row: int, clip: bool) -> tuple[Tensor, Tensor | None]:
         first = run.evaluate(x, row)
         predicted, pred_x0 = self._update(run, x, first, row, clip=clip)
         halfway, _ = self._update(run, x, first, self.steps + row, clip=clip)

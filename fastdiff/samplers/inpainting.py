@@ -69,7 +69,7 @@ class Inpainting(Sampler):
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         check_type("Inpainting", Sampler, sampler=sampler)
         check_tensors("Inpainting", known=known, mask=mask)
-        if resamples > 1 and getattr(sampler, "multistep", False):
+        if resamples > 1 and sampler.multistep:
             raise ValueError(
                 f"resamples is {resamples}, but {type(sampler).__name__} remembers earlier steps, "
                 "which a jump makes wrong; use resamples=1 or a one-step sampler such as DDPM"
@@ -90,6 +90,7 @@ class Inpainting(Sampler):
             sampler.diffusion, None, sampler.indices, clip_denoised=sampler.clip_denoised
         )
         self.sampler = sampler
+        self.multistep = sampler.multistep
         self.known = known
         self.mask = mask
         # Down by jump_length rows, up again, `resamples` times over; then the next group.
@@ -118,7 +119,7 @@ class Inpainting(Sampler):
     def _order(self) -> Sequence[int]:
         return self._visits
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         x, pred_x0 = self.sampler._step(run, x, row, stream)
         x = self._keep_known(run, x, row - 1, _KNOWN + stream)
         upcoming = self._visits[stream] if stream < len(self._visits) else -1

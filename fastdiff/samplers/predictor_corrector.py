@@ -100,7 +100,7 @@ class PredictorCorrector(Sampler):
         score[:, StepColumn.COEF_EPS] = -score[:, StepColumn.RECIP_SQRT_ONE_MINUS_ALPHA_BAR]
         return torch.cat([self.predictor._table(), score.float()])
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         first = (stream - 1) * (self.corrector_steps + 1) + 1
         for k in range(self.corrector_steps):
             x = self._correct(run, x, row, first + k)

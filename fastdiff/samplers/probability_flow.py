@@ -36,7 +36,7 @@ class ProbabilityFlow(OdeSampler):
     def _encode_table(self) -> Tensor:
         return probability_flow_encode_table(self.diffusion.schedule, self.indices)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         return self._update(run, x, run.evaluate(x, row), row)
 
 

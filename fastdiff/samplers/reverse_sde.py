@@ -71,7 +71,7 @@ class ReverseSDE(Sampler):
     def _table(self) -> Tensor:
         return reverse_sde_table(self.diffusion.schedule, self.indices, self.method)
 
-    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run, x: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor | None]:
         return self._update(run, x, run.evaluate(x, row), row, stream=stream)
 
 

@@ -1,5 +1,7 @@
 """What all samplers share: noise per sample, callbacks, guidance, modes, errors (Math §7, §9)."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -364,3 +366,27 @@ def test_errors_name_the_argument(diffusion):
         DDIM(diffusion, 51)
     with pytest.raises(ValueError, match="eta is 2"):
         DDIM(diffusion, 5, eta=2)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_predictions_are_written_for_who_reads_them(name, monkeypatch):
+    """The same samples with and without a callback; without, no step writes pred_x0 for nobody."""
+    asked = []
+    for op in ("ddim_step", "ddpm_step"):
+        step = getattr(ops, op)
+
+        def spy(*args, step=step, **options):
+            asked.append(options["return_pred_x0"])
+            return step(*args, **options)
+
+        monkeypatch.setattr(ops, op, spy)
+    sampler = SAMPLERS[name](GaussianDiffusion(NoiseSchedule.linear(50)))
+    run = partial(sampler.sample, lambda x, t: 0.1 * x, (2, 1, 4, 4), progress=False)
+    alone, found = run(), []
+    assert any(asked) == sampler.multistep
+    asked.clear()
+    watched = run(callback=lambda step, t, x_t, pred_x0: found.append(pred_x0))
+    assert all(asked)
+    assert torch.equal(alone, watched)
+    assert len(found) == sampler.steps
+    assert all(x0.shape == (2, 1, 4, 4) and x0.isfinite().all() for x0 in found)
