@@ -1,5 +1,6 @@
 // Calls every CPU kernel once on a small shape, for instruction counts under callgrind
-// (benchmarks/audit/instructions.py): without Python and torch, whose start would take a minute there.
+// (benchmarks/audit/instructions.py): without Python and torch, whose start would take a minute
+// there.
 //
 //     instructions NAME...   prints the instruction set that the kernels are chosen for, and runs
 //                            these cases; without a name it prints them all
