@@ -5,9 +5,7 @@ tests/test_out_of_memory.py has the same on the CPU, test_threads_and_memory.py 
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,23 +14,10 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 
+from .memory import room
 from .needs import GPU
 
 pytestmark = GPU
-
-
-@contextlib.contextmanager
-def room(megabytes: int) -> Iterator[None]:
-    """Inside, torch may have so much more than it holds."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties().total_memory
-    allowed = torch.cuda.memory_reserved() + (megabytes << 20)
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def raw_calls(x: Tensor) -> dict[str, Callable[[], object]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from gpu.memory import room
 from gpu.needs import GPU
 from torch import Tensor
 
@@ -88,17 +88,9 @@ def test_no_room_for_a_result(op: str, backend: str) -> None:
     """torch.OutOfMemoryError, and the next call that has room works."""
     x = torch.zeros(1, 8, 1024, 1024, device="cuda")  # 32 MB
     small = torch.ones(1, 8, 4, 4, device="cuda")
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties().total_memory
-    room = torch.cuda.memory_reserved() + (8 << 20)
     with fastdiff.use_backend(backend):
         calls, after = _calls(x), _calls(small)
         expected = after[op]()
-        torch.cuda.set_per_process_memory_fraction(room / total)
-        try:
-            with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-                calls[op]()
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+        with room(8), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            calls[op]()
         assert torch.equal(after[op](), expected)
