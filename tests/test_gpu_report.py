@@ -114,11 +114,20 @@ def test_the_tally() -> None:
 
 
 def test_every_op_is_expected_on_both_backends() -> None:
-    """In the quick set and in all of it; the committed numbers are lower bounds."""
+    """In the quick set and in all of it; the committed numbers are lower bounds.
+
+    So is every file of tests/gpu that any device can run.
+    """
     counts = json.loads(gpu_report.EXPECTED.read_text())
     assert set(counts) == {"gpu", "gpu and not slow"}
     for expected in counts.values():
-        assert set(expected) == set(gpu_report.OPS)
-        for numbers in expected.values():
-            assert set(numbers) == set(gpu_report.BACKENDS)
+        assert set(expected) > set(gpu_report.OPS)
+        for name, numbers in expected.items():
             assert min(numbers.values()) > 0
+            if name in gpu_report.OPS:
+                assert set(numbers) == set(gpu_report.BACKENDS)
+        files = {
+            path.stem.removeprefix("test_") for path in gpu_report.EXPECTED.parent.glob("test_*")
+        }
+        software_only, of_ops, slow = {"launch_errors"}, {"group_norm_silu_plans"}, {"two_devices"}
+        assert files - software_only - of_ops - slow <= set(expected)

@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
-#include "../csrc/cpu/parallel.h"
-#include "../csrc/cpu/simd.h"
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/parallel.h"
+#include "../../csrc/cpu/simd.h"
 
 namespace fastdiff {
 namespace cpu {
