@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: builds them in a copy of the
-# working tree and runs the op tests there. Arguments go to pytest. Takes GCC; some minutes.
+# working tree and runs the op tests there, once for each instruction set that this machine has.
+# Arguments go to pytest. Takes GCC; some minutes.
 #
 #   tests/sanitize.sh                      # every case that runs the C++ kernels
 #   tests/sanitize.sh tests/ops/test_q_sample.py -x
@@ -27,8 +28,11 @@ export UBSAN_OPTIONS=print_stacktrace=1:log_path=$copy/report
 export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
 if [ $# -eq 0 ]; then set -- tests/ops tests/fuzz/test_ops.py; fi
 python -c "import fastdiff, sys; sys.exit(not fastdiff.__file__.startswith('$copy'))"
-if ! python -m pytest -n 0 -q -k "cpu or bad or strides" "$@"; then
-  unset LD_PRELOAD
-  cat "$copy"/report.* >&2 || echo "no sanitizer report: a test failed" >&2
-  exit 1
-fi
+for isa in $(python -c "from fastdiff import _native; print(*_native.build_info().isa_names())"); do
+  echo "== $isa"
+  if ! FASTDIFF_CPU_ISA=$isa python -m pytest -n 0 -q -k "cpu or bad or strides" "$@"; then
+    unset LD_PRELOAD
+    cat "$copy"/report.* >&2 || echo "no sanitizer report: a test failed" >&2
+    exit 1
+  fi
+done

@@ -170,8 +170,13 @@ std::vector<Range> ranges_of(const char* bytes, size_t size, int device, const s
   for (size_t i = 0; i + 8 <= size; i += 8) {
     uintptr_t address;
     memcpy(&address, bytes + i, 8);
-    if (address < 4096) continue;
-    if (auto* allocation = find_allocation((const void*)address)) {
+    auto* allocation = find_allocation((const void*)address);
+    // A small number of 32 bits in a struct, such as a dtype, lies beside four bytes that nobody
+    // has set: often the upper half of an old pointer. The two look like an address near a multiple
+    // of 4 GB, which may be freed memory.
+    const bool number = (address & 0xffffffff) < (1 << 16);
+    if (number && (!allocation || allocation->first != address)) continue;
+    if (allocation) {
       const Allocation& memory = allocation->second;
       if (memory.kind == MemoryKind::device && memory.device != device)
         report("other device", user + " on device " + std::to_string(device) +
