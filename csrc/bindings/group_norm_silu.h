@@ -49,7 +49,7 @@ struct GroupNormSiluCall {
   ChannelOperand weight, bias, channel_bias, scale, shift;
   ScalarType compute;  // of mean and rstd
   bool channels_last;
-  GroupNormLayout layout;
+  GroupNormLayout layout{};
 
   GroupNormSiluCall(const Tensor& x_in, int64_t num_groups, const std::optional<Tensor>& weight_in,
                     const std::optional<Tensor>& bias_in,
@@ -71,7 +71,11 @@ struct GroupNormSiluCall {
     compute = wide ? ScalarType::Double : ScalarType::Float;
     channels_last = is_channels_last(x);
     x = in_format(x, channels_last);
-    layout = {x.size(0), x.size(1), num_groups, 1, channels_last};
+    layout.batch = x.size(0);
+    layout.channels = x.size(1);
+    layout.groups = num_groups;
+    layout.pixels = 1;
+    layout.channels_last = channels_last;
     for (int64_t d = 2; d < x.dim(); ++d) layout.pixels *= x.size(d);
   }
 
