@@ -180,6 +180,11 @@ def default_backend(device_type: str | torch.device) -> str:
     return _of_gpu(torch.cuda.current_device() if index is None else index)
 
 
+def forced_backend() -> str | None:
+    """The backend that a block of `use_backend` asks for here; None outside of them."""
+    return _forced_here()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every fastdiff op of this thread or asyncio task inside the `with` block on one backend.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastdiff._backends import forced_backend
+
 Outputs = tuple[Tensor, Tensor | None, float]
 Evaluation = Callable[[Tensor, Tensor, Mapping[str, Any]], Outputs]
 """(x_t, t, model_kwargs) -> (output, uncond or None, guidance scale)."""
@@ -100,7 +102,7 @@ class GraphCache:
         self, model: Any, guidance: Any, device: torch.device, evaluate: Evaluation
     ) -> GraphedEvaluation:
         """What `evaluate` does; with the graphs of the last call, if that was of the same model."""
-        identity = id(model), id(guidance), device, _addresses(model)
+        identity = id(model), id(guidance), device, _addresses(model), _surroundings()
         if identity != self._identity:
             # The evaluation keeps model and guidance, so that their ids stay theirs.
             self._identity, self._evaluation = identity, GraphedEvaluation(evaluate, device)
@@ -118,6 +120,12 @@ def _addresses(model: Any) -> tuple[int, ...]:
     if not isinstance(model, nn.Module):
         return ()
     return tuple(x.data_ptr() for x in itertools.chain(model.parameters(), model.buffers()))
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What decides outside of the model how it computes."""
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return autocast, forced_backend()
 
 
 def _warn(reason: str) -> None:

@@ -83,6 +83,18 @@ def test_every_backend(backend: str) -> None:
         assert_same(DDPM(fastdiff.GaussianDiffusion(SCHEDULE), 6), network())
 
 
+def test_another_backend_or_autocast_takes_another_graph() -> None:
+    model, sampler = network(), DDIM(fastdiff.GaussianDiffusion(SCHEDULE), 6)
+    launches(True, sampler, model)
+    with fastdiff.use_backend("reference"):
+        _, calls = launches(True, sampler, model)
+        assert calls == 4
+    with torch.autocast("cuda", torch.bfloat16):
+        found, calls = launches(True, sampler, model)
+        assert calls == 4
+        torch.testing.assert_close(found, launches(False, sampler, model)[0], rtol=1e-2, atol=1e-2)
+
+
 def test_guidance_and_classes() -> None:
     model = network(num_classes=CLASSES, null_class=True)
     diffusion = fastdiff.GaussianDiffusion(SCHEDULE)
