@@ -3,7 +3,7 @@
     fastdiff/_C_cpu.so        CPU kernels and their registration, if there is a C++ compiler
     fastdiff/_C_cuda.so       CUDA kernels and their registration, if there is nvcc
     fastdiff/_dispatch.*      calls and autograd nodes in C++, without which Python's serve
-    fastdiff/_build_info.*    the facts of this build (pybind11)
+    fastdiff/_build_info.json the facts of this build
 
 The first two use only LibTorch's stable ABI, so they run under any torch >= 2.10; the third is
 loaded only under the torch that it was built with, and its failure does not fail the build.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import pathlib
 import platform
@@ -40,6 +41,7 @@ import tempfile
 from collections.abc import Iterator
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -65,6 +67,7 @@ if platform.machine() == "x86_64":
     CXX_FLAGS.append("-mprefer-vector-width=512")
 # GCC and clang have this one; it vectorizes the marked loops without needing an OpenMP runtime.
 SIMD_FLAG = "-fopenmp-simd"
+BUILD_INFO = "_build_info.json"
 
 
 def say(message: str) -> None:
@@ -158,7 +161,7 @@ def replace_libraries(package: pathlib.Path, built: list[pathlib.Path], planned:
             file.unlink(missing_ok=True)
     stems = {name.partition(".")[0] for name in new}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for old in package.glob("*.so"):
+    for old in [*package.glob("*.so"), *package.glob(BUILD_INFO)]:
         name = old.name.partition(".")[0]
         # Those of another Python stay, as long as this build has their like.
         failed = name not in stems and old.name.endswith(suffix)
@@ -203,7 +206,7 @@ class Plan:
     def extensions(self) -> list[Extension]:
         names = []
         if self.cxx:
-            names += ["_C_cpu", "_build_info", "_dispatch"]
+            names += ["_C_cpu", "_dispatch"]
         if self.cuda_home:
             names.append("_C_cuda")
         return [
@@ -229,12 +232,12 @@ class NinjaBuild(build_ext):
             return
         with build_folder(kept=self.inplace) as (folder, lock):
             built = self.compile(folder, lock)
-            replace_libraries(package, built, {stem(ext.name) for ext in self.extensions})
+            planned = {stem(ext.name) for ext in self.extensions} | {"_build_info"}
+            replace_libraries(package, built, planned)
 
     def compile(self, folder: pathlib.Path, lock: int) -> list[pathlib.Path]:
         """The new libraries in the build folder; without those that are optional and failed."""
         import ninja
-        import pybind11
         import torch
 
         # Build isolation puts torch somewhere else every time; behind a link the commands stay the
@@ -242,8 +245,9 @@ class NinjaBuild(build_ext):
         torch_link = folder / "torch"
         torch_link.unlink(missing_ok=True)
         torch_link.symlink_to(pathlib.Path(torch.__file__).parent)
-        text = self.ninja_text(folder, torch.__version__, pybind11.get_include())
+        text, facts = self.ninja_text(folder, torch.__version__)
         (folder / "build.ninja").write_text(text)
+        (folder / BUILD_INFO).write_text(json.dumps(facts, indent=2) + "\n")
         jobs = max_jobs()
         say(f"compiling with {PLAN.cxx}, {jobs} jobs at a time (MAX_JOBS), in {folder}")
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", str(jobs)]
@@ -256,7 +260,7 @@ class NinjaBuild(build_ext):
 
         # -k 0: what an optional library fails at does not keep the others from being built.
         failed = ninja_fails("-k", "0")
-        built = []
+        built = [folder / BUILD_INFO]
         for ext in self.extensions:
             file = pathlib.Path(self.get_ext_filename(ext.name)).name
             if not failed or not ninja_fails(file):
@@ -270,7 +274,8 @@ class NinjaBuild(build_ext):
                 )
         return built
 
-    def ninja_text(self, folder: pathlib.Path, torch_version: str, pybind11_include: str) -> str:
+    def ninja_text(self, folder: pathlib.Path, torch_version: str) -> tuple[str, dict[str, str]]:
+        """What ninja shall do, and the facts of this build that fastdiff/_native.py reads."""
         include = [f"-I{CSRC / 'include'}"]
         # -isystem: no warnings from torch's headers, and no dependency on their time stamps.
         torch_flags = [
@@ -313,6 +318,7 @@ class NinjaBuild(build_ext):
         if "_C_cpu" in names:
             objects = [compile_(s) for s in sorted((CSRC / "cpu").glob("*.cpp"))]
             objects.append(compile_(CSRC / "bindings/cpu.cpp", uses_torch))
+            objects.append(compile_(CSRC / "bindings/build_info.cpp"))
             link("_C_cpu.so", objects, torch_libs)
         if "_C_cuda" in names:
             nvcc = PLAN.cuda_home / "bin/nvcc"
@@ -360,24 +366,14 @@ class NinjaBuild(build_ext):
             object_ = compile_(CSRC / "bindings/dispatch.cpp", f"{shlex.join(flags)} {uses_torch}")
             name = pathlib.Path(self.get_ext_filename("fastdiff._dispatch")).name
             link(name, [object_], f"{torch_libs} -lc10 -ltorch_python")
-        if "_build_info" in names:
-            facts = {
-                "FASTDIFF_COMPILER": compiler_version(),
-                "FASTDIFF_TORCH_VERSION": torch_version,
-                "FASTDIFF_TORCH_TARGET": "2.10",
-                "FASTDIFF_CUDA_VERSION": cuda_version,
-                "FASTDIFF_CUDA_ARCHS": " ".join(archs),
-            }
-            # Quoted once for C++ and once for the shell. Torch brings a pybind11 too, which some
-            # torches close to users of the stable ABI.
-            flags = ["-UTORCH_TARGET_VERSION", *(f'-D{k}="{v}"' for k, v in facts.items())]
-            flags += ["-isystem", pybind11_include, *python_include]
-            name = pathlib.Path(self.get_ext_filename("fastdiff._build_info")).name
-            source = compile_(
-                CSRC / "bindings/build_info.cpp", shlex.join(flags).replace("$", "$$")
-            )
-            link(name, [source, "cpu_simd.o"], "")
-        return "\n".join(lines) + "\n"
+        facts = {
+            "compiler": compiler_version(),
+            "torch_version": torch_version,
+            "torch_target_version": "2.10",
+            "cuda_version": cuda_version,
+            "cuda_arch_list": " ".join(archs),
+        }
+        return "\n".join(lines) + "\n", facts
 
     def torch_cuda(self, folder: pathlib.Path) -> str:
         """Link flags for libtorch_cuda, which a CPU-only torch at build time does not have.
@@ -393,6 +389,13 @@ class NinjaBuild(build_ext):
         command += ["-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in / "libtorch_cuda.so")]
         subprocess.run(command, check=True)
         return "-Wl,--no-as-needed -Lstand_in -ltorch_cuda"
+
+
+class WheelForEveryPython(bdist_wheel):
+    """The kernels know nothing of Python, and where _dispatch does not load, Python serves."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def compiler_version() -> str:
@@ -412,6 +415,6 @@ def outside_of_checkout() -> dict[str, dict[str, str]]:
 PLAN = Plan()
 setup(
     ext_modules=PLAN.extensions(),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": WheelForEveryPython},
     options=outside_of_checkout(),
 )

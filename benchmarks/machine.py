@@ -73,7 +73,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "simd": build.simd_level() if build else None,
+        "simd": _native.simd_level() if _native.load("cpu") is None else None,
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "fastdiff": fastdiff.__version__,

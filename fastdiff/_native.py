@@ -7,11 +7,14 @@ are outside of it: they serve the torch that they were built with, and any other
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import json
 import os
 import pathlib
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -33,35 +36,61 @@ def load(kind: str) -> str | None:
     path = _FOLDER / f"_C_{kind}.so"
     if not path.exists():
         return _NOT_BUILT[kind]
-    if kind == "cpu":
-        check_instruction_set()
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} cannot be loaded: {error}"
+    if kind == "cpu":
+        check_instruction_set()
     return None
 
 
 def check_instruction_set() -> None:
     """Refuse a FASTDIFF_CPU_ISA that this build does not have or this machine does not run.
 
-    The CPU library reads the variable itself, once: "portable", "avx2" or "avx512". Its loops are
-    compiled for each; unset, it runs the best.
+    The CPU library reads the variable itself, at the first op: "portable", "avx2" or "avx512". Its
+    loops are compiled for each; unset, it runs the best.
     """
-    wanted, build = os.environ.get("FASTDIFF_CPU_ISA"), build_info()
-    if wanted and build is not None and wanted not in (names := build.isa_names()):
+    wanted = os.environ.get("FASTDIFF_CPU_ISA")
+    if wanted and wanted not in (names := isa_names()):
         raise ValueError(
             f"FASTDIFF_CPU_ISA is {wanted!r}; this build has, and this machine runs, "
             f"{', '.join(names)}"
         )
 
 
-def build_info() -> ModuleType | None:
-    """The pybind11 module with the facts of the build, if there is one."""
-    try:
-        return importlib.import_module("fastdiff._build_info")
-    except ImportError:
-        return None
+def isa_names() -> tuple[str, ...]:
+    """The values of FASTDIFF_CPU_ISA that this build has and this machine runs."""
+    return tuple(_ask_cpu_library("fastdiff_isa_names").split())
+
+
+def simd_level() -> str:
+    """The instruction set that the CPU kernels use on this machine, for people."""
+    return _ask_cpu_library("fastdiff_simd_level")
+
+
+def _ask_cpu_library(function: str) -> str:
+    """The text that a function of the CPU library returns; OSError if there is no such library."""
+    ask = getattr(ctypes.CDLL(str(_FOLDER / "_C_cpu.so")), function)
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
+
+
+class BuildInfo(NamedTuple):
+    """Facts of the native build, as setup.py writes them beside the libraries."""
+
+    compiler: str
+    torch_version: str
+    torch_target_version: str
+    cuda_version: str
+    cuda_arch_list: str
+
+
+@functools.cache
+def build_info() -> BuildInfo | None:
+    """The facts of the build; None if it is pure Python."""
+    file = _FOLDER / "_build_info.json"
+    return BuildInfo(**json.loads(file.read_text())) if file.exists() else None
 
 
 @functools.cache

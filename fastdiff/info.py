@@ -26,8 +26,7 @@ def collect() -> dict[str, Any]:
             "compiler": build.compiler,
             "built with torch": f"{build.torch_version}; runs with {build.torch_target_version} on",
             "calls and autograd nodes": _native.dispatch()[1],
-            "CPU instruction set in use": build.simd_level(),
-            "values of FASTDIFF_CPU_ISA": " ".join(build.isa_names()),
+            **_instruction_sets(),
             "CUDA toolkit": build.cuda_version or "none",
             "CUDA architectures": build.cuda_arch_list or "none",
         }
@@ -52,6 +51,15 @@ def collect() -> dict[str, Any]:
             device: fastdiff.default_backend(device)
             for device in ("cpu", *(_gpu_names() or ["cuda"]))
         },
+    }
+
+
+def _instruction_sets() -> dict[str, str]:
+    if (reason := _native.load("cpu")) is not None:
+        return {"CPU instruction set in use": f"none: {reason}"}
+    return {
+        "CPU instruction set in use": _native.simd_level(),
+        "values of FASTDIFF_CPU_ISA": " ".join(_native.isa_names()),
     }
 
 

@@ -57,7 +57,7 @@ arch=$(python -c 'import json, sys; print("%d.%d" % tuple(json.load(open(sys.arg
 needs_build_tools() {
   python - <<'PY'
 from importlib.metadata import PackageNotFoundError, version
-least = {"setuptools": 77, "ninja": 1, "pybind11": 2}
+least = {"setuptools": 77, "ninja": 1}
 missing = []
 for name, major in least.items():
     try:

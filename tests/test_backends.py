@@ -188,7 +188,7 @@ def gpus(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
-        build = types.SimpleNamespace(**{**vars(_native.build_info()), "cuda_arch_list": archs})
+        build = _native.build_info()._replace(cuda_arch_list=archs)
         monkeypatch.setattr(_native, "build_info", lambda: build)
         missing = "this torch is built without CUDA" if hip else None
         load = _native.load

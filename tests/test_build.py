@@ -4,6 +4,7 @@ write the files they were asked for."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BUILD_PACKAGES = ("setuptools", "ninja", "pybind11")
+BUILD_PACKAGES = ("setuptools", "ninja")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="native builds are for Linux"),
@@ -109,7 +110,7 @@ class Checkout:
     def wheel(self) -> dict[str, str]:
         (path,) = self.wheels.glob("*.whl")
         with zipfile.ZipFile(path) as wheel:
-            names = [n for n in wheel.namelist() if n.endswith(".so")]
+            names = [n for n in wheel.namelist() if n.endswith((".so", "_build_info.json"))]
             return {n.removeprefix("fastdiff/").partition(".")[0]: wheel.read(n) for n in names}
 
 
@@ -151,7 +152,11 @@ def test_an_editable_install_replaces_the_libraries(checkout):
     code, output = checkout.build("editable", FASTDIFF_BUILD="cpu")
     assert code == 0, output
     found = checkout.libraries()
-    assert {name.partition(".")[0] for name in found} == CPU  # _C_cuda would still be loaded
+    built = {name.partition(".")[0] for name in found} | {"_build_info"}
+    assert built == CPU  # _C_cuda would still be loaded
+    facts = json.loads((checkout.root / "fastdiff/_build_info.json").read_text())
+    assert facts["cuda_version"] == ""
+    assert facts["compiler"] == "fake compiler, release 13.0"
     assert "_dispatch.cpython-39-x86_64-linux-gnu" in found  # of another Python
     assert found["_C_cpu"] == "new\n"
     assert mapped.read() == "installed"
@@ -163,7 +168,10 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "failing",
-    ["_C_cuda.so", *(pytest.param(x, marks=slow) for x in ("cpu_eps_loss.o", "_build_info.o"))],
+    [
+        "_C_cuda.so",
+        *(pytest.param(x, marks=slow) for x in ("cpu_eps_loss.o", "bindings_build_info.o")),
+    ],
 )
 def test_a_failed_build_in_place_changes_nothing(checkout, failing):
     before = checkout.libraries()
