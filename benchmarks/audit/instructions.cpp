@@ -1,10 +1,12 @@
-// Calls every CPU kernel once on a small shape, for instruction counts under callgrind
-// (benchmarks/audit/instructions.py): without Python and torch, whose start would take a minute
-// there.
+// Calls every CPU kernel once on a small shape, without Python and torch: for instruction counts
+// under callgrind (benchmarks/audit/instructions.py), where their start would take a minute, and
+// for results on machines that are emulated (tests/aarch64.py).
 //
 //     instructions NAME...   prints the instruction set that the kernels are chosen for, and runs
 //                            these cases; without a name it prints them all
 //     --again                runs every kernel twice: the plant that the gate must catch
+//     --results FILE         runs all cases and writes what they compute: per case a line with the
+//                            name, then per output its dtype and size and its values as text
 
 #include <cmath>
 #include <cstdint>
@@ -35,14 +37,16 @@ namespace {
 
 constexpr int64_t kTimesteps = 10;
 
-// Memory on a cache line, filled with numbers in (-1, 1) that are the same every time.
+// Memory on a cache line, filled with numbers in (-1, 1): other ones in each buffer, and the same
+// in every run.
 class Buffer {
  public:
   Buffer(int64_t count, DType type) {
     const size_t bytes = (count * size_of(type) + 63) / 64 * 64;
     data_ = std::aligned_alloc(64, bytes);
     std::memset(data_, 0, bytes);
-    uint32_t state = 1;
+    static uint32_t buffers = 0;
+    uint32_t state = ++buffers;
     for (int64_t i = 0; i < count; ++i) {
       state = state * 1664525u + 1013904223u;
       const float value = static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
@@ -90,11 +94,24 @@ struct Images {
   void* make(int64_t heads = 1) const { return tensor(heads * numel(), type); }
 };
 
-using Case = std::pair<std::string, std::function<void()>>;
+struct Output {
+  const void* data;
+  int64_t count;
+  DType type;
+};
+
+struct Case {
+  std::string name;
+  std::function<void()> run;
+  std::vector<Output> outputs;
+};
 
 void add_images(const Images& x, std::vector<Case>& cases) {
-  const auto add = [&](const char* op, std::function<void()> run) {
-    cases.emplace_back(std::string(op) + " " + x.name, std::move(run));
+  const auto add = [&](const char* op, std::function<void()> run, Output output) {
+    cases.push_back({std::string(op) + " " + x.name, std::move(run), {output}});
+  };
+  const auto images = [&](const void* data, int64_t heads = 1) {
+    return Output{data, heads * x.numel(), x.type};
   };
   for (const NoiseMode mode : {NoiseMode::kGiven, NoiseMode::kGenerated}) {
     const bool given = mode == NoiseMode::kGiven;
@@ -104,17 +121,18 @@ void add_images(const Images& x, std::vector<Case>& cases) {
     q.sqrt_alpha_bar = q.sqrt_one_minus_alpha_bar = floats(kTimesteps);
     q.layout = x.layout(), q.mode = mode;
     q.out_type = q.x0_type = q.noise_type = x.type;
-    add(given ? "q_sample given" : "q_sample seed", [q] { cpu::q_sample(q); });
+    add(given ? "q_sample given" : "q_sample seed", [q] { cpu::q_sample(q); }, images(q.out));
 
     EpsLossArgs e{};
     e.out = floats(1), e.grad = floats(1), e.prediction = x.make();
     e.noise = given ? x.make() : nullptr;
     e.layout = x.layout(), e.mode = mode, e.reduction = Reduction::kMean;
     e.prediction_type = e.noise_type = x.type;
-    add(given ? "eps_loss given" : "eps_loss seed", [e] { cpu::eps_loss(e); });
+    add(given ? "eps_loss given" : "eps_loss seed", [e] { cpu::eps_loss(e); },
+        {e.out, 1, DType::kFloat32});
     if (given) {
       e.grad_prediction = x.make();
-      add("eps_loss_backward given", [e] { cpu::eps_loss_backward(e); });
+      add("eps_loss_backward given", [e] { cpu::eps_loss_backward(e); }, images(e.grad_prediction));
     }
   }
 
@@ -124,7 +142,7 @@ void add_images(const Images& x, std::vector<Case>& cases) {
   s.guidance_scale = 3.0, s.layout = x.layout(), s.mode = NoiseMode::kNone;
   s.prediction = Prediction::kEps, s.eps = EpsSource::kX0, s.clip = 1;
   s.x_type = s.output_type = x.type;
-  add("ddim_step guided", [s] { cpu::sampler_step(s); });
+  add("ddim_step guided", [s] { cpu::sampler_step(s); }, images(s.x_s));
 
   VlbTermsArgs v{};
   v.out = floats(3 * x.batch), v.grad = floats(3 * x.batch), v.grad_output = x.make(2);
@@ -132,8 +150,8 @@ void add_images(const Images& x, std::vector<Case>& cases) {
   v.t = timesteps(x.batch), v.table = s.table, v.num_rows = kTimesteps;
   v.layout = x.layout(), v.mode = NoiseMode::kGiven, v.prediction = Prediction::kEps;
   v.learned = 1, v.noise_type = v.output_type = x.type;
-  add("vlb_terms learned", [v] { cpu::vlb_terms(v); });
-  add("vlb_terms_backward learned", [v] { cpu::vlb_terms_backward(v); });
+  add("vlb_terms learned", [v] { cpu::vlb_terms(v); }, {v.out, 3 * x.batch, DType::kFloat32});
+  add("vlb_terms_backward learned", [v] { cpu::vlb_terms_backward(v); }, images(v.grad_output, 2));
 }
 
 void add_group_norm(const Images& x, std::vector<Case>& cases) {
@@ -145,7 +163,12 @@ void add_group_norm(const Images& x, std::vector<Case>& cases) {
   f.weight = vector(), f.bias = vector();
   f.layout = {x.batch, x.channels, kGroups, x.side * x.side, x.channels_last};
   f.eps = 1e-5, f.activation = Activation::kSilu, f.x_type = x.type;
-  cases.emplace_back(std::string("group_norm_silu ") + x.name, [f] { cpu::group_norm_silu(f); });
+  const int64_t groups = x.batch * kGroups;
+  cases.push_back({std::string("group_norm_silu ") + x.name,
+                   [f] { cpu::group_norm_silu(f); },
+                   {{f.y, x.numel(), x.type},
+                    {f.mean, groups, DType::kFloat32},
+                    {f.rstd, groups, DType::kFloat32}}});
 
   GroupNormSiluBackwardArgs b{};
   b.grad_x = x.make(), b.grad = x.make(), b.x = f.x;
@@ -154,8 +177,11 @@ void add_group_norm(const Images& x, std::vector<Case>& cases) {
   b.grad_bias = {floats(x.channels), DType::kFloat32};
   b.weight = f.weight, b.bias = f.bias;
   b.layout = f.layout, b.activation = f.activation, b.x_type = x.type;
-  cases.emplace_back(std::string("group_norm_silu_backward ") + x.name,
-                     [b] { cpu::group_norm_silu_backward(b); });
+  cases.push_back({std::string("group_norm_silu_backward ") + x.name,
+                   [b] { cpu::group_norm_silu_backward(b); },
+                   {{b.grad_x, x.numel(), x.type},
+                    {b.grad_weight.data, x.channels, DType::kFloat32},
+                    {b.grad_bias.data, x.channels, DType::kFloat32}}});
 }
 
 std::vector<Case> all_cases() {
@@ -171,6 +197,31 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
+void write_results(const std::vector<Case>& cases, const char* path) {
+  std::FILE* file = std::fopen(path, "w");
+  if (!file) std::exit((std::perror(path), 1));
+  for (const Case& c : cases) {
+    c.run();
+    std::fprintf(file, "%s\n", c.name.c_str());
+    for (const Output& output : c.outputs) {
+      const bool bf16 = output.type == DType::kBFloat16;
+      std::fprintf(file, "  %s %lld", bf16 ? "bf16" : "fp32", static_cast<long long>(output.count));
+      for (int64_t i = 0; i < output.count; ++i) {
+        float value = 0;
+        if (bf16) {
+          const uint32_t bits = static_cast<const uint16_t*>(output.data)[i] << 16;
+          std::memcpy(&value, &bits, 4);
+        } else {
+          value = static_cast<const float*>(output.data)[i];
+        }
+        std::fprintf(file, " %.9g", static_cast<double>(value));
+      }
+      std::fprintf(file, "\n");
+    }
+  }
+  if (std::fclose(file)) std::exit((std::perror(path), 1));
+}
+
 }  // namespace
 }  // namespace fastdiff
 
@@ -184,16 +235,20 @@ int main(int argc, char** argv) {
   const auto cases = fastdiff::all_cases();
   std::printf("%s\n", fastdiff::cpu::simd_level());
   if (argc == 1) {
-    for (const auto& [name, run] : cases) std::printf("%s\n", name.c_str());
+    for (const auto& c : cases) std::printf("%s\n", c.name.c_str());
+    return 0;
+  }
+  if (argc == 3 && std::strcmp(argv[1], "--results") == 0) {
+    fastdiff::write_results(cases, argv[2]);
     return 0;
   }
   bool again = false;
   for (int i = 1; i < argc; ++i) again = again || std::strcmp(argv[i], "--again") == 0;
   for (int i = 1; i < argc; ++i) {
-    for (const auto& [name, run] : cases) {
-      if (name != argv[i]) continue;
-      run();  // what is done once only: tables, choice of the instruction set
-      measured(run, again);
+    for (const auto& c : cases) {
+      if (c.name != argv[i]) continue;
+      c.run();  // what is done once only: tables, choice of the instruction set
+      measured(c.run, again);
     }
   }
   return 0;
