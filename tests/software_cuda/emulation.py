@@ -24,8 +24,6 @@ from .reports import Reports
 
 _LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
-_bytes_pointer = ctypes.POINTER(ctypes.c_void_p)
-
 
 class _Hooks(ctypes.Structure):
     """struct Hooks of runtime.h."""
@@ -37,7 +35,7 @@ class _Hooks(ctypes.Structure):
                 *base.KERNEL,
                 *(base.dim_pointer, base.dim_pointer, ctypes.c_uint64),
                 *(ctypes.POINTER(ctypes.c_void_p), base.dim_pointer, ctypes.c_int),
-                *(base.int64_pointer, _bytes_pointer, base.int64_pointer),
+                *(base.int64_pointer, ctypes.POINTER(base.uint64_pointer), base.int64_pointer),
             ),
         ),
         (
@@ -169,7 +167,7 @@ class Emulation(base.KernelState):
         return self._library.sc_current_device(), image, name.decode()
 
     def _prepare_launch(self, image: int, name: bytes, *rest: Any) -> None:
-        *shape, identity, parameters, parameter_bytes = rest
+        *shape, identity, addresses, address_count = rest
         try:
             prepared = self._prepare(image, name, *shape)
         except LaunchError as error:
@@ -177,11 +175,12 @@ class Emulation(base.KernelState):
             raise LaunchError(message, error.cuda_error) from None
         except EmulatorError as error:
             raise EmulatorError(f"kernel {name.decode()}: {error}") from None
-        buffer = ctypes.create_string_buffer(prepared.parameters, len(prepared.parameters))
+        found = prepared.addresses
+        words = (ctypes.c_uint64 * len(found))(*found)
         identity[0] = next(self._ids)
-        parameters[0] = ctypes.addressof(buffer)
-        parameter_bytes[0] = len(prepared.parameters)
-        self._prepared[identity[0]] = prepared, buffer
+        addresses[0] = ctypes.cast(words, base.uint64_pointer)
+        address_count[0] = len(found)
+        self._prepared[identity[0]] = prepared, words
 
     def _run_launch(self, identity: int, ranges: Any, count: int) -> None:
         prepared, _ = self._prepared[identity]

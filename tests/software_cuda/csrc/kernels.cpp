@@ -48,11 +48,11 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared_by
   if (device_error(stream->device)) return device_error(stream->device);
   const unsigned grid_sizes[3] = {grid.x, grid.y, grid.z};
   const unsigned block_sizes[3] = {block.x, block.y, block.z};
-  int64_t id = 0, parameter_bytes = 0;
-  const char* parameters = nullptr;
+  int64_t id = 0, address_count = 0;
+  const uint64_t* addresses = nullptr;
   if (const int error = ask(hooks.prepare_launch, kernel->image, kernel->name.c_str(), grid_sizes,
                             block_sizes, shared_bytes, arguments, cluster ? &cluster->x : nullptr,
-                            cooperative, &id, &parameters, &parameter_bytes)) {
+                            cooperative, &id, &addresses, &address_count)) {
     // A launch that is refused leaves the device as it was; a kernel that cannot run here does not.
     if (error == cudaErrorLaunchFailure) device_error(stream->device) = cudaErrorLaunchFailure;
     return (cudaError_t)error;
@@ -66,7 +66,7 @@ cudaError_t launch(const Kernel* kernel, dim3 grid, dim3 block, size_t shared_by
     ask(hooks.drop_launch, *held);
     delete held;
   });
-  auto ranges = ranges_of(parameters, (size_t)parameter_bytes, stream->device, kernel->name);
+  auto ranges = ranges_of(addresses, (size_t)address_count, stream->device, kernel->name);
   return enqueue(
       stream, kernel->name,
       [prepared, ranges] {

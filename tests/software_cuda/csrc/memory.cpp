@@ -165,17 +165,12 @@ void tensor_used_on(uintptr_t address, Stream* stream) {
     found->second.also_used_by.push_back(stream);
 }
 
-std::vector<Range> ranges_of(const char* bytes, size_t size, int device, const std::string& user) {
+std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,
+                             const std::string& user) {
   std::vector<Range> found;
-  for (size_t i = 0; i + 8 <= size; i += 8) {
-    uintptr_t address;
-    memcpy(&address, bytes + i, 8);
+  for (size_t i = 0; i < count; i++) {
+    const uintptr_t address = addresses[i];
     auto* allocation = find_allocation((const void*)address);
-    // A small number of 32 bits in a struct, such as a dtype, lies beside four bytes that nobody
-    // has set: often the upper half of an old pointer. The two look like an address near a multiple
-    // of 4 GB, which may be freed memory.
-    const bool number = (address & 0xffffffff) < (1 << 16);
-    if (number && (!allocation || allocation->first != address)) continue;
     if (allocation) {
       const Allocation& memory = allocation->second;
       if (memory.kind == MemoryKind::device && memory.device != device)

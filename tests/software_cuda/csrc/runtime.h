@@ -132,11 +132,12 @@ struct Kernel {
 
 // ---- what Python provides; all return a cudaError_t. Mirrored by emulation.py. ----
 struct Hooks {
-  // Checks a launch and keeps its parameters, whose bytes it returns; `id` names it from then on.
+  // Checks a launch and keeps its parameters; `id` names it from then on. Returns the words of the
+  // parameters that may be addresses: those that the kernel loads as 64 bits.
   int (*prepare_launch)(int image, const char* kernel, const unsigned* grid, const unsigned* block,
                         uint64_t shared_bytes, void** arguments, const unsigned* cluster,
-                        int cooperative, int64_t* id, const char** parameters,
-                        int64_t* parameter_bytes);
+                        int cooperative, int64_t* id, const uint64_t** addresses,
+                        int64_t* address_count);
   int (*run_launch)(int64_t id, const Range* ranges, int64_t count);
   int (*drop_launch)(int64_t id);
   int (*kernel_attribute)(int image, const char* kernel, int attribute, int64_t* value);
@@ -207,8 +208,8 @@ SC_API const std::pair<const uintptr_t, Allocation>* find_allocation(const void*
 SC_API void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream);
 SC_API void tensor_freed(uintptr_t address);
 SC_API void tensor_used_on(uintptr_t address, Stream* stream);
-// The memory that `bytes` of parameters point to; says what is wrong with it.
-SC_API std::vector<Range> ranges_of(const char* bytes, size_t size, int device,
+// The memory that these numbers point to, if they are addresses; says what is wrong with it.
+SC_API std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,
                                     const std::string& user);
 
 // ---- kernels ----

@@ -38,6 +38,15 @@ class Launchers:
     def reverse(self, x: Tensor, shared_bytes: int, ask: bool) -> int:
         return self._library.reverse(_pointer(x), shared_bytes, int(ask), _handle(None))
 
+    def padded(self, x: int | Tensor, stale: int, n: int) -> int:
+        """Fills x with 7. The struct that holds x has the bytes of `stale` in its padding."""
+        stale_word = ctypes.c_uint64(stale)
+        return self._library.padded(_pointer(x), stale_word, ctypes.c_long(n), _handle(None))
+
+    def indexed(self, x: int | Tensor, y: int | Tensor, index: int, n: int) -> int:
+        """Fills x or y with 1."""
+        return self._library.indexed(_pointer(x), _pointer(y), index, n, _handle(None))
+
 
 def _pointer(x: int | Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x if isinstance(x, int) else x.data_ptr())

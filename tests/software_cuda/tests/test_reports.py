@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from software_cuda import PROBLEMS, REPORTED, device
+
+from .triton_kernels import fill_with_ones
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -84,6 +87,47 @@ def test_memory_that_has_been_freed(launchers):
     del x
     with device.expect("freed memory"):
         launchers.fill(address, 1, 128)
+
+
+def test_padding_of_arguments_is_no_address(launchers):
+    """Behind a bool the upper bytes of an old pointer: of the middle of a tensor that is gone."""
+    x = torch.zeros(128, device="cuda")
+    gone = torch.zeros(1 << 20, device="cuda")
+    stale = gone.data_ptr() + (1 << 20)
+    del gone
+    assert launchers.padded(x, stale, 128) == 0
+    assert (x == 7).all()
+    assert device.take_problems() == []
+
+
+def test_freed_memory_in_a_struct(launchers):
+    x = torch.zeros(128, device="cuda")
+    address = x.data_ptr()
+    del x
+    with device.expect("freed memory"):
+        launchers.padded(address, 0, 128)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_freed_memory_in_an_array_that_a_variable_indexes(launchers, index):
+    x, y = torch.zeros(2, 128, device="cuda"), torch.zeros(128, device="cuda")
+    assert launchers.indexed(x, y, index, 128) == 0
+    assert [x[0].sum(), y.sum()][index] == 128
+    address = y.data_ptr()
+    del y
+    with device.expect("freed memory"):
+        launchers.indexed(x, address, 1, 128)
+
+
+def test_freed_memory_in_a_triton_kernel():
+    address = torch.zeros(128, device="cuda").data_ptr()
+    x = torch.zeros(128, device="cuda")
+    assert x.data_ptr() == address
+    fill_with_ones[(1,)](x, x.numel())
+    assert x.sum() == 128
+    del x
+    with device.expect("freed memory"):
+        fill_with_ones[(1,)](SimpleNamespace(data_ptr=lambda: address, dtype=torch.float32), 128)
 
 
 @pytest.mark.parametrize("correct", ["record_stream", "wait", None])
