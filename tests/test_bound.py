@@ -298,6 +298,25 @@ def test_a_network_is_evaluated_without_dropout_and_in_its_own_dtype():
     assert network[1].training
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "mean"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_output_that_is_not_finite_has_no_bits(prediction, clip, value):
+    """A clip makes a pixel of an infinity, whose bits look like any others."""
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(20), prediction=prediction)
+
+    def spoiled(x, t, y):
+        output = smooth(x, t)
+        output[(y == 1) & (t == 7), 0, 2, 3] = value
+        return output
+
+    options = {"seed": 3, "clip_denoised": clip, "model_kwargs": {"y": torch.arange(3)}}
+    bits = diffusion.bits_per_dim(spoiled, images(3), **options, progress=False)
+    assert bits.total.isfinite().tolist() == [True, False, True]
+    for term in (bits.vb, bits.x0_mse, bits.eps_mse):
+        assert (~term.isfinite()).nonzero().tolist() == [[1, 7]]
+
+
 def test_no_images_have_no_bits():
     diffusion = GaussianDiffusion(NoiseSchedule.linear(5, beta_end=0.3))
     bits = diffusion.bits_per_dim(smooth, images(0), seed=0, progress=False)

@@ -224,3 +224,25 @@ def test_errors(schedule):
         diffusion.sample(lambda x, t: x[:, :2], (1, 2), progress=False)
     with pytest.raises(TypeError, match=r"classes have dtype torch\.float32"):
         diffusion.q_sample(torch.zeros(1, 2), torch.tensor([0]), seed=0)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_samples_are_not_drawn_from_predictions_that_are_not_finite(schedule, sigma, value):
+    """The first class would be, and a picture of it looks like any other."""
+
+    def network(x, t):
+        logits = x.clone()
+        logits[1:3, :, 2] = torch.where(t[0] == 7, value, 0.0)
+        return logits
+
+    diffusion = CategoricalDiffusion(schedule, K, sigma=sigma)
+    with pytest.raises(RuntimeError, match="predictions for 2 of 4 samples are not finite"):
+        diffusion.sample(network, (4, 5), progress=False)
+    # A class that is ruled out is no fault.
+    classes = diffusion.sample(
+        lambda x, t: torch.tensor([0.0, *[-torch.inf] * (K - 1)])[:, None].expand(x.shape),
+        (4, 5),
+        progress=False,
+    )
+    assert (classes == 0).all()

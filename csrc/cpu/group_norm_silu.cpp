@@ -154,8 +154,8 @@ class Forward {
 
   void set_affine(const Operands<F>& operands, int64_t unit, int64_t groups, const F* bases, F* k,
                   F* slope, F* offset) const {
-    clones<affines_loop<F, true>>(operands, groups, layout_.group_channels(), bases,
-                                  static_cast<const F*>(args_.rstd) + unit, k, slope, offset);
+    clones<affines_loop<F>>(operands, groups, layout_.group_channels(), bases,
+                            static_cast<const F*>(args_.rstd) + unit, k, slope, offset);
   }
 
   // The pieces [begin, end) of the rows of `count` groups. `memory`: 3 per channel.

@@ -173,14 +173,21 @@ struct Operands {
   }
 };
 
+// A group's base from its mean, which was rounded once, with the bias `added` of the first channel
+// in it: backward passes, which are given no more. Any value that rounds to the mean may be the
+// base; where the group's `first` element does, it is the one that is exact in constant groups.
+template <typename T>
+T base_of(T mean, T added, T first) {
+  return first + added == mean ? first : mean - added;
+}
+
 // The coefficients of z = slope (x - k) + offset for the channels of some groups, from the groups'
-// bases if kBases (fastdiff/group_norm_silu.h), else from their means.
-template <typename F, bool kBases>
+// bases (fastdiff/group_norm_silu.h).
+template <typename F>
 FASTDIFF_HD void affines_loop(const Operands<F>& operands, int64_t groups, int64_t depth,
                               const F* bases, const F* rstds, F* k, F* slope, F* offset) {
   for (int64_t g = 0; g < groups; ++g) {
-    const F base = bases[g], rstd = rstds[g];
-    const F first = kBases ? operands.channel_bias[g * depth] : F(0);
+    const F base = bases[g], rstd = rstds[g], first = operands.channel_bias[g * depth];
 #pragma omp simd
     for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
       const ChannelAffine<F> affine = channel_affine(rstd, operands.weight[c], operands.bias[c],

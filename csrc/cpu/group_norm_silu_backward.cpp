@@ -133,8 +133,30 @@ class Backward {
   // What the first pass needs for the channels of some groups.
   void prepare(int64_t unit, int64_t groups, const Coefficients& to) const {
     const int64_t depth = layout_.group_channels();
-    clones<affines_loop<F, false>>(to.operands, groups, depth, means(unit), rstds(unit), to.k,
-                                   to.slope, to.offset);
+    const F* bases = means(unit);
+    if (args_.channel_bias.data) {
+      for (int64_t g = 0; g < groups; ++g) {
+        // In the place of what only the second pass needs.
+        to.a[g] = base_of(bases[g], to.operands.channel_bias[g * depth], first_of(unit + g));
+      }
+      bases = to.a;
+    }
+    clones<affines_loop<F>>(to.operands, groups, depth, bases, rstds(unit), to.k, to.slope,
+                            to.offset);
+  }
+
+  // The first element of a group.
+  F first_of(int64_t unit) const {
+    const int64_t sample = unit / layout_.groups, group = unit % layout_.groups;
+    const int64_t stride = layout_.channels_last ? 1 : layout_.pixels;
+    const int64_t i =
+        sample * layout_.channels * layout_.pixels + group * layout_.group_channels() * stride;
+    if constexpr (sizeof(F) == 8) {
+      return static_cast<const double*>(args_.x)[i];
+    } else {
+      float value;
+      return *load_tile(args_.x_type, args_.x, i, 1, &value);
+    }
   }
 
   // sums: s0, then s1, then s2 of the groups' channels.

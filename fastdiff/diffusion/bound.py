@@ -14,6 +14,7 @@ from fastdiff import ops
 from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
 from fastdiff._types import check_tensors
 from fastdiff.diffusion.process import Process
+from fastdiff.images import not_finite
 from fastdiff.reference.philox import derived_keys
 from fastdiff.reference.q_sample import pixels_from_uint8
 
@@ -130,7 +131,7 @@ def bits_per_dim(
     Returns
     -------
     BitsPerDim
-        On x0's device.
+        On x0's device. NaN where the model's output is not finite.
 
     Raises
     ------
@@ -178,7 +179,8 @@ def bits_per_dim(
                 variance=diffusion.variance,
                 clip=clip_denoised,
             )
-            parts.append(torch.stack(terms))
+            # Of an infinity the clip would make a pixel, and of that a bound.
+            parts.append(torch.stack(terms).masked_fill_(not_finite(output), torch.nan))
             bar.update(len(chunk))
     shape = (3, num, steps)
     vb, x0_mse, eps_mse = torch.cat(parts, 1).view(shape) if parts else x0.new_empty(shape)

@@ -13,6 +13,7 @@ from fastdiff import ops
 from fastdiff._models import Model, device_of, evaluating, keys_of, progress_bar
 from fastdiff._types import check_tensors
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.images import not_finite
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 
 LOSSES = ("kl", "cross_entropy", "hybrid")
@@ -226,6 +227,8 @@ class CategoricalDiffusion:
         ------
         ValueError
             S > T, or a subsequence with a sigma per timestep of the full sequence.
+        RuntimeError
+            The model has predicted probabilities that are not finite, of which no class follows.
         """
         indices = spaced_indices(self.schedule, steps, spacing)
         if isinstance(self.sigma, Tensor) and len(indices) < len(self.schedule):
@@ -244,6 +247,7 @@ class CategoricalDiffusion:
             x = x_T.to(device)
         times = [-1, *indices.tolist()]
         rows = range(len(indices), 0, -1)
+        bad = torch.zeros(batch, dtype=torch.bool, device=device)
         with evaluating(model), progress_bar(len(rows), "sampling", progress) as bar:
             for k, row in enumerate(rows):
                 t, s = (torch.full((batch,), times[i], device=device) for i in (row, row - 1))
@@ -251,7 +255,12 @@ class CategoricalDiffusion:
                 if callback is not None:
                     callback(k, int(self.schedule.timesteps[times[row]]), x, pred_x0)
                 x = draw(probs, keys, k + 1)
+                bad.logical_or_(not_finite(probs))
                 bar.update(1)
+        if found := int(bad.sum()):
+            raise RuntimeError(
+                f"the model's predictions for {found} of {batch} samples are not finite"
+            )
         return x
 
     # ---------------------------------------------------------------- coefficients

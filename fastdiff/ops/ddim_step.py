@@ -44,7 +44,8 @@ def ddim_step(
     prediction
         What the network predicts: "eps", "x0", "v" or "mean".
     clip
-        Clip the predicted x0 to [-1, 1].
+        Clip the predicted x0 to [-1, 1]; an infinite one becomes a pixel too, which the samplers of
+        fastdiff notice and the op does not.
     use_clipped_model_output
         After clipping, recompute eps from the clipped x0 (else keep the model's eps).
     uncond, guidance_scale

@@ -48,7 +48,8 @@ def ddpm_step(
     learned_range
         Whether the output carries variance channels.
     clip
-        Clip the predicted x0 to [-1, 1].
+        Clip the predicted x0 to [-1, 1]; an infinite one becomes a pixel too, which the samplers of
+        fastdiff notice and the op does not.
     uncond, guidance_scale
         Unconditional model output, shape as model_output; scale finite, >= 0: the mean uses
         uncond + guidance_scale (model_output - uncond); the variance is the conditional one.

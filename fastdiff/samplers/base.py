@@ -16,6 +16,7 @@ from fastdiff._models import Model, device_of, dtype_of, evaluating, keys_of, pr
 from fastdiff._types import check_tensors, check_type
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import Guidance, check_guidance
+from fastdiff.images import not_finite
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.cuda_graph import GraphCache, Outputs
@@ -37,12 +38,18 @@ class Run:
     """(R, B): rows[i] is the `step` argument that picks row i for every sample."""
     keys: Tensor | None
     """(B,) noise keys; None where no step draws noise."""
+    bad: Tensor
+    """(B,) bool: samples of which the model has predicted something that is not finite."""
     mean_shift: Callable[[Tensor, int], Tensor] | None = None
     """(x_t, row) -> what guidance adds to the mean, in units of the variance; see `guidance`."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """What is remembered of the steps before: by multistep samplers, and for self-conditioning."""
     wants_x0: bool = False
     """Whether somebody reads the predicted x0, which is one more tensor to write in every step."""
+
+    def spoiled(self, x: Tensor) -> Tensor:
+        """x with NaN in the samples that are `bad`, where clipping would hide an infinity."""
+        return x.clone().masked_fill_(self.bad.reshape(-1, *[1] * (x.dim() - 1)), torch.nan)
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -214,7 +221,9 @@ class Sampler(ABC):
         Returns
         -------
         Tensor
-            (B, C, ...), in [-1, 1] for a model of images.
+            (B, C, ...), in [-1, 1] for a model of images. NaN in every sample for which the model
+            has predicted a number that is not finite, in any step: clipping would make an infinity
+            a pixel.
 
         Raises
         ------
@@ -328,10 +337,10 @@ class Sampler(ABC):
                 if self.diffusion.self_conditioning:
                     run.memory["x_self_cond"] = pred_x0
                 if callback is not None:
-                    callback(k, times[row], x, pred_x0)
+                    callback(k, times[row], x, run.spoiled(pred_x0))
                 x = x_next
                 bar.update(1)
-        return x
+        return run.spoiled(x)
 
     def _start(
         self,
@@ -379,6 +388,7 @@ class Sampler(ABC):
         times = times[:, None].repeat(1, batch)
         model_dtype = dtype_of(model)
         memory: dict[str, Tensor] = {}
+        bad = torch.zeros(batch, dtype=torch.bool, device=device)
 
         def outputs(x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Outputs:
             if guidance is None:
@@ -395,14 +405,15 @@ class Sampler(ABC):
             if "x_self_cond" in memory:
                 kwargs["x_self_cond"] = memory["x_self_cond"].to(x.dtype)
             output, uncond, scale = outputs(x, times[row], kwargs)
-            self.diffusion.split_output(output, x)
-            if uncond is not None:
-                self.diffusion.split_output(uncond, x)
+            for part in (output, uncond):
+                if part is not None:
+                    self.diffusion.split_output(part, x)
+                    bad.logical_or_(not_finite(part))
             return output, uncond, scale
 
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
         mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
-        return Run(evaluate, table.to(device), rows, keys, mean_shift, memory)
+        return Run(evaluate, table.to(device), rows, keys, bad, mean_shift, memory)
 
 
 def _names(wanted: Callable[[type[Sampler]], bool]) -> str:

@@ -172,6 +172,32 @@ def test_constant_groups_with_a_channel_bias_are_exact(
     assert torch.equal(mean, x[:, ::step, 0, 0].float() + added[:, ::step])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["small", "odd", "one value", "one pixel", "vectors", "large"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("implementation", implementation_params("reference", "cpu"))
+def test_gradients_of_constant_groups_with_a_channel_bias_are_exact(
+    implementation: str, dtype: str, shape: str, layout: str
+) -> None:
+    """Of the rounded mean, value and bias, a backward pass finds the value again.
+
+    The mean less the bias is off by a step of the bias, which is divided by sqrt(eps).
+    """
+    limit = 6e4 if dtype == "fp16" else 1e6
+    x = per_group(shape, (3.7, -0.1, 12345.678, 1e-3, -limit)).expand(SHAPES[shape][0])
+    added = per_group(shape, (0.3, limit, -1e-5, 77.7, 1.0))[..., 0, 0]
+    small = random_operands(shape, "weight", "bias", "scale", "shift")
+    for activation, names in ((0, ("weight", "bias", "scale", "shift")), (1, ())):
+        operands = {name: small[name] for name in names} | {"channel_bias": added.float()}
+        args = arguments(shape, x.to(FLOATS[dtype]), layout, activation, **operands)
+        found = run(implementation, "", args)
+        args["x"] = torch.zeros_like(args["x"])
+        args["channel_bias"] = torch.zeros_like(args["channel_bias"])
+        zeros = run(implementation, "", args)
+        for name in found.keys() - {"mean"}:
+            assert torch.equal(found[name], zeros[name]), name
+
+
 class Conditioned(Exact):
     """Bounds that take the condition number |mean| / deviation by itself.
 

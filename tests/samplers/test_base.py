@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fastdiff
 from fastdiff import ops
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import ClassifierFree
@@ -63,6 +64,43 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(diffusion, name):
     first = sampler.sample(model, (2, *SHAPE[1:]), seed=3, progress=False)
     assert torch.equal(first, whole[:2])
     assert not torch.equal(whole, sampler.sample(model, SHAPE, seed=4, progress=False))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_prediction_that_is_not_finite_is_not_clipped_to_a_pixel(name, guided, backend):
+    """One bad pixel of one evaluation makes its sample NaN, and no other one."""
+    if not fastdiff.backends()[backend]:
+        pytest.skip(f"about the {backend} backend")
+    options, seen = {"seed": 3, "progress": False}, []
+    if guided:
+        y = torch.ones(SHAPE[0], dtype=torch.int64)
+        options["guidance"] = ClassifierFree(2.0, {"y": torch.zeros_like(y)})
+        options["model_kwargs"] = {"y": y}
+    cases = [("eps", torch.inf, 49), ("x0", -torch.inf, 19), ("v", torch.inf, 9)]
+    for prediction, value, t_bad in cases:
+        diffusion = GaussianDiffusion(NoiseSchedule.cosine(50), prediction=prediction)
+        sampler = SAMPLERS[name](diffusion)
+
+        def spoiled(x_t, t, y=None, value=value, t_bad=t_bad):
+            output = model(x_t, t)
+            if t[0] == t_bad and (y is None or y[0] == 0):  # the unconditional one
+                output[2, 1, 3, 0] = value
+            return output
+
+        seen.clear()
+        with fastdiff.use_backend(backend):
+            expected = sampler.sample(lambda x, t, y=None: model(x, t), SHAPE, **options)
+            x = sampler.sample(
+                spoiled, SHAPE, **options, callback=lambda k, t, x, x0: seen.append(x0)
+            )
+        others = torch.arange(SHAPE[0]) != 2
+        assert x[2].isnan().all()
+        assert torch.equal(x[others], expected[others])
+        assert seen[0][2].isnan().all() == (t_bad == 49)
+        assert seen[-1][2].isnan().all()
+        assert torch.stack(seen)[:, others].isfinite().all()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
