@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.audit import cubin
+from benchmarks.audit import cubin, in_flight
 from benchmarks.audit.expansion import GUARD, ISSUE, PIPES, expand, sass_pipe
 
 
@@ -47,22 +47,12 @@ def expanded(executed: Iterable[Any]) -> Counter[str]:
 
 # ---- the machine code ----
 
-_FUNCTION = re.compile(r"^\s+Function : (\S+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
-
-def sass(path: pathlib.Path, arch: str) -> dict[str, Counter[str]]:
-    """Kernel -> opcodes of its code, without the padding behind it."""
+def sass(path: pathlib.Path, arch: str) -> list[tuple[str, str]]:
+    """(opcode, operands) of the one kernel of a cubin, without the padding behind it."""
     command = [str(cubin.find_cuobjdump()), "-arch", arch, "-sass", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
-    for line in text.splitlines():
-        if match := _FUNCTION.match(line):
-            current = found[match[1]] = Counter()
-        elif (match := _INSTRUCTION.match(line)) and match[1] != "NOP":
-            current[match[1]] += 1
-    return found
+    return [line for line in in_flight.instructions(text) if line[0] != "NOP"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class Machine:
 
     registers: int
     spills: int
-    shared: int
+    in_flight: in_flight.InFlight
     sass: dict[str, float]
     expansion: dict[str, float]
 
@@ -132,16 +122,18 @@ def machine(ptx: str, entry: str) -> Machine:
     path = emulator.cache.build_once(target, assemble)
     (kernel,) = cubin.inspect(path, arch)
     counts: Counter[str] = Counter()
-    for opcode, number in sass(path, arch)[entry].items():
-        counts[ISSUE] += number
-        counts[sass_pipe(opcode)] += number
+    code = sass(path, arch)
+    for opcode, _ in code:
+        counts[ISSUE] += 1
+        counts[sass_pipe(opcode)] += 1
     body = emulator.parser.parse_body(emulator.parser.parse_module(text).functions[entry].body)
     expansion: Counter[str] = Counter()
     for statement in body:
         if isinstance(statement, emulator.parser.InstructionText):
             for pipe, number in expand(statement.text).items():
                 expansion[pipe] += number
-    return Machine(kernel.registers, kernel.spills, kernel.shared, dict(counts), dict(expansion))
+    under_way = in_flight.in_flight(code)
+    return Machine(kernel.registers, kernel.spills, under_way, dict(counts), dict(expansion))
 
 
 def tests_package(name: str) -> Any:
@@ -169,8 +161,12 @@ class Launch:
         Instructions that warps issue, by pipe and "issue".
     barriers
         Block and cluster barriers that one block passes.
-    loads
-        Bytes that one block reads from global memory.
+    moved
+        Bytes to and from memory if caches keep small arrays only; `read` of them are loads.
+    block_loads, block_unique
+        Bytes that one block reads from global memory, and different ones of them.
+    in_flight, copies
+        Bytes that a thread asks for before it waits; whether it has asynchronous copies.
     static_error
         See `Machine`.
     """
@@ -184,7 +180,11 @@ class Launch:
     spills: int
     executed: dict[str, float]
     moved: float
-    loads: float
+    read: float
+    block_loads: float
+    block_unique: float
+    in_flight: int
+    copies: bool
     barriers: float
     static_error: float
 
@@ -218,7 +218,11 @@ def describe(result: Any, moved: float, scale: float = 1.0) -> Launch:
         spills=code.spills,
         executed={k: v * of_grid for k, v in expanded(result.executed).items()},
         moved=moved * scale,
-        loads=counters.global_load_bytes / result.blocks if counters else 0.0,
+        read=max(0.0, moved * scale - counters.global_store_bytes * of_grid),
+        block_loads=counters.global_load_bytes / result.blocks,
+        block_unique=counters.unique_load_bytes / result.blocks,
+        in_flight=code.in_flight.bytes,
+        copies=code.in_flight.copies,
         barriers=barriers / warps_per_block / result.blocks,
         static_error=code.static_error,
     )
