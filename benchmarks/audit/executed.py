@@ -192,10 +192,11 @@ class Launch:
 _BARRIER = re.compile(r"(bar\.(cta\.)?sync|barrier\.(cta\.)?sync|barrier\.cluster\.wait)")
 
 
-def describe(result: Any, moved: float, scale: float = 1.0) -> Launch:
+def describe(result: Any, large: int, scale: float = 1.0) -> Launch:
     """Of the emulator's result of a launch with `profile` and `count`.
 
-    `scale`: blocks of the call per block of the launch, which may be one for fewer samples.
+    `large`: see `moved`. `scale`: blocks of the call per block of the launch, which may be one for
+    fewer samples.
     """
     code = machine(result.ptx, result.entry)
     blocks = math.prod(result.grid)
@@ -207,7 +208,7 @@ def describe(result: Any, moved: float, scale: float = 1.0) -> Launch:
         for text in run.instructions
         if _BARRIER.match(GUARD.sub("", text.strip()))
     )
-    counters = result.counters
+    counters, bytes_moved = result.counters, moved(result, large) * scale
     return Launch(
         kernel=short_name(result.entry),
         blocks=max(1, round(blocks * scale)),
@@ -217,8 +218,8 @@ def describe(result: Any, moved: float, scale: float = 1.0) -> Launch:
         registers=code.registers,
         spills=code.spills,
         executed={k: v * of_grid for k, v in expanded(result.executed).items()},
-        moved=moved * scale,
-        read=max(0.0, moved * scale - counters.global_store_bytes * of_grid),
+        moved=bytes_moved,
+        read=max(0.0, bytes_moved - counters.global_store_bytes * of_grid),
         block_loads=counters.global_load_bytes / result.blocks,
         block_unique=counters.unique_load_bytes / result.blocks,
         in_flight=code.in_flight.bytes,
@@ -226,6 +227,21 @@ def describe(result: Any, moved: float, scale: float = 1.0) -> Launch:
         barriers=barriers / warps_per_block / result.blocks,
         static_error=code.static_error,
     )
+
+
+def moved(result: Any, large: int) -> float:
+    """Bytes to and from memory of a launch's blocks that ran, as those of all of them.
+
+    As `op_harness.traffic` has it: of arrays below `large` bytes each byte is read once.
+    """
+    all_blocks = math.prod(result.grid) / result.blocks
+    total = 0.0
+    for array in result.counters.arrays:
+        loaded = array.load_requests.bytes * all_blocks
+        if array.size < large:
+            loaded = min(array.size, array.unique_loaded_bytes * all_blocks)
+        total += loaded + array.stored_bytes * all_blocks
+    return total
 
 
 def short_name(entry: str) -> str:
@@ -237,7 +253,6 @@ def short_name(entry: str) -> str:
 def launches(call: Any, backend: str, arch: str, last_blocks: int | None = None) -> list[Launch]:
     """Run a `traffic_cases.Call` in the emulator, or of each launch only so many blocks."""
     harness = tests_package("op_harness")
-    moved_bytes = tests_package("op_harness.traffic").moved_bytes
     result = harness.evaluate(
         call.op,
         f"{backend}-ptx",
@@ -251,7 +266,7 @@ def launches(call: Any, backend: str, arch: str, last_blocks: int | None = None)
         last_blocks=last_blocks,
     )
     done = result.launches[result.forward_launches if call.gradients else 0 :]
-    return [describe(r, moved_bytes([r], call.tensor_bytes), call.scale) for r in done]
+    return [describe(r, call.tensor_bytes, call.scale) for r in done]
 
 
 def elements(call: Any) -> float:

@@ -68,7 +68,6 @@ class Memory:
         emulator = executed.tests_package("ptx_emulator.launch")
         runtime = executed.tests_package("ptx_emulator.cuda_runtime.runtime")
         run: Callable[..., Any] = emulator.launch
-        moved = executed.tests_package("op_harness.traffic").moved_bytes
         found: list[Launch] = []
 
         def remembered(program: Any, function: Any, packed: Any, shape: Any, options: Any) -> Any:
@@ -77,7 +76,7 @@ class Memory:
             key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
             if key not in self._known:
                 result = run(program, function, packed, shape, options)
-                launch = executed.describe(result, moved([result], call.tensor_bytes), call.scale)
+                launch = executed.describe(result, call.tensor_bytes, call.scale)
                 self._known[key] = dataclasses.asdict(launch)
             self.used[key] = self._known[key]
             found.append(Launch(**self._known[key]))

@@ -1,7 +1,7 @@
 """GroupNorm kernels of other packages: run as installed, on the software CUDA device.
 
-    python -m tests.software_cuda --device sm_90 \\
-        python -m benchmarks.speed_of_light.rivals --out FILE.json [--only liger] [--case TEXT]
+    python -m benchmarks.speed_of_light.rivals --device sm_90 --out FILE.json [--only liger]
+                                               [--case TEXT]
 
 Each runs its own launcher, and its own Triton kernels run in the PTX emulator, a few blocks of each
 launch. Nothing of theirs is copied: what is not installed is left out, with the reason.
@@ -195,23 +195,35 @@ def run(case: Case) -> dict[str, Any]:
     call()
     torch.cuda.synchronize()
     after = device.counts()
-    moved_bytes = executed.tests_package("op_harness.traffic").moved_bytes
-    large = x.nbytes // 2
-    launches = [executed.describe(r, moved_bytes([r], large)) for r in device.launches]
+    launches = [executed.describe(r, x.nbytes // 2) for r in device.launches]
     operators = after.operators - before.operators
     return {"launches": [asdict(launch) for launch in launches], "operators": operators}
+
+
+def _become(arch: str) -> None:
+    """Start again on the software CUDA device, which has to be there before torch is imported.
+
+    `python -m tests.software_cuda` would build the project's kernels too.
+    """
+    settings = executed.tests_package("software_cuda.settings").Settings.parse(arch)
+    settings.write(os.environ)
+    startup = pathlib.Path(__file__).resolve().parents[2] / "tests/software_cuda/startup"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(startup), os.environ.get("PYTHONPATH", "")])
+    os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
 
 
 def main(argv: list[str] | None = None) -> int:
     from benchmarks.speed_of_light.cases import RIVAL_CASES
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("sm_80", "sm_90", "sm_100"), default="sm_90")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(RIVALS))
     parser.add_argument("--case", default="", help="only names containing this")
     options = parser.parse_args(argv)
-    capability = torch.cuda.get_device_capability()
-    arch = "sm_{}{}".format(*capability)
+    arch = options.device
+    if "SOFTWARE_CUDA" not in os.environ:
+        _become(arch)
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     for wanted, case in RIVAL_CASES:
         if wanted != arch or case.rival not in options.only or options.case not in case.name:
