@@ -24,27 +24,72 @@ LAUNCH_SECONDS = 3e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates: bytes and FP32 operations (two per lane and clock) per second."""
+    """Peak rates, and the limits of one multiprocessor.
+
+    Attributes
+    ----------
+    bandwidth, fp32
+        Bytes and FP32 operations (two per lane and clock) per second.
+    lanes
+        FP32 operations that a multiprocessor starts per clock; from these, the clock.
+    latency
+        Seconds from a load to its data when memory is busy.
+    l2_bytes
+        The last cache.
+    warps, blocks, shared_bytes, reserved_shared, cluster
+        That one multiprocessor holds; shared memory that each block takes besides its own; blocks
+        per cluster, at most.
+    """
 
     name: str
     bandwidth: float
     fp32: float
     multiprocessors: int
+    arch: str = "sm_90"
+    lanes: int = 128
+    latency: float = 700e-9
+    l2_bytes: int = 50 << 20
+    warps: int = 64
+    blocks: int = 32
+    shared_bytes: int = 228 << 10
+    reserved_shared: int = 1 << 10
+    cluster: int = 1
 
     @property
     def instructions(self) -> float:
         """Thread instructions per second, one per FP32 lane and clock."""
         return self.fp32 / 2
 
+    @property
+    def clock(self) -> float:
+        """Hertz, of the peak rates."""
+        return self.fp32 / (2 * self.lanes * self.multiprocessors)
 
-# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (per GPU). Multiprocessors from
-# the architecture white papers; that of B200 is what its devices report.
-GPUS = (
-    Gpu("A100", 2.039e12, 19.5e12, 108),
-    Gpu("H100", 3.35e12, 67e12, 132),
-    Gpu("H200", 4.8e12, 67e12, 132),
-    Gpu("B200", 8.0e12, 75e12, 148),
+
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (per GPU), GeForce RTX 4090, T4.
+# Multiprocessors and L2 from the architecture white papers; those of B200 are what its devices
+# report. Limits of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities". Latencies
+# are assumptions: 1.5 to 3 times those of an idle device (Luo et al. 2024, arXiv 2402.13499).
+DEVICES = (
+    Gpu("A100", 2.039e12, 19.5e12, 108, "sm_80", 64, 600e-9, 40 << 20, shared_bytes=164 << 10),
+    Gpu("H100", 3.35e12, 67e12, 132, cluster=16),
+    Gpu("H200", 4.8e12, 67e12, 132, cluster=16),
+    Gpu("B200", 8.0e12, 75e12, 148, "sm_100", 128, 800e-9, 126 << 20, cluster=16),
+    Gpu(
+        *("RTX 4090", 1.008e12, 82.6e12, 128, "sm_89", 128, 600e-9, 72 << 20),
+        warps=48,
+        blocks=24,
+        shared_bytes=100 << 10,
+    ),
+    Gpu(
+        *("T4", 0.32e12, 8.1e12, 40, "sm_75", 64, 600e-9, 4 << 20),
+        warps=32,
+        blocks=16,
+        shared_bytes=64 << 10,
+        reserved_shared=0,
+    ),
 )
+GPUS = DEVICES[:4]
 
 
 @dataclass(frozen=True)

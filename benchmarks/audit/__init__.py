@@ -5,5 +5,6 @@ kernel_budget   registers, spills and accesses of the compiled GPU kernels again
 inspect_kernels the same as tables
 traffic         bytes that the GPU kernels move, and times predicted from them; traffic_page
                 writes docs/traffic.md
-cubin, triton_aot   machine code taken apart; Triton kernels compiled ahead of time
+executed        machine instructions that launches execute, by pipe; expansion has the table
+cubin, triton_aot, in_flight   machine code taken apart; Triton kernels compiled ahead of time
 """

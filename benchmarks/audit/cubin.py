@@ -215,7 +215,7 @@ _KINDS = {
     "RED": "atomic",
     "REDG": "atomic",
 }
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 # Opcode -> class, the first that fits (NVIDIA, "CUDA Binary Utilities", instruction set reference).
@@ -264,6 +264,6 @@ def parse_sass(text: str) -> dict[str, Code]:
             opcode, *modifiers = match[1].split(".")
             current.classes[classify(opcode)] += 1
             if kind := _KINDS.get(opcode):
-                width = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
+                width = next((WIDTHS[m] for m in modifiers if m in WIDTHS), 4)
                 current.accesses[kind, width] += 1
     return functions
