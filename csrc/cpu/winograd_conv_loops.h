@@ -73,6 +73,7 @@ struct Tile {
 template <typename V, int kRows>
 struct Winograd {
   static constexpr int kLanes = sizeof(V) / sizeof(float);
+  static constexpr int64_t kLine = 64 / sizeof(float);
 
   template <int kPoints>
   static void transform_tiles(const WinogradConvArgs& args, const WinogradLayout& layout,
@@ -107,11 +108,13 @@ struct Winograd {
   }
 
   // kCount rows of a product: (kCount, channels) times (channels, width), kVectors of its columns.
+  // Meanwhile asks for `lines` lines of memory from `ahead` on for every 16 channels.
   template <int kCount, int kVectors>
   static void product(const float* a, int64_t block_stride, const float* b, int64_t width,
-                      int64_t channels, float* out) {
+                      int64_t channels, const float* ahead, int64_t lines, float* out) {
     V sum[kCount * kVectors]{};
     for (int64_t block = 0; block < channels; block += kWinogradLanes, a += block_stride) {
+      for (int64_t i = 0; i < lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
       for (int k = 0; k < kWinogradLanes; ++k, b += width) {
         V columns[kVectors];
@@ -130,7 +133,8 @@ struct Winograd {
     });
   }
 
-  using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*);
+  using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*,
+                           int64_t, float*);
 
   template <int kVectors, int... kCount>
   static Product choose(int64_t count, std::integer_sequence<int, kCount...>) {
@@ -143,14 +147,20 @@ struct Winograd {
   static void products(const WinogradLayout& layout, const float* inputs, const float* weight,
                        int64_t width, float* out) {
     const int64_t panels = (layout.rows + kRows - 1) / kRows;
+    // The weights of the next point or block come from memory: nothing else hides how long that
+    // takes. They lie behind these, and every step asks for its part of them.
+    const int64_t columns = kVectors * kLanes, steps = panels * (width / columns);
+    const int64_t lines = (width + steps - 1) / steps;  // of width for every 16 channels
+    const float* ahead = weight + layout.channels * width;
     for (int64_t panel = 0; panel < panels; ++panel) {
       // Panels of about the same size: a last one of few rows would wait for its weights.
       const int64_t row = layout.rows * panel / panels;
       const int64_t count = layout.rows * (panel + 1) / panels - row;
       const Product run = choose<kVectors>(count, std::make_integer_sequence<int, kRows>{});
-      for (int64_t column = 0; column < width; column += kVectors * kLanes) {
+      for (int64_t column = 0; column < width; column += columns) {
         run(inputs + row * kWinogradLanes, layout.rows * kWinogradLanes, weight + column, width,
-            layout.channels, out + row * kWinogradBlock + column);
+            layout.channels, ahead, lines, out + row * kWinogradBlock + column);
+        ahead += layout.channels * lines;
       }
     }
   }
