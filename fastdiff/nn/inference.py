@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.blocks import Downsample, DownBlock, MidBlock, ResnetBlock, UpBlock, Upsample
+from fastdiff.nn.blocks import DownBlock, Downsample, MidBlock, ResnetBlock, UpBlock, Upsample
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 from fastdiff.nn.packed_conv import PackedConv
@@ -35,12 +35,12 @@ class InferenceUNet:
       embedding, which is float32.
 
     The weights are copies in another order, made when they are first needed. Every call looks
-    whether the U-Net's own have changed since (storage or version of a parameter, or a module put in
-    its place) and makes them anew; only writes through ``.data`` or NumPy go unseen. Dropout does
-    not happen.
+    whether the U-Net's own have changed since (storage or version of a parameter, or a module put
+    in its place) and makes them anew; only writes through ``.data`` or NumPy go unseen. Dropout
+    does not happen.
 
-    Winograd's sums mix the pixels of a 4x4 neighbourhood: where the U-Net's activations have an
-    infinity or a NaN, up to a pixel more of the result around it is NaN.
+    Winograd's sums mix the pixels of a 4x4 neighbourhood: around an infinity or a NaN in an
+    activation, up to a pixel more of a convolution's result is NaN than otherwise.
     """
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -68,8 +68,13 @@ class InferenceUNet:
             if (reason := why_no_inference_form(unet)) is not None:
                 raise RuntimeError(f"the U-Net has no inference form any more: {reason}")
             self._prepare()
-        time = self._time(t, y)
-        h = x_t
+        with torch.autocast("cpu", enabled=False):
+            return self._forward(x_t, t, y, x_self_cond)
+
+    def _forward(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None, x_self_cond: Tensor | None
+    ) -> Tensor:
+        unet, time, h = self.unet, self._time(t, y), x_t
         if unet.config.self_conditioning:
             estimate = torch.zeros_like(x_t) if x_self_cond is None else x_self_cond
             h = torch.cat([x_t, estimate.to(x_t.dtype)], 1)
@@ -105,12 +110,11 @@ class InferenceUNet:
         self._versions = [_version(p) for p in self.unet.parameters()]
         self._parameters = list(self.unet.parameters())
         self._convs = {m: PackedConv(m, self.dtype) for m in modules if isinstance(m, nn.Conv2d)}
-        projections = {m: m.time_emb_proj for m in modules if isinstance(m, ResnetBlock)}
-        ends = torch.tensor([p.out_features for p in projections.values()]).cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        self._time_slices = dict(zip(projections, map(slice, starts, ends), strict=True))
-        self._time_weight = _joined([p.weight for p in projections.values()], torch.float32)
-        self._time_bias = _joined([p.bias for p in projections.values()], torch.float32)
+        self._resnets = [m for m in modules if isinstance(m, ResnetBlock)]
+        projections = [m.time_emb_proj for m in self._resnets]
+        self._time_sizes = [linear.out_features for linear in projections]
+        self._time_weight = _joined([linear.weight for linear in projections], torch.float32)
+        self._time_bias = _joined([linear.bias for linear in projections], torch.float32)
         self._linears = {}
         for m in modules:
             if isinstance(m, SelfAttention):
@@ -125,16 +129,17 @@ class InferenceUNet:
             members.get(name) is not member for members, name, member in self._watched
         ) or self._versions != [_version(p) for p in self._parameters]
 
-    def _time(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """(B, sum over all blocks): what `time_emb_proj` gives, of every block."""
+    def _time(self, t: Tensor, y: Tensor | None) -> dict[nn.Module, Tensor]:
+        """What `time_emb_proj` gives, of every block."""
         temb = self.unet.time_embedding(t)
         if self.unet.class_embedding is not None:
             temb = temb + self.unet.class_embedding(y)
-        return F.linear(F.silu(temb), self._time_weight, self._time_bias)
+        joined = F.linear(F.silu(temb), self._time_weight, self._time_bias)
+        return dict(zip(self._resnets, joined.split(self._time_sizes, dim=1), strict=True))
 
-    def _residual(self, block: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:
+    def _residual(self, block: ResnetBlock, x: Tensor, times: dict[nn.Module, Tensor]) -> Tensor:
         h = self._convs[block.conv1](block.norm1(x))
-        time = time[:, self._time_slices[block]]
+        time = times[block]
         if block.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = block.norm2(h, scale=scale, shift=shift)

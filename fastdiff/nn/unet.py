@@ -54,6 +54,8 @@ class UNet(nn.Module):
     """
 
     recompute = False
+    use_inference_form = True
+    """Whether samplers and bounds call `for_inference()` in its place, where they can."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -243,10 +245,11 @@ class UNet(nn.Module):
         """What samplers call in its place: the inference form, or itself where there is none.
 
         That is on other devices, without compiled CPU kernels or with another backend asked for,
-        under autocast, and where `for_inference` refuses.
+        under autocast, where `for_inference` refuses, and with `use_inference_form` off.
         """
         if (
-            default_backend("cpu") != "cpu"
+            not self.use_inference_form
+            or default_backend("cpu") != "cpu"
             or (forced_backend() or os.environ.get("FASTDIFF_BACKEND") or "cpu") != "cpu"
             or torch.is_autocast_enabled("cpu")
             or type(self) is not UNet
