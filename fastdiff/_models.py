@@ -33,6 +33,15 @@ def dtype_of(model: Model) -> torch.dtype | None:
     return None
 
 
+def sampling_form(model: Model) -> Model:
+    """What to call in the model's place without gradients: what its `sampling_form()` gives.
+
+    Asked of the class, as wrappers of modules pass on attributes of what they wrap.
+    """
+    form = getattr(type(model), "sampling_form", None)
+    return model if form is None else form(model)
+
+
 @contextlib.contextmanager
 def evaluating(model: Model) -> Iterator[None]:
     """Eval mode inside; every submodule's own training flag is restored after."""

@@ -114,6 +114,7 @@ def _prepare(
     from fastdiff.training.data import load_dataset
 
     run = load_run(config.run, device, say, config.ema)
+    run.unet.use_inference_form = config.inference_form
     use_threads(run.config)
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"--cuda-graph: needs a GPU, not --device {device.type}")

@@ -3,6 +3,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/parallel.h"
 #include "operators.h"
+#include "winograd_conv.h"
 
 namespace fastdiff {
 
@@ -58,6 +59,9 @@ struct Cpu {
   static void vlb_terms_backward(const Tensor&, const VlbTermsArgs& args) {
     cpu::vlb_terms_backward(args);
   }
+  static void winograd_conv(const Tensor&, const WinogradConvArgs& args) {
+    cpu::winograd_conv(args);
+  }
 };
 
 }  // namespace
@@ -68,4 +72,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
   using namespace fastdiff::bindings;
   register_operators<Cpu>(m);
   m.impl("eps_loss_with_gradient", TORCH_BOX(&eps_loss_with_gradient<Cpu>));
+  m.impl("winograd_conv", TORCH_BOX(&winograd_conv<Cpu>));
 }

@@ -6,6 +6,7 @@
 #include "fastdiff/q_sample.h"
 #include "fastdiff/sampler_step.h"
 #include "fastdiff/vlb_terms.h"
+#include "fastdiff/winograd_conv.h"
 
 namespace fastdiff::cpu {
 
@@ -18,5 +19,6 @@ void q_sample(const QSampleArgs& args);
 void sampler_step(const SamplerStepArgs& args);
 void vlb_terms(const VlbTermsArgs& args);
 void vlb_terms_backward(const VlbTermsArgs& args);
+void winograd_conv(const WinogradConvArgs& args);
 
 }  // namespace fastdiff::cpu

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._models import Model, dtype_of, evaluating, keys_of, progress_bar, select
+from fastdiff._models import (
+    Model,
+    dtype_of,
+    evaluating,
+    keys_of,
+    progress_bar,
+    sampling_form,
+    select,
+)
 from fastdiff._types import check_tensors
 from fastdiff.diffusion.process import Process
 from fastdiff.images import not_finite
@@ -155,7 +163,7 @@ def bits_per_dim(
     if x0.dtype == torch.uint8:
         x0 = pixels_from_uint8(x0)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    dtype = dtype_of(model) or x0.dtype
+    dtype, called = dtype_of(model) or x0.dtype, sampling_form(model)
     table = diffusion.bound_table(device)
     pairs = torch.arange(num * steps, device=device)
     parts = []
@@ -164,7 +172,7 @@ def bits_per_dim(
             sample, t = chunk // steps, chunk % steps
             chosen, noise_keys = x0[sample], derived_keys(keys[sample], t)
             x_t = diffusion.q_sample(chosen, t, seed=noise_keys)
-            output = model(
+            output = called(
                 x_t.to(dtype), diffusion.model_times(t), **select(model_kwargs, sample, num)
             )
             diffusion.split_output(output, x_t)

@@ -62,6 +62,8 @@ class EvaluateConfig:
     """--frechet: draw with a compiled U-Net; None: as the run was trained."""
     cuda_graph: bool = False
     """--frechet, on a GPU: launch the U-Net's hundreds of kernels as one."""
+    inference_form: bool = True
+    """On a CPU: compute the U-Net in its inference form (all metrics but --likelihood)."""
     features: str = "classifier"
     """--frechet: classifier (a small one, trained on the data once and kept in RUN/evaluation),
     inception (torchvision's, if its weights are there), module:function of yours that maps uint8

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._models import Model, device_of, dtype_of, evaluating, keys_of, progress_bar
+from fastdiff._models import (
+    Model,
+    device_of,
+    dtype_of,
+    evaluating,
+    keys_of,
+    progress_bar,
+    sampling_form,
+)
 from fastdiff._types import check_tensors, check_type
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import Guidance, check_guidance
@@ -194,7 +202,8 @@ class Sampler(ABC):
         ----------
         model
             Any callable `model(x_t, t, **model_kwargs)`. A module with parameters is given x_t in
-            their dtype.
+            their dtype. Of a `fastdiff.UNet` on a CPU the inference form is called
+            (`UNet.for_inference`), unless `unet.use_inference_form` is False.
         shape
             (B, C, ...); may be left out if x_T is given.
         seed
@@ -386,14 +395,14 @@ class Sampler(ABC):
         shift = check_guidance(guidance, model, kwargs, type(self).__name__, self.takes_mean_shift)
         times = table[:, StepColumn.TIMESTEP].long().to(device)
         times = times[:, None].repeat(1, batch)
-        model_dtype = dtype_of(model)
+        model_dtype, called = dtype_of(model), sampling_form(model)
         memory: dict[str, Tensor] = {}
         bad = torch.zeros(batch, dtype=torch.bool, device=device)
 
         def outputs(x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Outputs:
             if guidance is None:
-                return model(x, t, **kwargs), None, 1.0
-            return guidance(model, x, t, kwargs)
+                return called(x, t, **kwargs), None, 1.0
+            return guidance(called, x, t, kwargs)
 
         if cuda_graph:
             if device.type != "cuda":

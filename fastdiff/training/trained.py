@@ -79,6 +79,13 @@ class Computed(nn.Module):
         self._dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self._call = torch.compile(unet) if compiled else unet
 
+    def sampling_form(self) -> Any:
+        """As `UNet.sampling_form`: bfloat16 throughout in place of autocast to it."""
+        if self._call is not self.unet or self._dtype is torch.float16:
+            return self
+        form = self.unet.sampling_form(self._dtype or torch.float32)
+        return self if form is self.unet else form
+
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """As the U-Net's."""
         with torch.autocast(x_t.device.type, self._dtype, enabled=self._dtype is not None):
