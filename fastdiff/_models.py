@@ -42,6 +42,16 @@ def sampling_form(model: Model) -> Model:
     return model if form is None else form(model)
 
 
+def memory_format_of_weights(model: Model) -> torch.memory_format:
+    """channels_last if a module's convolutions are, else contiguous."""
+    if isinstance(model, nn.Module):
+        for weight in model.parameters():
+            if weight.dim() == 4 and not weight.is_contiguous():
+                dense = weight.is_contiguous(memory_format=torch.channels_last)
+                return torch.channels_last if dense else torch.contiguous_format
+    return torch.contiguous_format
+
+
 @contextlib.contextmanager
 def evaluating(model: Model) -> Iterator[None]:
     """Eval mode inside; every submodule's own training flag is restored after."""

@@ -16,7 +16,7 @@ import signal
 from typing import Any
 
 from fastdiff import _cli
-from fastdiff.training import hub, watchers
+from fastdiff.training import hub, precision, watchers
 from fastdiff.training.config import BUILT_IN_DATA, TrainConfig
 from fastdiff.training.config_file import read_config_file
 from fastdiff.training.distributed import World
@@ -43,10 +43,12 @@ def main(argv: list[str]) -> int:
     shown = printable(folder.path)
     quoted = printable(shlex.quote(str(folder.path)))
     device = choose_device(config.device, world)
+    precision.say_what_was_chosen(config, device, say)
     use_threads(config)
     watchers.check(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(world.joined(device))
+        stack.enter_context(precision.fastest_convolutions(config, device))
         if config.resume:
             # From here on nobody else changes what is in the folder.
             world.first(lambda: stack.enter_context(folder.locked(say)))
@@ -116,6 +118,10 @@ def parse(argv: list[str]) -> TrainConfig:
     early.add_argument("--config")
     early.add_argument("--data")
     early.add_argument("--preset")
+    early.add_argument("--device")
+    early.add_argument("--steps")
+    for switch in ("--exact", "--fsdp"):
+        early.add_argument(switch, action=argparse.BooleanOptionalAction)
     # The rest of the line is tyro's; these decide on the defaults it shows.
     try:
         known, _ = early.parse_known_args(argv)
@@ -138,6 +144,12 @@ def parse(argv: list[str]) -> TrainConfig:
     base = TrainConfig.for_data(str(data))
     if known.preset is not None or "preset" in from_file:
         base = dataclasses.replace(base, channels="preset")
+    given = base.updated(from_file, source)
+    exact = given.exact if known.exact is None else known.exact
+    if not exact:
+        steps = known.steps if str(known.steps).isdecimal() else given.steps
+        sharded = given.fsdp if known.fsdp is None else known.fsdp
+        base = precision.fast(base, known.device or given.device, int(steps), sharded)
     config = settle(base)
     if config.resume:
         from fastdiff.training.run import RunFolder
@@ -146,7 +158,9 @@ def parse(argv: list[str]) -> TrainConfig:
         saved = RunFolder(folder).saved_config("--resume")
         # The folder that was asked for, whatever its config.json says: it may have been moved, or
         # come from somebody else.
-        config = dataclasses.replace(settle(saved), out=str(folder))
+        # Asked for now, whatever the run had; else it goes on as it was.
+        before = precision.exact(saved) if exact else saved
+        config = dataclasses.replace(settle(before), out=str(folder))
         changed = config.changes_that_break_resuming(saved)
         if changed:
             raise UserError(

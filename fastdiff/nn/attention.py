@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
+from fastdiff.nn.merging import QKV
 
 
 class SelfAttention(nn.Module):
@@ -36,14 +37,20 @@ class SelfAttention(nn.Module):
         # A Sequential of one so that the parameter is called to_out.0, as in diffusers.
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def projections(self) -> list[nn.Module]:
+        """The maps to queries, keys and values."""
+        return [self.to_q, self.to_k, self.to_v]
+
+    def forward(self, x: torch.Tensor, qkv: QKV | None = None) -> torch.Tensor:
+        """Attend; `qkv` takes the place of `to_q`, `to_k` and `to_v`."""
         height_width = x.shape[2:]
         # (B, HW, C): a view, not a copy, when x is channels_last.
         h = self.group_norm(x).flatten(2).transpose(1, 2)
-        q, k, v = (
-            linear(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for linear in (self.to_q, self.to_k, self.to_v)
-        )
+        if qkv is None:
+            parts = [linear(h) for linear in self.projections()]
+        else:
+            parts = F.linear(h.contiguous(), qkv.weight, qkv.bias).chunk(3, dim=2)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.to_out(h.transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, height_width)

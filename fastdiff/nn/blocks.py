@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from fastdiff.nn.attention import SelfAttention
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
+from fastdiff.nn.merging import BlockInputs, Merged, with_common_bias, without_bias
 
 
 def norm_conv(
     norm: GroupNormSiLU,
-    conv: nn.Module,
+    conv: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     *,
     dropout: nn.Dropout | None = None,
@@ -47,7 +51,8 @@ class ResnetBlock(nn.Module):
     IDDPM's code and arXiv 2105.05233 eq. 6). Both are arguments of the one fused op.
 
     `temb` (B, 4 * config.channels) has already gone through SiLU: it is the same in all blocks.
-    With `recompute`, the inputs of both convolutions are computed again in the backward pass.
+    Or it is what `fastdiff.nn.merging` made of it for this block. With `recompute`, the inputs of
+    both convolutions are computed again in the backward pass.
     """
 
     recompute = False
@@ -69,23 +74,25 @@ class ResnetBlock(nn.Module):
             else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        h = norm_conv(self.norm1, self.conv1, x, recompute=self.recompute)
-        time = self.time_emb_proj(temb)
+    def forward(self, x: torch.Tensor, temb: torch.Tensor | BlockInputs) -> torch.Tensor:
+        merged = isinstance(temb, BlockInputs)
+        time = temb.time if merged else self.time_emb_proj(temb)
+        conv1 = functools.partial(without_bias, self.conv1) if merged else self.conv1
+        h = norm_conv(self.norm1, conv1, x, recompute=self.recompute)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             operands = {"scale": scale, "shift": shift}
+            if merged:
+                operands["channel_bias"] = self.conv1.bias.expand(x.shape[0], -1)
         else:
             operands = {"channel_bias": time}
+        shortcut, conv2 = self.conv_shortcut, self.conv2
+        if merged and temb.bias is not None:
+            shortcut, conv2 = with_common_bias(shortcut, conv2, temb.bias, x)
         h = norm_conv(
-            self.norm2,
-            self.conv2,
-            h,
-            dropout=self.dropout,
-            recompute=self.recompute,
-            **operands,
+            self.norm2, conv2, h, dropout=self.dropout, recompute=self.recompute, **operands
         )
-        return self.conv_shortcut(x) + h
+        return shortcut(x) + h
 
 
 class Downsample(nn.Module):
@@ -120,6 +127,20 @@ class Upsample(nn.Module):
         return x if self.conv is None else self.conv(x)
 
 
+Time = torch.Tensor | Merged
+"""What levels hand to their blocks: the time embedding after SiLU, or merged parameters."""
+
+
+def _resnet(resnet: ResnetBlock, x: torch.Tensor, temb: Time) -> torch.Tensor:
+    return resnet(x, temb.block() if isinstance(temb, Merged) else temb)
+
+
+def _attend(attention: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
+    if isinstance(temb, Merged) and isinstance(attention, SelfAttention):
+        return attention(x, temb.attention())
+    return attention(x)
+
+
 def _attention(channels: int, config: UNetConfig) -> SelfAttention:
     return SelfAttention(channels, config.num_heads, config.num_groups, config.norm_eps)
 
@@ -142,10 +163,10 @@ class DownBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([] if is_last else [Downsample(width, config)])
 
-    def forward(self, h: torch.Tensor, temb: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, h: torch.Tensor, temb: Time) -> list[torch.Tensor]:
         outputs = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            h = attention(resnet(h, temb))
+            h = _attend(attention, _resnet(resnet, h, temb), temb)
             outputs.append(h)
         for downsample in self.downsamplers:
             outputs.append(downsample(outputs[-1]))
@@ -163,9 +184,9 @@ class MidBlock(nn.Module):
             [_attention(width, config) if config.mid_attention else nn.Identity()]
         )
 
-    def forward(self, h: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        h = self.attentions[0](self.resnets[0](h, temb))
-        return self.resnets[1](h, temb)
+    def forward(self, h: torch.Tensor, temb: Time) -> torch.Tensor:
+        h = _attend(self.attentions[0], _resnet(self.resnets[0], h, temb), temb)
+        return _resnet(self.resnets[1], h, temb)
 
 
 class UpBlock(nn.Module):
@@ -187,11 +208,10 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Upsample(width, config)] if level else [])
 
-    def forward(
-        self, h: torch.Tensor, skips: list[torch.Tensor], temb: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, skips: list[torch.Tensor], temb: Time) -> torch.Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = _attend(attention, _resnet(resnet, h, temb), temb)
         for upsample in self.upsamplers:
             h = upsample(h)
         return h

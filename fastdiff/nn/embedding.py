@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastdiff._device_cache import DeviceCache, is_plain_eager
 from fastdiff.nn.config import TIME_EMBEDDINGS
 from fastdiff.nn.group_norm_silu import is_dtensor
+
+_cache = DeviceCache(None)
 
 # torch.fx's tracer puts a call of it into the graph: it makes a tensor where t is.
 torch.fx.wrap("_sinusoids")
@@ -55,14 +58,28 @@ def timestep_embedding(
         raise ValueError(f"kind must be one of {', '.join(TIME_EMBEDDINGS)}, got {kind!r}")
     if dim < 4 or dim % 2:
         raise ValueError(f"dim must be even and at least 4, got {dim}")
-    half = dim // 2
-    k = torch.arange(half, dtype=dtype, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * k / (half - 1 if kind == "ddpm" else half))
+    frequencies = _frequencies(t, dim // 2, kind, dtype)
     if is_dtensor(t):
         frequencies = t.from_local(frequencies, t.device_mesh)  # the same on every device
-    angles = t.to(dtype)[:, None] * frequencies
+    if t.is_floating_point():
+        t = t.to(dtype)
+    angles = t[:, None] * frequencies  # of integers: converted on the way
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([sin, cos] if kind == "ddpm" else [cos, sin], dim=1)
+
+
+def _frequencies(t: torch.Tensor, half: int, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """w_k on the device of t; on GPUs, where it is four kernels, computed once."""
+    if not t.is_cuda or not is_plain_eager():
+        return _build_frequencies(None, t.device, half, kind, dtype)
+    return _cache.get(_build_frequencies, t.device, half, kind, dtype)
+
+
+def _build_frequencies(
+    owner: None, device: torch.device, half: int, kind: str, dtype: torch.dtype
+) -> torch.Tensor:
+    k = torch.arange(half, dtype=dtype, device=device)
+    return torch.exp(-math.log(10000) * k / (half - 1 if kind == "ddpm" else half))
 
 
 class TimestepEmbedding(nn.Module):

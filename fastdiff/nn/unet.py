@@ -19,6 +19,7 @@ from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 from fastdiff.nn.inference import InferenceUNet, why_no_inference_form
+from fastdiff.nn.merging import Merged, mergeable, merged_maps
 from fastdiff.nn.presets import preset_config
 
 
@@ -56,6 +57,7 @@ class UNet(nn.Module):
     recompute = False
     use_inference_form = True
     """Whether samplers and bounds call `for_inference()` in its place, where they can."""
+    merged: bool | None = None
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -262,6 +264,26 @@ class UNet(nn.Module):
         """Copies and files of the module have no inference form, whose weights are copies."""
         return {k: v for k, v in super().__getstate__().items() if k != "_inference_forms"}
 
+    def set_merged(self, enabled: bool | None = None) -> UNet:
+        """Whether maps of one input are computed as one (`fastdiff.nn.merging`).
+
+        That is fewer kernels for the same function, up to rounding. None, as at first: on CUDA
+        devices. Never where such a map is not what this class made it: has a hook, is of another
+        class or sharded.
+        """
+        self.merged = enabled
+        return self
+
+    def _merged(self, temb: torch.Tensor) -> Merged | None:
+        weight = self.conv_in.weight
+        if not (weight.is_cuda if self.merged is None else self.merged):
+            return None
+        resnets = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        if not mergeable(merged_maps(resnets, attentions)):
+            return None
+        return Merged(resnets, attentions, temb)
+
     def reset_parameters(self) -> None:
         """Initialise all parameters anew (see the class notes)."""
         for module in self.modules():
@@ -314,6 +336,8 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(y)
         temb = F.silu(temb)
+        if not isinstance(x_t, torch.fx.Proxy) and (merged := self._merged(temb)):
+            temb = merged
 
         if self.config.self_conditioning:
             estimate = torch.zeros_like(x_t) if x_self_cond is None else x_self_cond

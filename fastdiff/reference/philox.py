@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff._device_cache import is_plain_eager
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -49,6 +51,9 @@ def sample_keys(
     if torch.compiler.is_compiling():
         device = torch.empty(0, device=device).device
         return _opaque_sample_keys(seed, num, offset, device)
+    if device is not None and torch.device(device).type == "cuda" and is_plain_eager():
+        # One copy instead of a dozen kernels.
+        return sample_keys(seed, num, offset, "cpu").pin_memory().to(device, non_blocking=True)
     k = torch.arange(offset, offset + num, dtype=torch.int64, device=device)
     return derived_keys(seed, k)
 

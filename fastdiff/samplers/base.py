@@ -18,6 +18,7 @@ from fastdiff._models import (
     dtype_of,
     evaluating,
     keys_of,
+    memory_format_of_weights,
     progress_bar,
     sampling_form,
 )
@@ -377,7 +378,10 @@ class Sampler(ABC):
         if device is None:
             device = device_of(model)
         keys = keys_of(seed, shape[0], torch.device(device))
-        return ops.philox_normal(shape, keys, device=device).to(dtype or torch.float32), keys
+        # Or a channels_last model would copy its input and output in every step.
+        layout = memory_format_of_weights(model) if len(shape) == 4 else torch.contiguous_format
+        x = ops.philox_normal(shape, keys, device=device, memory_format=layout)
+        return x.to(dtype or torch.float32), keys
 
     def _run(
         self,

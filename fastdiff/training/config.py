@@ -122,12 +122,16 @@ class TrainConfig:
     threads: int = 1
     """CPU threads; 0: torch's choice. Images of 8x8 are too small to share: threads that wait
     for each other at every operation are far slower than one as soon as anything else runs."""
+    exact: bool = False
+    """Compute in float32, contiguous and without torch.compile, on a GPU too. Without it a new run
+    on a GPU defaults to --amp bf16 --channels-last, and --compile if it has 5000 steps or more."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Run the U-Net under autocast in bfloat16, or in float16 with a dynamic loss scale."""
     channels_last: bool = False
     """Keep weights and images in channels_last memory format."""
     compile: bool = False
-    """Compile the U-Net with torch.compile."""
+    """Compile the U-Net with torch.compile; on several GPUs block by block, so that gradients are
+    averaged while others are still computed."""
     fsdp: bool = False
     """Under torchrun: keep only a part of weights, averages and optimizer state in each process
     (FSDP2), for U-Nets too large for one device."""
@@ -216,6 +220,11 @@ class TrainConfig:
         if self.batch_size % self.grad_accum:
             raise UserError(
                 f"--grad-accum {self.grad_accum} does not divide --batch-size {self.batch_size}"
+            )
+        if self.exact and (self.amp != "off" or self.channels_last or self.compile):
+            raise UserError(
+                "--exact does not go with --amp, --channels-last or --compile; leave one of them "
+                "out, or give --no-exact"
             )
         if self.fsdp and self.compile:
             raise UserError("--fsdp does not go with --compile; leave one of them out")
@@ -320,6 +329,7 @@ _FREE_ON_RESUME = frozenset(
         "data_dir",
         "device",
         "download",
+        "exact",
         "fsdp",
         "grad_accum",
         "grad_clip",

@@ -205,6 +205,9 @@ class Batches:
         How many samples were already drawn.
     part : slice
         Which images of each batch are read: the share of one of several processes.
+    device : torch.device
+        Where batches go from here. For a GPU the reading thread puts them into pinned memory, which
+        the GPU copies from while the caller goes on.
     """
 
     def __init__(
@@ -214,12 +217,14 @@ class Batches:
         seed: int,
         start: int = 0,
         part: slice = slice(None),
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.position = start
         self.part = part
+        self.device = device
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -228,7 +233,7 @@ class Batches:
 
         The next batch is read in a thread while the caller works on this one.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="fastdiff-batches") as reader:
+        with ThreadPoolExecutor(1, "fastdiff-batches", self._start_thread) as reader:
             pending = reader.submit(self._read, self._next_indices())
             while True:
                 batch = pending.result()
@@ -249,10 +254,17 @@ class Batches:
             missing -= len(parts[-1])
         return np.concatenate(parts)[self.part]
 
+    def _start_thread(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # memory is pinned by the current device's context
+
     def _read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         images = torch.from_numpy(self.dataset.read(indices))
         labels = self.dataset.labels
-        return images, None if labels is None else torch.from_numpy(labels[indices])
+        labels = None if labels is None else torch.from_numpy(labels[indices])
+        if self.device.type == "cuda":
+            return images.pin_memory(), None if labels is None else labels.pin_memory()
+        return images, labels
 
 
 def _digits() -> ArrayDataset:

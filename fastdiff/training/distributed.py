@@ -123,9 +123,12 @@ class World:
         if self.size == 1:
             return module
         # Parameters start equal and stay so; the U-Net has no buffer that changes.
-        return nn.parallel.DistributedDataParallel(
+        parallel = nn.parallel.DistributedDataParallel(
             module, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+            parallel.register_comm_hook(self.size, _mean_in_float32)
+        return parallel
 
     def averaging(self, module: nn.Module, now: bool):
         """Context of a forward and backward pass: average the gradients at its end, or later."""
@@ -167,3 +170,14 @@ class World:
                 f"rank {self.rank} of {self.size} lost the others: one of them ended or was "
                 f"killed, and its own message says why ({text[:200]})"
             ) from error
+
+
+def _mean_in_float32(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A hook of DistributedDataParallel: a half-precision mean is rounded once, not per rank."""
+    gradients = bucket.buffer()
+    total = gradients.float().div_(size)  # itself if it is float32
+
+    def rounded(done: torch.futures.Future) -> Tensor:
+        return gradients.copy_(done.value()[0])
+
+    return dist.all_reduce(total, async_op=True).get_future().then(rounded)

@@ -10,11 +10,13 @@ from fastdiff import ops
 from fastdiff.diffusion.timestep_samplers import timestep_sampler
 from fastdiff.nn import UNet
 from fastdiff.training import optimization, shards
+from fastdiff.training.compiling import compiled
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Dataset
 from fastdiff.training.distributed import World
 from fastdiff.training.ema import EMA
 from fastdiff.training.errors import UserError
+from fastdiff.training.half_weights import HalfWeights
 from fastdiff.training.logging import Metrics
 from fastdiff.training.meter import Meter
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet
@@ -62,17 +64,22 @@ class TrainState:
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
         self.unet = build_unet(config, dataset.shape, dataset.num_classes).to(device)
         self.sharded = config.fsdp and world.size > 1
+        if config.exact or self.sharded:
+            self.unet.set_merged(False)
         # FSDP shards contiguous weights only; activations follow the images' format.
         if config.channels_last and not self.sharded:
             self.unet.to(memory_format=torch.channels_last)
         self.emas = [EMA(self.unet, decay) for decay in config.ema]
+        self.half = self._half_weights()
         if self.sharded:
             for module in (self.unet, *(ema.model for ema in self.emas)):
                 shards.shard(module, device)
             self.net = self.unet
         else:
-            compiled = torch.compile(self.unet) if config.compile else self.unet
-            self.net = world.data_parallel(compiled)
+            network = self.unet if self.half is None else self.half.module
+            if config.compile:
+                network = compiled(network, regional=world.size > 1 and device.type == "cuda")
+            self.net = world.data_parallel(network)
         # What the optimizer works on: with --fsdp, this process's parts.
         self.parameters = shards.local(self.unet.parameters())
         self.optimizer = optimization.optimizer(config, self.parameters)
@@ -84,6 +91,19 @@ class TrainState:
         self.known_metrics: dict[str, Any] | None = None  # by the checkpoint that was restored
         self.saved: int | None = None  # the step of the last checkpoint
 
+    def _half_weights(self) -> HalfWeights | None:
+        """On a GPU under autocast; with parts of a batch in several processes the gradients that
+        are averaged in the end would be added up in half precision."""
+        alone = self.world.size == 1 or self.config.grad_accum == 1
+        if self.device.type != "cuda" or self.config.amp == "off" or self.sharded or not alone:
+            return None
+        return HalfWeights(self.unet, self.half_precision)
+
+    @property
+    def half_precision(self) -> torch.dtype:
+        """What --amp computes in."""
+        return torch.float16 if self.config.amp == "fp16" else torch.bfloat16
+
     def averaged(self) -> UNet:
         """The U-Net with the first average of the weights, whole; all processes must call it."""
         averaged = self.emas[0].model
@@ -91,8 +111,8 @@ class TrainState:
 
     def autocast(self) -> torch.autocast:
         """Context of a forward pass: the precision that --amp asks for."""
-        dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.amp != "off")
+        enabled = self.config.amp != "off"
+        return torch.autocast(self.device.type, self.half_precision, enabled=enabled)
 
 
 def _share(config: TrainConfig, world: World) -> int:

@@ -99,6 +99,7 @@ class Trainer(TrainState):
                 config.seed,
                 self.step * config.batch_size,
                 part=slice(self.world.rank * self.share, (self.world.rank + 1) * self.share),
+                device=self.device,
             )
         )
         bar = tqdm(
@@ -161,6 +162,8 @@ class Trainer(TrainState):
         loss = torch.zeros((), device=self.device)
         drawn: list[tuple[Tensor, Tensor]] = []
         self_condition = config.self_conditioning and self._coin(self.seed_condition)
+        if self.half is not None:
+            self.half.refresh()
         for start in range(0, self.share, size):
             part = slice(start, start + size)
             x0 = self._to_device(images[part]).permute(0, 3, 1, 2)
@@ -187,6 +190,8 @@ class Trainer(TrainState):
                 )
                 part_loss = (weight * losses["loss"]).sum() / self.share
                 (part_loss * self.scaler.scale).backward()
+            if self.half is not None:
+                self.half.collect()
             loss += part_loss.detach()
             drawn.append((t, losses["loss"].detach()))
         if self.sharded:
@@ -278,9 +283,7 @@ class Trainer(TrainState):
         return np.random.default_rng((seed % 2**63, self.step)).random() < 0.5
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)  # from the memory that `Batches` pinned
 
     def _restart_clock(self) -> None:
         """Leave out of the throughput what was done since the last flush."""
