@@ -10,6 +10,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.diffusion.step_tables import conversion_table
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
+from fastdiff.samplers.resolution import check_langevin
 from fastdiff.samplers.spacing import Spacing
 
 
@@ -41,7 +42,9 @@ class AnnealedLangevin(Sampler):
     Raises
     ------
     ValueError
-        step_size or inner_steps out of range, or zero terminal SNR.
+        step_size or inner_steps out of range, zero terminal SNR, or levels so far apart that the
+        steps cannot follow: Gaussian data of standard deviation 1/2 must come out with at most four
+        times their variance.
 
     Examples
     --------
@@ -70,6 +73,7 @@ class AnnealedLangevin(Sampler):
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.inner_steps = inner_steps
         self.step_size = step_size
+        check_langevin(diffusion.schedule, self.indices, inner_steps, step_size)
 
     def _table(self) -> Tensor:
         return annealed_langevin_table(self.diffusion.schedule, self.indices, self.step_size)

@@ -10,6 +10,7 @@ from fastdiff.diffusion.step_tables import conversion_table, ddim_encode_table
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run
 from fastdiff.samplers.ode import OdeSampler
+from fastdiff.samplers.resolution import euler_in_variance
 
 
 class ProbabilityFlow(OdeSampler):
@@ -19,6 +20,12 @@ class ProbabilityFlow(OdeSampler):
     and with few steps DDIM is closer to it. Time is the schedule's noise level sg_t^2 = (1 -
     abar_t) / abar_t. In this variable the ODE is singular at sg = 0, where eq. 15 would leave half
     of the last noise level in the sample; the step that ends there is DDIM's.
+
+    So are those at the noisy end that eq. 15 does not resolve. It leaves (1 + r^2) / 2 of the noise
+    where r = sg_s / sg_t should be left; it is used up to the largest noise level from which its
+    steps together leave Gaussian data of standard deviation 1/2 no more than twice its variance.
+    With few steps all are DDIM's; as S grows all are eq. 15's but those in which the schedule
+    itself jumps.
 
     Parameters are those of `OdeSampler`.
 
@@ -51,17 +58,25 @@ def probability_flow_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
     level_t = 1 / spaced.snr
     table[:, c.COEF_X_T] = 1 / spaced.alphas.sqrt()
     table[:, c.COEF_EPS] = a_s * (level_s - level_t) / (2 * level_t.sqrt())
-    table[0, [c.COEF_X0, c.COEF_X_T, c.COEF_EPS]] = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    ddim = ~euler_in_variance(schedule, indices)
+    ddim_step = torch.stack(
+        [a_s, torch.zeros_like(a_s), spaced.one_minus_alpha_bars_prev.sqrt()], 1
+    )
+    columns = [c.COEF_X0, c.COEF_X_T, c.COEF_EPS]
+    table[:, columns] = torch.where(ddim[:, None], ddim_step, table[:, columns])
     return table.float()
 
 
 @torch.no_grad()
 def probability_flow_encode_table(schedule: NoiseSchedule, indices: Tensor) -> Tensor:
-    """The same steps from s to t, with eps at s; from clean data the first one is DDIM's."""
+    """The same steps from s to t, with eps at s; DDIM's where those of the way back are."""
     c = StepColumn
     spaced = schedule.respace(indices)
     table = ddim_encode_table(schedule, indices).double()
     level = 1 / spaced.snr
     step = (level[1:] - level[:-1]) / (2 * level[:-1].sqrt())
-    table[1:, c.COEF_EPS] = spaced.sqrt_alpha_bars[1:] * step
+    euler = euler_in_variance(schedule, indices)[1:]
+    table[1:, c.COEF_EPS] = torch.where(
+        euler, spaced.sqrt_alpha_bars[1:] * step, table[1:, c.COEF_EPS]
+    )
     return table.float()

@@ -10,6 +10,7 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.diffusion.step_tables import conversion_table
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
+from fastdiff.samplers.resolution import euler_in_time
 from fastdiff.samplers.spacing import Spacing
 
 METHODS = ("euler_maruyama", "reverse_diffusion")
@@ -26,7 +27,9 @@ class ReverseSDE(Sampler):
     `method="reverse_diffusion"` is Score-SDE's discretization (app. E, algorithm 3):
     x_s = (2 - sqrt(1 - beta')) x_t + beta' score + sqrt(beta') z with 1 - beta' = abar_t / abar_s.
 
-    The last step adds no noise.
+    The last step adds no noise. A step with B > 1 (the cosine schedule's last has 6.9) is the
+    ancestral one, DDPM's with beta~, which both methods tend to as B -> 0: Euler's would leave 1 +
+    B^2 / 4 times the variance of pure noise, and turn it around beyond B = 2.
 
     Parameters
     ----------
@@ -89,5 +92,10 @@ def reverse_sde_table(schedule: NoiseSchedule, indices: Tensor, method: str) -> 
         table[:, c.COEF_X_T] = 2 - spaced.alphas.sqrt()
     table[:, c.COEF_EPS] = -elapsed / spaced.sqrt_one_minus_alpha_bars
     table[:, c.SIGMA] = elapsed.sqrt()
+    ancestral = ~euler_in_time(schedule, indices)
+    table[ancestral, c.COEF_X0] = spaced.posterior_mean_coef_x0[ancestral]
+    table[ancestral, c.COEF_X_T] = spaced.posterior_mean_coef_x_t[ancestral]
+    table[ancestral, c.COEF_EPS] = 0.0
+    table[ancestral, c.SIGMA] = spaced.posterior_variance[ancestral].sqrt()
     table[0, c.SIGMA] = 0.0
     return table.float()
