@@ -117,9 +117,9 @@ _blocks: ContextVar[tuple[list[str], ...]] = ContextVar("fastdiff.use_backend", 
 _forced: ContextVar[str | None] = ContextVar("fastdiff backend", default=None)
 # Of a block that torch.compile traces, which cannot set a ContextVar: only tracing sees this.
 _traced: str | None = None
-# The open blocks of all threads, and the name of the last one: what torch.compile before torch 2.14
-# guards on, as it cannot read a ContextVar.
-_open: list[list[str]] = []
+# The names of the open blocks of all threads, and that of the last one: what torch.compile before
+# torch 2.14 guards on, as it cannot read a ContextVar.
+_open: dict[int, str] = {}
 _latest: str | None = None
 # Whether a block was closed where it was not opened, as when another thread ends a generator: then
 # whoever opened it still has it, emptied, among their `_blocks`.
@@ -222,11 +222,13 @@ def use_backend(name: str) -> Iterator[None]:
         return
     block, opened_by = [name], _thread_and_task()
     _set_blocks((*_blocks.get(), block))
-    _set_open([*_open, block])
+    _open[id(block)] = name
+    _set_latest()
     try:
         yield
     finally:
-        _set_open([other for other in _open if other is not block])
+        del _open[id(block)]
+        _set_latest()
         _set_blocks(tuple(other for other in _blocks.get() if other is not block))
         if _thread_and_task() != opened_by:
             global _strays
@@ -245,9 +247,13 @@ def _set_blocks(blocks: tuple[list[str], ...]) -> None:
     _forced.set(next((block[0] for block in reversed(blocks) if block), None))
 
 
-def _set_open(blocks: list[list[str]]) -> None:
-    global _open, _latest
-    _open, _latest = blocks, blocks[-1][0] if blocks else None
+def _set_latest() -> None:
+    """Until what was set is what is open: another thread may have come between, and no lock can be
+    taken, as generators with blocks are ended wherever Python collects garbage."""
+    global _latest
+    names = None
+    while names != (names := tuple(_open.values())):
+        _latest = names[-1] if names else None
 
 
 def select_backend(op: str, x: torch.Tensor, unsupported: str | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +17,7 @@ from op_harness.raw_arguments import arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import _backends, ops
 
 pytestmark = pytest.mark.cpu_kernels
 
@@ -76,6 +78,31 @@ def test_threads_that_enter_and_leave_in_turns() -> None:
         "a thread of the pool": "cpu",
         "this thread": "cpu",
     }
+
+
+def test_blocks_of_many_threads_leave_nothing() -> None:
+    """Another thread comes between any two lines: what compiled code follows is set right."""
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != _backends.__file__:
+            return None
+        time.sleep(0)
+        return trace
+
+    def enter_and_leave(name: str) -> None:
+        sys.settrace(trace)
+        try:
+            for _ in range(50):
+                with fastdiff.use_backend(name):
+                    pass
+        finally:
+            sys.settrace(None)
+
+    with ThreadPoolExecutor(4) as pool:
+        for running in [pool.submit(enter_and_leave, n) for n in ("cpu", "reference") * 2]:
+            running.result(60)
+    assert not _backends._open
+    assert _backends._latest is None
 
 
 def test_a_block_is_of_its_thread() -> None:
