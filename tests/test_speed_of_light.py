@@ -224,7 +224,7 @@ def test_the_page_is_that_of_the_counts():
 @pytest.mark.timeout(1800)
 def test_the_counts_are_those_of_the_kernels():
     """One layer, forward and backward; all of them: python -m benchmarks.speed_of_light."""
-    committed = [counts.Row.from_json(r) for r in json.loads(command.FILE.read_text())["rows"]]
+    committed = counts.rows_of(json.loads(command.FILE.read_text()))
     (site,) = (s for s in group_norm_sites("vae") if s.channels == 512)
     for call in traffic_cases.group_norm_calls("bf16", "nchw", "sm_90", [(site, 1)]):
         now = counts.count(counts.Memory({}), call, "cuda", H100, "sm_90")

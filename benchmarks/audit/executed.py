@@ -75,11 +75,16 @@ class Machine:
         return self.sass[ISSUE] / self.expansion[ISSUE]
 
 
-def find_ptxas() -> pathlib.Path | None:
-    """Of the CUDA toolkit whose nvcc compiles the kernels."""
+def find_ptxas() -> list[pathlib.Path]:
+    """Of the CUDA toolkit whose nvcc compiles the kernels, and those of Triton's wheel, which know
+    newer PTX."""
     nvcc = tests_package("ptx_emulator").find_nvcc()
-    path = nvcc.with_name("ptxas") if nvcc else None
-    return path if path and path.exists() else None
+    candidates = [nvcc.with_name("ptxas")] if nvcc else []
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.submodule_search_locations:
+        folder = pathlib.Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin"
+        candidates += [folder / "ptxas-blackwell", folder / "ptxas"]
+    return [path for path in candidates if path.exists()]
 
 
 def single_kernel(ptx: str, entry: str) -> str:
@@ -99,8 +104,8 @@ def machine(ptx: str, entry: str) -> Machine:
 
     Raises
     ------
-    FileNotFoundError
-        There is no ptxas.
+    RuntimeError
+        No ptxas is here, or none that takes the module.
     """
     emulator = tests_package("ptx_emulator")
     text = single_kernel(ptx, entry)
@@ -108,15 +113,16 @@ def machine(ptx: str, entry: str) -> Machine:
     key = hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def assemble(target: pathlib.Path) -> None:
-        ptxas = find_ptxas()
-        if ptxas is None:
-            raise FileNotFoundError("ptxas not found: it comes with the CUDA toolkit's nvcc")
         source = target.with_suffix(".ptx")
         source.write_text(text)
-        command = [str(ptxas), f"-arch={arch}", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"ptxas: {(done.stderr or done.stdout).strip()[:2000]}")
+        said = "ptxas not found: it comes with the CUDA toolkit's nvcc and with triton"
+        for ptxas in find_ptxas():
+            command = [str(ptxas), f"-arch={arch}", str(source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return
+            said = (done.stderr or done.stdout).strip()[:2000]
+        raise RuntimeError(said)
 
     target = emulator.cache.cache_directory() / f"cubin-{key}.cubin"
     path = emulator.cache.build_once(target, assemble)

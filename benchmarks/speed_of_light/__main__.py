@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_of_light [--render] [--rivals FILE.json ...]
 
-Counts in the PTX emulator what has changed since benchmarks/results/speed_of_light.json was written
+Counts in the PTX emulator what has changed since benchmarks/speed_of_light/counts.json was written
 (nvcc and g++ are needed; about ten minutes of a core for everything) and writes the page. Other
 packages' counts are made by `benchmarks.speed_of_light.rivals` on the software CUDA device, where
 those packages are installed, and taken in with --rivals.
@@ -18,7 +18,7 @@ import sys
 from benchmarks.speed_of_light import counts, page
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILE = ROOT / "benchmarks/results/speed_of_light.json"
+FILE = ROOT / "benchmarks/speed_of_light/counts.json"
 PAGE = ROOT / "docs/speed_of_light.md"
 
 

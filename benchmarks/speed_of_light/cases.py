@@ -20,14 +20,15 @@ LEAGUE = ((128, 128, 32), (128, 256, 16), (4, 128, 256))
 
 def _league() -> list[tuple[str, Case]]:
     found = []
-    for rival in ("sglang", "liger", "flag-gems", "inductor"):
+    for rival in ("sglang", "sglang channels_last", "liger", "flag-gems", "inductor"):
         for batch, channels, side in LEAGUE:
             for layout in ("nchw", "channels_last"):
                 # The others copy to NCHW first, or take nothing else.
-                if layout == "channels_last" and rival != "inductor":
+                takes = {"inductor": True, "sglang channels_last": layout == "channels_last"}
+                if not takes.get(rival, layout == "nchw"):
                     continue
                 for which in ("forward", "backward"):
-                    if which == "backward" and rival == "sglang":
+                    if which == "backward" and rival.startswith("sglang"):
                         continue
                     shape = (batch, channels, side, side)
                     found.append(("sm_90", Case(rival, shape, 32, "bf16", layout, which)))

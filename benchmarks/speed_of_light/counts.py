@@ -14,7 +14,7 @@ import json
 import math
 import pathlib
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,29 +46,41 @@ class Row:
     device: str
     elements: float
     launches: tuple[Launch, ...]
+    keys: tuple[str, ...]  # of the launches, in the file
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "launches"}
 
-    @staticmethod
-    def from_json(fields: dict[str, Any]) -> Row:
-        launches = tuple(Launch(**launch) for launch in fields["launches"])
-        return Row(**{**fields, "launches": launches})
+
+def rows_of(document: Mapping[str, Any]) -> list[Row]:
+    """The rows of a file."""
+    known = {key: Launch(**fields) for key, fields in document["launches"].items()}
+    return [
+        Row(
+            **{**fields, "keys": tuple(fields["keys"])},
+            launches=tuple(map(known.get, fields["keys"])),
+        )
+        for fields in document["rows"]
+    ]
 
 
 class Memory:
     """Launches that were counted, by what determines their counts."""
 
     def __init__(self, known: dict[str, dict[str, Any]]):
-        self._known, self.used = known, {}
+        self._known: dict[str, dict[str, Any]] = known
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def launch(self, key: str) -> Launch:
+        return Launch(**self._known[key])
 
     @contextlib.contextmanager
-    def counting(self, call: traffic_cases.Call) -> Iterator[list[Launch]]:
-        """Inside, launches run only if they are not known."""
+    def counting(self, call: traffic_cases.Call) -> Iterator[list[str]]:
+        """Inside, launches run only if they are not known; yields the list of their keys."""
         emulator = executed.tests_package("ptx_emulator.launch")
         runtime = executed.tests_package("ptx_emulator.cuda_runtime.runtime")
         run: Callable[..., Any] = emulator.launch
-        found: list[Launch] = []
+        found: list[str] = []
 
         def remembered(program: Any, function: Any, packed: Any, shape: Any, options: Any) -> Any:
             what = (program.ptx, function.name, *vars(shape).values(), vars(call)["labels"])
@@ -79,7 +91,7 @@ class Memory:
                 launch = executed.describe(result, call.tensor_bytes, call.scale)
                 self._known[key] = dataclasses.asdict(launch)
             self.used[key] = self._known[key]
-            found.append(Launch(**self._known[key]))
+            found.append(key)
             return emulator.LaunchResult(
                 function.name, shape.grid, shape.block, 0, 0, math.prod(shape.grid), 0.0, 0.0
             )
@@ -137,10 +149,12 @@ def count(memory: Memory, call: traffic_cases.Call, backend: str, gpu: Gpu, arch
             racecheck=False,
             last_blocks=BLOCKS,
         )
+    keys = tuple(found[result.forward_launches if call.gradients else 0 :])
     return Row(
         *(call.op, call.mode, *call.labels.values(), backend, gpu.name),
         executed.elements(call),
-        tuple(found[result.forward_launches if call.gradients else 0 :]),
+        tuple(map(memory.launch, keys)),
+        keys,
     )
 
 
@@ -158,7 +172,7 @@ def rows(memory: Memory, progress: Callable[[str], None] = print) -> Iterator[Ro
     for name in ("H100", "A100", "B200", "RTX 4090", "T4"):
         gpu, arch = by_name[name], COUNTED[name]
         for layout in traffic_cases.LAYOUTS:
-            for call in traffic_cases.group_norm_calls("bf16", layout, arch, _sites()):
+            for call in traffic_cases.group_norm_calls("bf16", layout, "sm_90", _sites()):
                 progress(f"{name} {call.mode} {' '.join(call.labels.values())}")
                 row = count(memory, call, "cuda", gpu, arch)
                 yield row
@@ -171,6 +185,10 @@ def rows(memory: Memory, progress: Callable[[str], None] = print) -> Iterator[Ro
             progress(f"{call.op} {call.mode} {' '.join(call.labels.values())}")
             row = count(memory, call, "cuda", by_name["H100"], ELEMENTWISE)
             yield from (dataclasses.replace(row, device=gpu.name) for gpu in DEVICES)
+    for layout in traffic_cases.LAYOUTS:
+        for call in traffic_cases.group_norm_calls("bf16", layout, "sm_90", _sites()[:2]):
+            progress(f"triton {call.mode} {' '.join(call.labels.values())}")
+            yield count(memory, call, "triton", by_name["H100"], "sm_90")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -190,7 +208,9 @@ def update(path: pathlib.Path, progress: Callable[[str], None] = print) -> None:
     write(path, document | {"rows": found, "launches": memory.used})
 
 
-def write(path: pathlib.Path, document: dict[str, Any]) -> None:
+def write(path: pathlib.Path, document: Mapping[str, Any]) -> None:
+    """One row and one launch a line."""
+
     def short(value: Any) -> Any:
         if isinstance(value, float):
             return float(f"{value:.6g}")
@@ -200,4 +220,11 @@ def write(path: pathlib.Path, document: dict[str, Any]) -> None:
             return [short(v) for v in value]
         return value
 
-    path.write_text(json.dumps(short(document), indent=0) + "\n")
+    def lines(value: Any) -> str:
+        if isinstance(value, dict):
+            items = [f"{json.dumps(k)}: {json.dumps(short(v))}" for k, v in sorted(value.items())]
+            return "{\n" + ",\n".join(items) + "\n}"
+        return "[\n" + ",\n".join(json.dumps(short(v)) for v in value) + "\n]"
+
+    parts = [f"{json.dumps(name)}: {lines(value)}" for name, value in document.items()]
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")

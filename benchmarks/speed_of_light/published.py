@@ -27,7 +27,7 @@ class Measurement:
     launch: int | None = None
 
 
-_APPLY = "https://github.com/sgl-project/sglang/pull/23938"
+APPLY = "https://github.com/sgl-project/sglang/pull/23938"
 _UPSAMPLER = "https://github.com/sgl-project/sglang/pull/26045"
 _CHUNKS = "https://github.com/sgl-project/sglang/pull/24741"
 _LIGER = "https://github.com/linkedin/Liger-Kernel/blob/ead96b61/benchmark/data/"
@@ -45,8 +45,8 @@ def _sglang(shape: tuple[int, ...], chunked: float, ratio: float) -> list[Measur
 
 
 MEASUREMENTS = [
-    Measurement(Case("sglang", _VIDEO, 32, "bf16"), "H200", 259.66, _APPLY),
-    Measurement(Case("sglang", _VIDEO, 32, "bf16"), "H200", 178.08, _APPLY, launch=2),
+    Measurement(Case("sglang", _VIDEO, 32, "bf16"), "H200", 259.66, APPLY),
+    Measurement(Case("sglang", _VIDEO, 32, "bf16"), "H200", 178.08, APPLY, launch=2),
     Measurement(Case("sglang", _VIDEO, 32, "bf16"), "H100", 351.49, _CHUNKS),
     *_sglang((1, 512, 8, 45, 80), 70.05, 3.94),
     *_sglang((1, 512, 16, 90, 160), 261.87, 8.57),
