@@ -7,6 +7,7 @@
     op_table        what an op's benchmark declares; bench_q_sample, ... declare it
     suite, timing   a workload and its contenders: checked first, then timed in turns
     networks, end_to_end, bench_training_step, bench_sampling   whole networks
+    bench_cpu_sampling, runtimes   sampling on a CPU, against OpenVINO, onnxruntime and others
     targets         the project's targets, judged from a report's JSON
     compare         two reports: what became slower beyond the noise
     page, plots     docs/performance.md and its pictures, made from benchmarks/results/

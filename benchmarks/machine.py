@@ -30,7 +30,15 @@ def cpu_model() -> str:
 
 # Far larger than any cache.
 COPIED_BYTES = 256 << 20
-PEERS = ("triton", "diffusers", "denoising-diffusion-pytorch", "liger-kernel", "apex")
+PEERS = (
+    "triton",
+    "diffusers",
+    "denoising-diffusion-pytorch",
+    "liger-kernel",
+    "apex",
+    "openvino",
+    "onnxruntime",
+)
 
 
 # In `facts` of a device that is a program (tests/software_cuda), and wherever they are shown.

@@ -152,10 +152,10 @@ class InferenceUNet:
         if not isinstance(attention, SelfAttention):
             return x
         batch, channels, height, width = x.shape
-        heads = attention.num_heads
+        heads, depth = attention.num_heads, channels // attention.num_heads
         h = attention.group_norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         qkv = F.linear(h, *self._linears[attention.to_q])
-        q, k, v = qkv.view(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(batch, height * width, 3, heads, depth).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = F.linear(h, *self._linears[attention.to_out])
         return x + h.view(batch, height, width, channels).permute(0, 3, 1, 2)
