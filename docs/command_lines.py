@@ -1,4 +1,4 @@
-"""Write docs/reference/command_lines.md from the commands themselves: `python docs/command_lines.py`.
+"""Write docs/reference/command_lines.md from the commands: `python docs/command_lines.py`.
 
 A test compares the page with what this makes.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -48,14 +50,16 @@ COMMANDS = (
 
 INTRODUCTION = """# Command lines
 
-Written by `docs/command_lines.py`. A setting is a flag: `batch_size` is `--batch-size`, one that is yes or no is `--name` or
-`--no-name` (those that may also be None take `True` or `False`). `python -m fastdiff.train --config FILE` reads its settings from YAML, JSON or TOML.
+Written by `docs/command_lines.py`. A setting is a flag: `batch_size` is `--batch-size`, one that
+is yes or no is `--name` or `--no-name` (those that may also be None take `True` or `False`).
+`python -m fastdiff.train --config FILE` reads its settings from YAML, JSON or TOML.
 
 """
 
 ENDING = """
-They end with 0 if all went well, 1 if the run failed on its way, 2 for wrong input (one line on stderr, nothing written),
-130 after Ctrl-C. On a terminal progress is a bar; in a pipe or a log it is a line every ten seconds.
+They end with 0 if all went well, 1 if the run failed on its way, 2 for wrong input (one line on
+stderr, nothing written), 130 after Ctrl-C. On a terminal progress is a bar; in a pipe or a log it
+is a line every ten seconds.
 """
 
 
@@ -83,7 +87,7 @@ def _fields(name: str) -> Iterator[tuple[str, str, str]]:
     settings = getattr(importlib.import_module(module), kind)
     body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0].body
     texts = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             texts[field.target.id] = ast.literal_eval(text.value)
     for field in dataclasses.fields(settings):
@@ -107,11 +111,11 @@ def _arguments(module: str) -> Iterator[tuple[str, str, str]]:
         raise _Found
 
     name = f"{module}.command" if module == "benchmarks" else module
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", catch):
-        try:
-            importlib.import_module(name).main([])
-        except _Found:
-            pass
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", catch),
+        contextlib.suppress(_Found),
+    ):
+        importlib.import_module(name).main([])
     for action in found[0]._actions:
         if isinstance(action, argparse._HelpAction):
             continue

@@ -46,8 +46,9 @@ def assert_digits(run, name, requests):
         try:
             sampler = from_name(name, run.diffusion, steps=steps, spacing=spacing)
         except ValueError as error:
-            assert name == "annealed_langevin"
-            assert "too few" in str(error)
+            refused = name == "annealed_langevin" and "too few" in str(error)
+            if not refused:
+                raise
             continue
         levels = generate(run, sampler, 32)
         drawn += 1
