@@ -4,6 +4,8 @@ import pathlib
 
 import pytest
 
+import fastdiff
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -14,3 +16,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if places and all(HERE in (place, *place.parents) for place in places):
         config.option.numprocesses = 0
         config.option.dist = "no"
+
+
+def pytest_report_header() -> str | None:
+    """What is timed where nothing was compiled."""
+    found = fastdiff.backends()["cpu"]
+    if found.available:
+        return None
+    return (
+        f"fastdiff's contenders are its plain PyTorch reference: no CPU kernels ({found.reason}); "
+        "build them with: pip install -e ."
+    )

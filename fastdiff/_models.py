@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -90,11 +91,11 @@ def select(kwargs: Mapping[str, Any] | None, rows: Tensor, num: int) -> dict[str
 
 
 def progress_bar(total: int, what: str, show: bool) -> Any:
-    """A tqdm bar on a terminal; where tqdm is not installed, or not to `show`, one that is mute."""
-    if show and importlib.util.find_spec("tqdm") is not None:
+    """A tqdm bar on a terminal; elsewhere, without tqdm or not to `show`, one that is mute."""
+    if show and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
 
-        return tqdm(total=total, desc=what, leave=False, disable=None, unit_scale=True)
+        return tqdm(total=total, desc=what, leave=False, unit_scale=True)
     return _Mute()
 
 

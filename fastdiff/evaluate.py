@@ -1,6 +1,7 @@
 """``python -m fastdiff.evaluate RUN``: how good is a trained run? All metrics, or those asked for.
 
---bpd: the variational bound on -log2 p(x) per dimension, its terms, and the rate-distortion curve.
+--bpd: the variational bound on -log2 p(x) per dimension, its terms, and the rate-distortion curve,
+beside what trivial models reach.
 --likelihood: the same quantity as the probability flow has it, a second estimate.
 --reconstruction: the error that DDIM's encoding and decoding leave, by number of steps.
 --frechet: the Frechet distance of samples to real images, beside that of as many real images.
@@ -94,7 +95,14 @@ def _evaluate(task: Task, say: Callable[[str], None]) -> None:
 
 def _validate(config: EvaluateConfig) -> None:
     check_numbers(config)
-    least = {"num": 1, "batch_size": 2, "probes": 1, "samples": 2, "sample_steps": 1}
+    least = {
+        "num": 1,
+        "bpd_timesteps": 2,
+        "batch_size": 2,
+        "probes": 1,
+        "samples": 2,
+        "sample_steps": 1,
+    }
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:

@@ -40,7 +40,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+def image_grid(
+    images: Tensor, columns: int | None = None, labels: Tensor | None = None
+) -> Image.Image:
     """Lay uint8 images (N, C, H, W) out row by row, with a thin border, as one picture.
 
     Parameters
@@ -50,6 +52,8 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
         is white, as in images that are read. Of more channels the first is shown.
     columns : int, optional
         Images per row; default: as square as it gets.
+    labels : Tensor, optional
+        int64 (N,): a row for each class, if classes are two or more, each with two images or more.
     """
     try:
         from PIL import Image
@@ -60,8 +64,12 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
     check_tensors("image_grid", images=images)
     num, _, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(num))
-    rows = math.ceil(num / columns)
+    places = None if labels is None else _places_by_class(labels)
+    if places is None:
+        columns = columns or math.ceil(math.sqrt(num))
+        places = [divmod(index, columns) for index in range(num)]
+    columns = max(columns or 0, *(column + 1 for _, column in places), 1)
+    rows = max((row + 1 for row, _ in places), default=0)
     zoom = max(1, math.ceil(_MIN_TILE / max(height, width)))
     tiles = _opaque(images).permute(0, 2, 3, 1).numpy()
     tiles = tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)
@@ -71,11 +79,23 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
         255,
         np.uint8,
     )
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
+    for (row, column), tile in zip(places, tiles, strict=True):
         top, left = border + row * (height + border), border + column * (width + border)
         canvas[top : top + height, left : left + width] = tile
     return Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
+
+
+def _places_by_class(labels: Tensor) -> list[tuple[int, int]] | None:
+    """(row, column) of every image, None where rows by class would show nothing."""
+    classes, row, count = labels.cpu().unique(return_inverse=True, return_counts=True)
+    if len(classes) < 2 or int(count.min()) < 2:
+        return None
+    seen = [0] * len(classes)
+    places = []
+    for r in row.tolist():
+        places.append((r, seen[r]))
+        seen[r] += 1
+    return places
 
 
 def _opaque(images: Tensor) -> Tensor:

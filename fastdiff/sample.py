@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,24 @@ import numpy as np
 import torch
 
 from fastdiff import _cli, ops
-from fastdiff.diffusion.guidance import ClassifierFree, DynamicThresholding, Guidance
+from fastdiff._known_images import known_image, known_mask
+from fastdiff._progress import progress
+from fastdiff.diffusion.guidance import (
+    ClassifierFree,
+    ClassifierGuidance,
+    DynamicThresholding,
+    Guidance,
+)
 from fastdiff.images import image_grid, not_finite, to_uint8
-from fastdiff.samplers import SAMPLERS, Frames, Sampler, from_name
+from fastdiff.nn import NoisyClassifier
+from fastdiff.samplers import SAMPLERS, Frames, Inpainting, Sampler, from_name
 from fastdiff.training.archives import memory_bytes
 from fastdiff.training.config import check_numbers
 from fastdiff.training.distributed import World
 from fastdiff.training.errors import RunError, UserError, naming, printable
 from fastdiff.training.files import write_atomic
 from fastdiff.training.run import choose_device, use_threads
-from fastdiff.training.trained import TrainedRun, load_run
+from fastdiff.training.trained import TrainedRun, load_run, training_images
 
 PROGRAM = "python -m fastdiff.sample"
 NEEDS = ("tyro", "tqdm", "safetensors", "PIL")
@@ -36,6 +45,11 @@ NEEDS = ("tyro", "tqdm", "safetensors", "PIL")
 # Timesteps visited, unless somebody says how many.
 STEPS = 50
 
+# Fields that belong to one sampler, and its option.
+_OF_ONE_SAMPLER = {
+    "step_size": ("annealed_langevin", "step_size"),
+    "sde_method": ("reverse_sde", "method"),
+}
 _INNER_STEPS = {"annealed_langevin": "inner_steps", "predictor_corrector": "corrector_steps"}
 
 
@@ -55,6 +69,8 @@ class SampleConfig:
     it has."""
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
+    sigma_hat: bool = False
+    """DDIM only: the larger noise of DDPM's own variance (DDIM app. D.3)."""
     spacing: str | None = None
     """Which timesteps are visited: leading, linspace, trailing, quadratic, logsnr, or IDDPM
     sections such as "100,50,25" (which set the number of steps themselves). None: leading, or
@@ -62,11 +78,27 @@ class SampleConfig:
     inner_steps: int | None = None
     """annealed_langevin: Langevin steps per noise level; predictor_corrector: corrector steps per
     timestep. None: the sampler's default."""
+    step_size: float | None = None
+    """annealed_langevin: size of a Langevin step, as a share of the noise level's variance (0 to
+    4); None: 0.5."""
+    sde_method: str | None = None
+    """reverse_sde: euler_maruyama or reverse_diffusion; None: the former."""
+    image: str | None = None
+    """Inpainting: the image of which a part is drawn anew, an image file (cropped and resized as
+    the run's own) or the number of one of the run's training images."""
+    mask: str | None = None
+    """With --image, what is drawn anew: left, right, top, bottom or centre, or an image file that
+    is white there."""
+    resamples: int = 1
+    """With --image: how often each group of steps is taken (RePaint); more fit the rest better."""
     guidance_scale: float | None = None
     """Class-conditional runs: scale of classifier-free guidance; 0: unconditional, 1: as trained,
     above 1: more like the class asked for."""
     guidance_rescale: float = 0.0
     """With --guidance-scale: how far (0 to 1) contrast is scaled back to that of scale 1."""
+    classifier_scale: float | None = None
+    """Scale of classifier guidance towards --class-label, or all classes in turn, for runs on
+    images with classes. The classifier is trained once and kept in the run folder."""
     dynamic_threshold: float | None = None
     """Scale an image whose predicted pixels leave [-1, 1] instead of clipping it: the percentile
     (in 0..1; Imagen's is 0.995) of the pixels that is to fit. None: clip."""
@@ -127,9 +159,10 @@ def main(argv: list[str]) -> int:
     out = _output(config)
     use_threads(run.config)
     _check_memory(config, run)
-    sampler = _sampler(config, run)
-    labels = _labels(config, run)
-    guidance = _guidance(config, run)
+    sampler = _sampler(config, run, say)
+    classifier = _classifier(config, run, device, world, say)
+    labels = _labels(config, run, classifier)
+    guidance = _guidance(config, run, classifier)
     frames = Frames() if out.suffix.lower() == ".gif" else None
     if frames is not None and world.size > 1:
         raise UserError(f"--out {out}: an animation is drawn by one process, not {world.size}")
@@ -185,7 +218,7 @@ def generate(
     Parameters
     ----------
     labels : Tensor, optional
-        int64 (num,): the images' classes, for a class-conditional run.
+        int64 (num,): the images' classes; a class-conditional run is given them, and guidance.
     guidance : callable
         The guidance of a batch, given its labels.
     frames : Frames, optional
@@ -193,14 +226,12 @@ def generate(
     cuda_graph : bool
         As of `Sampler.sample`.
     """
-    from tqdm import tqdm
-
     device = next(run.unet.parameters()).device
     keys = ops.sample_keys(seed, num, device=device)
     drawn = torch.zeros(num, *run.image_shape, dtype=torch.uint8)
     bad = torch.zeros(num, dtype=torch.uint8)
     batches = world.batches(num, batch_size)
-    total = sum(map(len, batches)) * sampler.steps
+    total = sum(map(len, batches)) * len(sampler._order())
 
     def watch(step: int, t: int, x_t: torch.Tensor, pred_x0: torch.Tensor) -> None:
         bar.update(len(x_t))
@@ -211,11 +242,13 @@ def generate(
         except ValueError as error:
             raise RunError(f"t = {t}: {error}; nothing was written") from error
 
-    with tqdm(total=total, unit="image step", unit_scale=True, disable=not world.is_first) as bar:
+    with progress(total, "image step", show=world.is_first, unit_scale=True) as bar:
         for part in batches:
             kwargs, y = {}, None
             if labels is not None:
-                kwargs["y"] = y = labels[part].to(device)
+                y = labels[part].to(device)
+                if run.unet.config.num_classes is not None:
+                    kwargs["y"] = y
             images = sampler.sample(
                 run.unet,
                 (len(part), *run.image_shape),
@@ -259,6 +292,22 @@ def _validate(config: SampleConfig) -> None:
             f"--inner-steps {config.inner_steps} belongs to --sampler "
             f"{' or '.join(_INNER_STEPS)}; leave it out for {config.sampler}"
         )
+    if config.sampler != "ddim" and config.sigma_hat:
+        raise UserError(f"--sigma-hat belongs to --sampler ddim; leave it out for {config.sampler}")
+    for field, (sampler, _) in _OF_ONE_SAMPLER.items():
+        if getattr(config, field) is not None and config.sampler != sampler:
+            raise UserError(
+                f"--{field.replace('_', '-')} {getattr(config, field)} belongs to --sampler "
+                f"{sampler}; leave it out for {config.sampler}"
+            )
+    if (config.image is None) != (config.mask is None):
+        raise UserError("--image and --mask go together: the image, and what of it is drawn anew")
+    if config.resamples < 1:
+        raise UserError(f"--resamples {config.resamples}: give a number of at least 1")
+    if config.resamples > 1 and config.image is None:
+        raise UserError(f"--resamples {config.resamples} needs --image")
+    if config.classifier_scale is not None and config.guidance_scale is not None:
+        raise UserError("--classifier-scale and --guidance-scale: give one of them")
     if config.guidance_rescale and config.guidance_scale is None:
         raise UserError(f"--guidance-rescale {config.guidance_rescale} needs --guidance-scale")
 
@@ -298,7 +347,14 @@ def _default_name(config: SampleConfig) -> str:
         "ema",
         "eta",
         "spacing",
+        "sigma_hat",
         "inner_steps",
+        "step_size",
+        "sde_method",
+        "image",
+        "mask",
+        "resamples",
+        "classifier_scale",
         "guidance_scale",
         "guidance_rescale",
         "dynamic_threshold",
@@ -308,25 +364,42 @@ def _default_name(config: SampleConfig) -> str:
     ):
         value = getattr(config, field)
         if value != getattr(SampleConfig, field):
+            value = re.sub(r"[^\w.]+", "-", str(value))  # --image and --mask may be paths
             name += f"-{field.removesuffix('_label').replace('_', '-')}-{value}"
-    return name + ".png"
+    return name[:200] + ".png"
 
 
-def _sampler(config: SampleConfig, run: TrainedRun) -> Sampler:
+def _sampler(config: SampleConfig, run: TrainedRun, say: Callable[[str], None]) -> Sampler:
     sections = (config.spacing or "").replace(",", "").isdigit()
     options: dict[str, Any] = {"steps": None if sections else config.steps}
     if config.spacing is not None:
         options["spacing"] = config.spacing
     if config.sampler == "ddim":
         options["eta"] = config.eta
+        options["sigma_hat"] = config.sigma_hat
     if config.inner_steps is not None:
         options[_INNER_STEPS[config.sampler]] = config.inner_steps
-    with naming("--steps, --spacing, --eta or --inner-steps"):
-        return from_name(config.sampler, run.diffusion, **options)
+    for field, (_, option) in _OF_ONE_SAMPLER.items():
+        if getattr(config, field) is not None:
+            options[option] = getattr(config, field)
+    with naming("--steps, --spacing, --eta, --inner-steps, --step-size or --sde-method"):
+        sampler = from_name(config.sampler, run.diffusion, **options)
+    if config.image is None:
+        return sampler
+    known, mask = known_image(run, config.image, say), known_mask(run, config.mask)
+    device = next(run.unet.parameters()).device
+    with naming("--sampler or --resamples"):
+        return Inpainting(
+            sampler,
+            known.to(device),
+            mask.to(device),
+            jump_length=max(1, sampler.steps // 10),
+            resamples=config.resamples,
+        )
 
 
 def _guidance(
-    config: SampleConfig, run: TrainedRun
+    config: SampleConfig, run: TrainedRun, classifier: NoisyClassifier | None
 ) -> Callable[[torch.Tensor | None], Guidance | None]:
     """What makes the guidance of a batch from its labels."""
     unet = run.unet.config
@@ -342,6 +415,8 @@ def _guidance(
 
     def of(labels: torch.Tensor | None) -> Guidance | None:
         """One for all batches of a size: a CUDA graph belongs to its guidance."""
+        if classifier is not None:
+            return make(labels)
         size = None if labels is None else len(labels)
         if size not in made:
             made[size] = make(labels)
@@ -352,6 +427,10 @@ def _guidance(
         if config.guidance_scale is not None:
             null = torch.full_like(labels, unet.num_classes)
             guidance = ClassifierFree(config.guidance_scale, {"y": null}, config.guidance_rescale)
+        if classifier is not None:
+            guidance = ClassifierGuidance(
+                classifier, labels, config.classifier_scale, run.diffusion
+            )
         if config.dynamic_threshold is not None:
             guidance = DynamicThresholding(run.diffusion, config.dynamic_threshold, guidance)
         return guidance
@@ -361,11 +440,38 @@ def _guidance(
     return of
 
 
-def _labels(config: SampleConfig, run: TrainedRun) -> torch.Tensor | None:
+def _classifier(
+    config: SampleConfig,
+    run: TrainedRun,
+    device: torch.device,
+    world: World,
+    say: Callable[[str], None],
+) -> NoisyClassifier | None:
+    """What --classifier-scale guides with."""
+    if config.classifier_scale is None:
+        return None
+    from fastdiff.evaluation.guiding_classifier import guiding_classifier
+
+    if world.size > 1:
+        raise UserError("--classifier-scale: images are drawn by one process, not several")
+    with naming("--classifier-scale"):
+        return guiding_classifier(
+            run, Path(config.run), lambda: training_images(run, warn=say), device, say
+        )
+
+
+def _labels(
+    config: SampleConfig, run: TrainedRun, classifier: NoisyClassifier | None
+) -> torch.Tensor | None:
     num_classes = run.unet.config.num_classes
+    if num_classes is None and classifier is not None:
+        num_classes = classifier.linear_out.out_features
     if num_classes is None:
         if config.class_label is not None:
-            raise UserError(f"--class-label: {config.run} was trained without --class-cond")
+            raise UserError(
+                f"--class-label: {config.run} was trained without --class-cond; --classifier-scale "
+                "guides such a run towards a class"
+            )
         return None
     if config.class_label is None:
         return torch.arange(config.num) % num_classes
@@ -388,11 +494,11 @@ def _encode(
         np.savez_compressed(buffer, *arrays)
     elif frames is not None:
         # Batch after batch of S frames each: the frames of one step become one picture.
-        S = sampler.steps
+        S = len(sampler._order())
         frames.images = [torch.cat(frames.images[k::S]) for k in range(S)]
         frames.gif(buffer)
     else:
-        image_grid(images).save(buffer, "PNG" if suffix == ".png" else "JPEG")
+        image_grid(images, labels=labels).save(buffer, "PNG" if suffix == ".png" else "JPEG")
     return buffer.getvalue()
 
 

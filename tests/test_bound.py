@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastdiff import ops
 from fastdiff.diffusion.analytic import GaussianDenoiser
-from fastdiff.diffusion.bound import BitsPerDim
+from fastdiff.diffusion.bound import BitsPerDim, timestep_strata
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.philox import derived_keys
@@ -374,3 +374,57 @@ def test_bad_arguments_are_named():
         diffusion.bits_per_dim(smooth, images(2), seed=ops.sample_keys(0, 3))
     with pytest.raises(ValueError, match="the model returned shape"):
         diffusion.bits_per_dim(doubled, images(2), seed=0, progress=False)
+
+
+def _by_t(x_t, t):
+    """A network that is wrong by more the later t, so that terms differ by orders of magnitude."""
+    return x_t * (t / 400).reshape(-1, 1, 1, 1)
+
+
+def test_strata_estimate_the_bound_without_bias():
+    """Mean over many seeds against all terms; and of less variance than as many uniform ranges."""
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(400))
+    x0 = images(6)
+    strata = timestep_strata(diffusion, _by_t, x0, 20, seed=1)
+    assert int(strata[0]) == 0
+    assert int(strata[1]) == 1
+    assert 10 <= len(strata) <= 20
+    assert bool((strata[1:] > strata[:-1]).all())
+    many = x0.repeat_interleave(150, 0)
+    whole = diffusion.bits_per_dim(_by_t, many, seed=2, max_batch=8192, progress=False)
+    part = diffusion.bits_per_dim(_by_t, many, seed=3, strata=strata, progress=False)
+    error = (part.total - whole.total).std() / len(many) ** 0.5
+    assert abs(float((part.total - whole.total).mean())) < 4 * float(error)
+    even = torch.cat([torch.tensor([0]), torch.linspace(1, 399, len(strata)).long()[:-1]])
+    uniform = diffusion.bits_per_dim(_by_t, many, seed=3, strata=even, progress=False)
+    spread = [float((p.total - whole.total).std()) for p in (part, uniform)]
+    assert spread[0] < spread[1]
+    # The rate of the curve is the total; a range's terms are the same.
+    assert float(part.rate_distortion().rate[-1]) == pytest.approx(float(part.total.mean()))
+    assert torch.equal(part.vb[:, int(strata[3])], part.vb[:, int(strata[4]) - 1])
+
+
+def test_strata_of_every_timestep_are_the_whole_bound():
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(30))
+    x0 = images(3)
+    strata = timestep_strata(diffusion, _by_t, x0, 30)
+    assert torch.equal(strata, torch.arange(30))
+    found = diffusion.bits_per_dim(_by_t, x0, seed=2, strata=strata, progress=False)
+    assert torch.equal(found.vb, diffusion.bits_per_dim(_by_t, x0, seed=2, progress=False).vb)
+
+
+def test_a_sample_s_timesteps_do_not_depend_on_the_batch():
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(60))
+    x0 = images(4)
+    strata, keys = torch.tensor([0, 1, 10, 40]), ops.sample_keys(5, 4)
+    whole = diffusion.bits_per_dim(_by_t, x0, keys, strata=strata, progress=False, max_batch=3)
+    last = diffusion.bits_per_dim(_by_t, x0[3:], keys[3:], strata=strata, progress=False)
+    torch.testing.assert_close(whole.total[3:], last.total, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strata", [[1, 5], [0, 5, 5], [0, 60], []])
+def test_bad_strata(strata):
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(60))
+    x0 = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="strata must rise from 0 to at most 59"):
+        diffusion.bits_per_dim(_by_t, x0, strata=torch.tensor(strata), progress=False)

@@ -88,6 +88,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert documented >= public - rooms_and_facts
 
 
+def test_the_page_of_command_lines_is_what_its_script_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))  # benchmarks/ is not installed
+    script = runpy.run_path(str(ROOT / "docs/command_lines.py"))
+    assert script["page"]() == script["PAGE"].read_text(), "run: python docs/command_lines.py"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

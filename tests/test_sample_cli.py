@@ -14,10 +14,20 @@ from PIL import Image
 from tiny import TINY
 
 from fastdiff import _cli, ops, sample
-from fastdiff.diffusion.guidance import ClassifierFree, DynamicThresholding
+from fastdiff.diffusion.guidance import ClassifierFree, ClassifierGuidance, DynamicThresholding
+from fastdiff.evaluation import guiding_classifier
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.nn import PRESETS
-from fastdiff.samplers import DDIM, DDPM, SAMPLERS, DPMSolverPP, PredictorCorrector
+from fastdiff.samplers import (
+    DDIM,
+    DDPM,
+    SAMPLERS,
+    AnnealedLangevin,
+    DPMSolverPP,
+    Inpainting,
+    PredictorCorrector,
+    ReverseSDE,
+)
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run
 
 CONFIG = TrainConfig(
@@ -75,6 +85,15 @@ def run_sample(monkeypatch, capfd, tmp_path, runs):
             lambda d: DDIM(d, steps=5, eta=0.5, spacing="trailing"),
         ),
         (["--spacing", "3,2"], lambda d: DDIM(d, spacing="3,2")),
+        (["--steps", "5", "--sigma-hat"], lambda d: DDIM(d, steps=5, sigma_hat=True)),
+        (
+            ["--sampler", "annealed_langevin", "--steps", "20", "--step-size", "1.5"],
+            lambda d: AnnealedLangevin(d, steps=20, step_size=1.5),
+        ),
+        (
+            ["--sampler", "reverse_sde", "--steps", "9", "--sde-method", "reverse_diffusion"],
+            lambda d: ReverseSDE(d, steps=9, method="reverse_diffusion"),
+        ),
         (["--sampler", "ddpm", "--steps", "20"], lambda d: DDPM(d, steps=20)),
         (["--sampler", "dpm_solver_pp", "--steps", "5"], lambda d: DPMSolverPP(d, steps=5)),
         (
@@ -177,6 +196,93 @@ def test_guidance_is_that_of_the_samplers(run_sample, runs):
     assert np.abs(np.load("plain.npz")["arr_0"].astype(int) - expected).max() > 1
 
 
+@pytest.mark.parametrize("resamples", [1, 3])
+def test_inpainting_keeps_what_is_not_masked(run_sample, runs, tmp_path, resamples):
+    """Image 5 of the digits, and the same from a file with a mask from a file."""
+    digit = load_dataset("digits").images[5]
+    Image.fromarray(digit[..., 0]).save("digit.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save("mask.png")
+    argv = ["plain", "--sampler", "ddpm", "--steps", "20", "--num", "5", "--batch-size", "2"]
+    argv += ["--resamples", str(resamples)]
+    drawn = []
+    for image, part in (("5", "left"), ("digit.png", "mask.png")):
+        out = f"{part}.npz"
+        code, error = run_sample(*argv, "--image", image, "--mask", part, "--out", out)
+        assert code == 0, error
+        with np.load(out) as file:
+            drawn.append(file["arr_0"])
+    assert np.array_equal(*drawn)
+    assert np.array_equal(drawn[0][:, :, 4:], np.broadcast_to(digit[:, 4:], (5, 8, 4, 1)))
+    run = load_run(runs / "plain")
+    known = torch.from_numpy(digit).permute(2, 0, 1)[None].float() / 127.5 - 1
+    sampler = Inpainting(
+        DDPM(run.diffusion, 20),
+        known,
+        torch.from_numpy(mask == 0),
+        jump_length=2,
+        resamples=resamples,
+    )
+    expected = to_uint8(sampler.sample(run.unet, (5, 1, 8, 8), progress=False))
+    difference = np.abs(drawn[0].astype(int) - expected.permute(0, 2, 3, 1).numpy())
+    assert difference.max() <= 1
+    # A name for a path; a .gif has a frame for every step that is taken.
+    assert run_sample(*argv, "--image", "5", "--mask", "left", "--out", "a.gif")[0] == 0
+    with Image.open("a.gif") as gif:
+        assert gif.n_frames == 20 * resamples
+
+
+@pytest.mark.parametrize("name", ["plain", "classes"])
+def test_classifier_guidance_trains_its_classifier_once(run_sample, runs, monkeypatch, name):
+    monkeypatch.setattr(guiding_classifier, "STEPS", 5)
+    (runs / name / "classifier.safetensors").unlink(missing_ok=True)
+    argv = [name, "--steps", "4", "--num", "6", "--batch-size", "4", "--class-label", "3"]
+    argv += ["--classifier-scale", "30"]
+    code, error = run_sample(*argv, "--out", "guided.npz")
+    assert code == 0, error
+    assert "training a classifier of noisy images (once, 5 steps" in error
+    run = load_run(runs / name)
+    folder = runs / name
+    classifier = guiding_classifier.guiding_classifier(
+        run, folder, lambda: pytest.fail("trained again"), torch.device("cpu"), print
+    )
+    y = torch.full((6,), 3)
+    drawn = DDIM(run.diffusion, 4).sample(
+        run.unet,
+        (6, 1, 8, 8),
+        guidance=ClassifierGuidance(classifier, y, 30.0, run.diffusion),
+        model_kwargs={"y": y} if name == "classes" else {},
+        progress=False,
+    )
+    expected = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+    with np.load("guided.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - expected).max() <= 1
+    code, error = run_sample(*argv, "--out", "again.npz")
+    assert code == 0
+    assert "training" not in error
+    (folder / "classifier.safetensors").write_bytes(b"damaged")
+    code, error = run_sample(*argv, "--out", "third.npz")
+    assert code == 2
+    assert "holds no classifier for this run" in error
+    (folder / "classifier.safetensors").unlink()
+
+
+def test_grids_have_a_row_per_class(run_sample, tmp_path):
+    argv = ("classes", "--num", "23", "--steps", "4")
+    assert run_sample(*argv, "--out", "rows.png")[0] == 0
+    run_sample(*argv, "--out", "rows.npz")
+    with np.load("rows.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    picture = np.asarray(Image.open("rows.png"))
+    assert picture.shape == (10 * 34 + 2, 3 * 34 + 2)
+    for k in (0, 3, 13, 22):
+        tile = images[k, :, :, 0].repeat(4, 0).repeat(4, 1)
+        top, left = 2 + 34 * labels[k], 2 + 34 * (k // 10)
+        assert np.array_equal(picture[top : top + 32, left : left + 32], tile)
+    assert (picture[2 + 34 * 9 :, 70:] == 255).all()  # class 9 has two images
+
+
 def test_a_gif_shows_every_step_and_ends_with_the_images(run_sample):
     argv = ("plain", "--num", "5", "--steps", "6", "--batch-size", "2")
     assert run_sample(*argv, "--out", "steps.gif")[0] == 0
@@ -211,6 +317,23 @@ def test_a_gif_shows_every_step_and_ends_with_the_images(run_sample):
         (["classes", "--guidance-rescale", "0.7"], ["0.7 needs --guidance-scale"]),
         (["plain", "--dynamic-threshold", "2"], ["--dynamic-threshold", "in (0, 1]"]),
         (["classes", "--class-label", "10"], ["--class-label 10", "0..9"]),
+        (["plain", "--sampler", "ddpm", "--sigma-hat"], ["--sigma-hat belongs to --sampler ddim"]),
+        (["plain", "--step-size", "1"], ["--step-size 1.0 belongs to --sampler annealed_langevin"]),
+        (["plain", "--sde-method", "x"], ["--sde-method x belongs to --sampler reverse_sde"]),
+        (
+            ["plain", "--sampler", "reverse_sde", "--sde-method", "milstein"],
+            ["--sde-method", "unknown method 'milstein'"],
+        ),
+        (["plain", "--image", "0"], ["--image and --mask go together"]),
+        (["plain", "--image", "9999", "--mask", "top"], ["--image 9999", "images 0..1796"]),
+        (["plain", "--image", "x.png", "--mask", "top"], ["--image x.png: no such file"]),
+        (["plain", "--image", "taken.png", "--mask", "top"], ["--image taken.png"]),
+        (["plain", "--image", "0", "--mask", "middle"], ["--mask middle", "left, right, top"]),
+        (["plain", "--resamples", "2"], ["--resamples 2 needs --image"]),
+        (
+            ["classes", "--classifier-scale", "1", "--guidance-scale", "2"],
+            ["--classifier-scale and --guidance-scale"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(run_sample, tmp_path, argv, fragments):

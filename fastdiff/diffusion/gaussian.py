@@ -13,7 +13,7 @@ from fastdiff import ops
 from fastdiff._device_cache import DeviceCache
 from fastdiff._models import Model
 from fastdiff._types import check_tensors
-from fastdiff.diffusion import bound, losses
+from fastdiff.diffusion import bound, forward_steps, losses
 from fastdiff.diffusion.parameterizations import convert
 from fastdiff.diffusion.process import Process, draw_keys
 from fastdiff.diffusion.schedules import NoiseSchedule
@@ -260,6 +260,8 @@ class GaussianDiffusion(Process):
         return convert(self.schedule, self.prediction, "x0", output, x_t, t).clamp(-1, 1)
 
     bits_per_dim = bound.bits_per_dim
+    q_step = forward_steps.q_step
+    q_step_given_x0 = forward_steps.q_step_given_x0
 
     def _check_t(self, caller: str, x_t: Tensor, t: Tensor) -> None:
         """t must be int64 (B,) where x_t is; its range is checked where that does not wait."""

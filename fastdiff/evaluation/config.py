@@ -37,6 +37,9 @@ class EvaluateConfig:
     """Which of the run's averages of its weights, by its decay; None: the first."""
     batch_size: int = 256
     """How much the U-Net sees at a time, counted in images; changes memory and speed alone."""
+    bpd_timesteps: int | None = 100
+    """--bpd: terms of the bound computed per image, drawn so that they stand for all (the error
+    that this leaves is in the standard error); None: every timestep."""
     probes: int = 2
     """--likelihood: random probes of the divergence per image; more of them less noise."""
     tolerance: float = 1e-4

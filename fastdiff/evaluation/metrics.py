@@ -5,6 +5,7 @@ Of several processes each works on its share of the images, and rank 0 has the w
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -17,10 +18,16 @@ import torch
 from torch import Tensor
 
 from fastdiff import _cli, ops
-from fastdiff.diffusion.bound import BitsPerDim
+from fastdiff.diffusion.bound import BitsPerDim, timestep_strata
 from fastdiff.diffusion.likelihood import flow_likelihood
 from fastdiff.evaluation.config import EvaluateConfig
 from fastdiff.evaluation.frechet import frechet_distance
+from fastdiff.evaluation.yardsticks import (
+    MOST_IMAGES,
+    Yardsticks,
+    frechet_verdict,
+    yardsticks,
+)
 from fastdiff.images import image_grid, not_finite
 from fastdiff.training.data import Dataset
 from fastdiff.training.distributed import World
@@ -51,6 +58,14 @@ class Task:
     """Their name."""
     world: World
     """The processes that share the work."""
+
+    @functools.cached_property
+    def yardsticks(self) -> Yardsticks:
+        """Trivial models, fitted to images that are not evaluated, as far as there are others."""
+        order = np.random.default_rng(self.config.seed).permutation(len(self.dataset))
+        others = order[len(self.x0) :] if len(order) > len(self.x0) else order
+        fitted = self.dataset.read(np.sort(others[:MOST_IMAGES]))
+        return yardsticks(fitted, self.x0.permute(0, 2, 3, 1).cpu().numpy(), self.config.seed)
 
     def share(self) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """What this process works on: images, keys of their noise, model_kwargs, indices."""
@@ -104,6 +119,15 @@ def bpd(task: Task) -> Result:
     """The variational bound (Math §6), and progressive coding (Math §7)."""
     diffusion = task.run.diffusion
     x0, keys, kwargs, here = task.share()
+    strata = timestep_strata(
+        diffusion,
+        task.run.unet,
+        task.x0,  # not the share: all processes must choose the same
+        task.config.bpd_timesteps or diffusion.num_timesteps,
+        task.config.seed,
+        max_batch=task.config.batch_size,
+        model_kwargs=task.model_kwargs,
+    )
     part = diffusion.bits_per_dim(
         task.run.unet,
         x0,
@@ -111,6 +135,7 @@ def bpd(task: Task) -> Result:
         max_batch=task.config.batch_size,
         model_kwargs=kwargs,
         progress=task.world.is_first,
+        strata=strata,
     )
     names = ("total", "prior", "vb", "x0_mse", "eps_mse")
     bits = BitsPerDim(*(task.whole("--bpd", getattr(part, name), here) for name in names))
@@ -120,8 +145,11 @@ def bpd(task: Task) -> Result:
     vb = bits.vb.double().mean(0)
     mean, error = _mean_and_error(bits.total)
     values = {
+        "verdict": task.yardsticks.verdict(mean, error),
         "bits_per_dim": mean,
         "standard_error": error,
+        **_trivial(task.yardsticks),
+        "timesteps_per_image": len(strata),
         "prior": float(bits.prior.mean()),
         "terminal_snr": diffusion.schedule.terminal_snr,
         "decoder": float(vb[0]),
@@ -132,7 +160,10 @@ def bpd(task: Task) -> Result:
         "distortion": curve.distortion.tolist(),
     }
     rows = [
+        ("verdict on the bound", values["verdict"]),
         ("bits/dim, variational bound", f"{mean:.4f} +- {error:.4f}"),
+        *((f"  of {name}", f"{bits:.4f}") for name, bits in task.yardsticks.named()),
+        ("  terms computed per image", f"{len(strata)} of {diffusion.num_timesteps}"),
         (f"  prior L_T (terminal SNR {values['terminal_snr']:.2g})", f"{values['prior']:.4f}"),
         ("  L_1 .. L_{T-1}", f"{float(vb[1:].sum()):.4f}"),
         ("  decoder L_0", f"{values['decoder']:.4f}"),
@@ -172,13 +203,16 @@ def likelihood(task: Task) -> Result:
     # Independent between images, so that the error of the mean falls with their number too.
     probes = float(of_probes.square().sum().sqrt()) / len(task.x0) if config.probes > 1 else None
     values = {
+        "verdict": task.yardsticks.verdict(mean, error),
         "bits_per_dim": mean,
         "standard_error": error,
+        **_trivial(task.yardsticks),
         "standard_error_of_the_probes": probes,
         "evaluations": float(evaluations.double().mean()),
     }
     noise = "unknown from one" if probes is None else f"{probes:.4f}"
     rows = [
+        ("verdict on the likelihood", values["verdict"]),
         ("bits/dim, probability flow", f"{mean:.4f} +- {error:.4f}"),
         ("  of that noise of the probes", noise),
         ("  evaluations of the flow per image", f"{values['evaluations']:.0f}"),
@@ -258,7 +292,8 @@ def frechet(task: Task) -> Result:
         return Result([], {})
     (extract,) = found
     picture = io.BytesIO()
-    image_grid(levels[:_SHOWN]).save(picture, "png")
+    shown = None if labels is None else labels[:_SHOWN]
+    image_grid(levels[:_SHOWN], labels=shown).save(picture, "png")
 
     real = extract.of_dataset(task.dataset, reference, device)
     floor = frechet_distance(extract.of_dataset(task.dataset, held_out, device), real)
@@ -266,6 +301,7 @@ def frechet(task: Task) -> Result:
     # Features that are the same for every image leave no floor.
     ratio = distance / floor if floor else None
     values = {
+        "verdict": frechet_verdict(ratio),
         "frechet_distance": distance,
         "real_vs_real": floor,
         "ratio": ratio,
@@ -280,6 +316,7 @@ def frechet(task: Task) -> Result:
         "pixels": "rounded to uint8",
     }
     rows = [
+        ("verdict on the samples", values["verdict"]),
         (
             f"Frechet distance, {num} samples",
             f"{distance:.4g} ({'no floor' if ratio is None else f'{ratio:.3g} x the floor'})",
@@ -304,6 +341,14 @@ METRICS: dict[str, Callable[[Task], Result]] = {
     "frechet": frechet,
 }
 """Every metric has a flag of its name, and writes a JSON file of that name."""
+
+
+def _trivial(found: Yardsticks) -> dict[str, Any]:
+    """The yardsticks, for programs."""
+    values = {"uniform": found.uniform, "pixels": found.pixels, "gaussian": found.gaussian}
+    return {"levels_of_the_data": found.levels} | {
+        f"bits_per_dim_{name}": value for name, value in values.items()
+    }
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -72,4 +72,7 @@ def draw(run: TrainState) -> tuple[Image | None, int]:
         grid[indices] = to_uint8(images.nan_to_num())
     bad, grid = run.world.assemble(bad), run.world.assemble(grid)
     found = int(bad.sum())
-    return None if found else image_grid(grid), found
+    labels = None
+    if config.class_cond:
+        labels = torch.arange(config.num_samples) % run.unet.config.num_classes
+    return None if found else image_grid(grid, labels=labels), found

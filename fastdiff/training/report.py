@@ -82,11 +82,11 @@ def write(folder: RunFolder, warn: Callable[[str], None] = warnings.warn) -> Pat
         f"<style>{_STYLE}</style>",
         f"<h1>{title}</h1>",
         _summary(entries, settings, evaluation),
+        _evaluation(evaluation, folder.path / "evaluation"),
         "<h2>Samples</h2>",
         _grids(folder.samples),
         "<h2>Curves</h2>",
         _curves(entries),
-        _evaluation(evaluation, folder.path / "evaluation"),
         "<h2>Settings</h2>",
         '<div class="settings">',
         _table({name: value for name, value in settings.items() if value is not None}),
@@ -194,12 +194,14 @@ def _evaluation(evaluation: dict[str, dict[str, Any]], folder: Path) -> str:
     for name, values in evaluation.items():
         single = {k: v for k, v in values.items() if not isinstance(v, (list, dict))}
         single.pop("metric", None)
+        verdict = html.escape(str(single.pop("verdict", "")))
         picture = ""
         file, caption = _PICTURES.get(name, (None, ""))
         if file is not None and (folder / f"{file}.png").is_file():
             picture = _figure(read_file(folder / f"{file}.png"), caption)
         title = html.escape(_EVALUATIONS.get(name, name))
-        sections.append(f'<h3>{title}</h3><div class="side">{_table(single)}{picture}</div>')
+        head = f"<h3>{title}</h3><p><b>{verdict}</b></p>"
+        sections.append(f'{head}<div class="side">{_table(single)}{picture}</div>')
     return "<h2>Evaluation</h2>" + "".join(sections) if sections else ""
 
 

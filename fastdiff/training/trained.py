@@ -20,6 +20,7 @@ from fastdiff.training.run import RunFolder, build_diffusion, newest_checkpoint
 if TYPE_CHECKING:
     from fastdiff.diffusion.gaussian import GaussianDiffusion
     from fastdiff.nn import UNet
+    from fastdiff.training.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,22 @@ def load_run(
     unet.load_state_dict(averages[ema])
     unet.eval().requires_grad_(False).to(device)
     return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)
+
+
+def training_images(
+    run: TrainedRun, data_dir: str | None = None, warn: Callable[[str], None] = warnings.warn
+) -> Dataset:
+    """The images that a run was trained on, as it saw them."""
+    from fastdiff.training.data import load_dataset
+
+    config = run.config
+    return load_dataset(
+        config.data,
+        data_dir or config.data_dir,
+        config.image_size,
+        config.image_channels,
+        warn=warn,
+    )
 
 
 def _described(meta: dict[str, Any], weights: dict[str, Tensor]) -> UNet:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff._progress import progress
 from fastdiff.training import checkpoint as checkpoints
 from fastdiff.training import endings, finite, grids, optimization, report, shards, snapshot
 from fastdiff.training.checkpoint import Checkpoint
@@ -89,8 +90,6 @@ class Trainer(TrainState):
         self._say(f"{error}; going back to step {self.step} to repeat those steps once")
 
     def _train(self, should_stop: Callable[[], bool]) -> bool:
-        from tqdm import tqdm
-
         config = self.config
         batches = iter(
             Batches(
@@ -102,12 +101,12 @@ class Trainer(TrainState):
                 device=self.device,
             )
         )
-        bar = tqdm(
-            total=config.steps,
+        bar = progress(
+            config.steps,
+            "step",
             initial=self.step,
-            unit="step",
+            show=self.world.is_first,
             dynamic_ncols=True,
-            disable=not self.world.is_first,
         )
         closing = contextlib.ExitStack()
         closing.callback(batches.close)

@@ -73,7 +73,7 @@ def assert_same(
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler(name: str) -> None:
-    options = {"inner_steps": 2, "steps": 3} if name == "annealed_langevin" else {"steps": 6}
+    options = {"inner_steps": 4, "steps": 6} if name == "annealed_langevin" else {"steps": 6}
     sampler = from_name(name, fastdiff.GaussianDiffusion(SCHEDULE), **options)
     assert_same(sampler, network())
 
