@@ -6,20 +6,62 @@ import ast
 from collections.abc import Iterator
 
 SCOPES = ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef
-_METADATA = {"shape", "dtype", "device", "ndim"}
+METADATA = {"shape", "dtype", "device", "ndim"}
 # Calls that write nothing: views, questions, and functions that only compute.
 _PURE = {
-    *"chunk split unbind view reshape unsqueeze squeeze to type type_as size dim numel permute "
-    "transpose flatten expand expand_as float half double bool contiguous isinstance len getattr "
-    "hasattr range int min max is_tensor items values append_dims rearrange cat stack add mul "
-    "addcmul sigmoid silu group_norm".split()
+    *[
+        "chunk",
+        "split",
+        "unbind",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "to",
+        "type",
+        "type_as",
+        "size",
+        "dim",
+        "numel",
+        "permute",
+        "transpose",
+        "flatten",
+        "expand",
+        "expand_as",
+        "float",
+        "half",
+        "double",
+        "bool",
+        "contiguous",
+        "isinstance",
+        "len",
+        "getattr",
+        "hasattr",
+        "range",
+        "int",
+        "min",
+        "max",
+        "is_tensor",
+        "items",
+        "values",
+        "append_dims",
+        "rearrange",
+        "cat",
+        "stack",
+        "add",
+        "mul",
+        "addcmul",
+        "sigmoid",
+        "silu",
+        "group_norm",
+    ]
 }
 
 
 def names_in(node: ast.AST, owner: str | None) -> set[str]:
     """Names read in a node, but for `owner` and those whose shape or dtype alone is read."""
     metadata = {
-        id(n.value) for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in _METADATA
+        id(n.value) for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in METADATA
     }
     return {
         n.id
@@ -100,7 +142,8 @@ def writers(node: ast.AST, owner: str) -> Iterator[tuple[ast.AST, set[str] | Non
         elif isinstance(n, ast.AugAssign):
             yield n, _stored(n.target, owner)
         elif isinstance(n, (ast.Subscript, ast.Attribute)) and not isinstance(n.ctx, ast.Load):
-            if not (isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == owner):
+            keeps = isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == owner
+            if not keeps:  # self.last = h writes no tensor
                 yield n, _stored(n, owner)
 
 
@@ -119,6 +162,10 @@ def _reaches_all(call: ast.Call, owner: str) -> bool:
     return in_place and any(isinstance(n, ast.Name) and n.id == owner for n in ast.walk(f))
 
 
+def _reads(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
 def live_before(block: list[ast.stmt], after: set[str], everything: set[str]) -> set[str]:
     """Names whose values are read in the block, or behind it, before they are assigned anew."""
     for s in reversed(block):
@@ -128,25 +175,25 @@ def live_before(block: list[ast.stmt], after: set[str], everything: set[str]) ->
 
 def _live_before(s: ast.stmt, after: set[str], everything: set[str]) -> set[str]:
     if isinstance(s, (ast.Return, ast.Raise)):
-        return names_in(s, None)
+        return _reads(s)
     if isinstance(s, (ast.Break, ast.Continue)):
         return everything
     if isinstance(s, ast.If):
         branches = (live_before(b, after, everything) for b in (s.body, s.orelse))
-        return names_in(s.test, None).union(*branches)
+        return _reads(s.test).union(*branches)
     if isinstance(s, ast.With):
-        heads = (names_in(i.context_expr, None) for i in s.items)
+        heads = (_reads(i.context_expr) for i in s.items)
         return live_before(s.body, after, everything).union(*heads)
     if isinstance(s, (ast.For, ast.While)):
-        head = names_in(s.iter if isinstance(s, ast.For) else s.test, None)
+        head = _reads(s.iter if isinstance(s, ast.For) else s.test)
         live = after | head
         for _ in range(2):  # the body follows itself
             live = live | live_before(s.body, live, everything)
         return live | live_before(s.orelse, after, everything)
     if isinstance(s, (ast.Try, ast.Match, getattr(ast, "TryStar", ast.Try), *SCOPES)):
-        return after | names_in(s, None)
+        return after | _reads(s)
     name = assigned_name(s)
-    reads = names_in(s, None)
+    reads = _reads(s)
     if isinstance(s, ast.AugAssign):
         return after | reads | {name or ""}
     targets = getattr(s, "targets", [])

@@ -186,14 +186,15 @@ def _drop_casts(graph_module: fx.GraphModule) -> None:
             continue
         norm = _only_user(node)
         back = norm if norm is None else _only_user(norm)
-        is_norm = norm is not None and norm.op == "call_function" and norm.target in _NORMS
-        if is_norm and norm.args[:1] == (node,) and b.dtype == torch.float32:
-            if back is not None and _cast_of(back) is norm and _tensor(back).dtype == a.dtype:
-                norm.replace_input_with(node, source)
-                norm.meta.update(back.meta)
-                back.replace_all_uses_with(norm)
-                graph.erase_node(back)
-                graph.erase_node(node)
+        if back is None or norm.op != "call_function" or norm.target not in _NORMS:
+            continue
+        is_there_and_back = _cast_of(back) is norm and _tensor(back).dtype == a.dtype
+        if is_there_and_back and norm.args[:1] == (node,) and b.dtype == torch.float32:
+            norm.replace_input_with(node, source)
+            norm.meta.update(back.meta)
+            back.replace_all_uses_with(norm)
+            graph.erase_node(back)
+            graph.erase_node(node)
 
 
 def _name_in_place_sums(graph_module: fx.GraphModule) -> None:
@@ -330,9 +331,10 @@ def _scaled_sum(norm: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     for product, total in (users, users[::-1]):
         image, scale = _image_and_channels(product, _PRODUCTS) or (None, None)
-        if image is norm and _only_user(product) is total and total.target in _SUMS:
-            if not total.kwargs and {*total.args} == {norm, product}:
-                return product, total, scale
+        if image is not norm or _only_user(product) is not total or total.target not in _SUMS:
+            continue
+        if not total.kwargs and {*total.args} == {norm, product}:
+            return product, total, scale
     return None
 
 

@@ -279,7 +279,7 @@ def add_in_place(a: Any, b: Any, maker: Any, method: bool) -> Any:
 
 
 def makes_new_tensors(f: Any) -> bool:
-    """Whether f returns what a convolution made: torch's, or a class of one's own, such as EDM's."""
+    """Whether f returns what a convolution made; it may be somebody's own, such as EDM's."""
     if not isinstance(f, nn.Module) or is_watched(f):
         return False
     if type(f).forward in _convolutions:

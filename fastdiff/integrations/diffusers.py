@@ -3,9 +3,9 @@
     from fastdiff.integrations.diffusers import DDIMScheduler, DDPMScheduler
 
 `add_noise`, `get_velocity` and `step` are one kernel each instead of 7, 7 and 12 or more; the
-configuration and the files are diffusers' own, and so are the numbers but for their rounding: DDPM's
-steps are nearer to float64 (coefficients in float64, one float32 formula; diffusers computes
-1 - abar_t/abar_s in float32). What the kernels do not do (dynamic thresholding, clipping to another
+configuration and the files are diffusers' own, and so are the numbers but for their rounding: steps of
+DDPM are nearer to float64 (coefficients made in float64; diffusers computes 1 - abar_t/abar_s in
+float32). What the kernels do not do (dynamic thresholding, clipping to another
 range than [-1, 1], float64, variance_type="learned" or one that they do not know) runs in
 diffusers' code. `step` waits for the device at most once per `set_timesteps`, not once per step.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -207,7 +209,7 @@ def _fuse_owner(
 
 def _fuse_sequential(owner: nn.Sequential, steps: dict[nn.Module, set[str]]) -> None:
     children = list(owner._modules.values())
-    pairs = [m for m, f in zip(children, children[1:], strict=False) if m in steps and is_silu(f)]
+    pairs = [m for m, f in itertools.pairwise(children) if m in steps and is_silu(f)]
     if pairs and not isinstance(owner, Fused):
         owner.__class__ = fused_class(FusedSequential, type(owner))
     for m in pairs:

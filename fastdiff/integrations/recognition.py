@@ -23,11 +23,49 @@ SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
 _silu_functions: dict[Callable, bool] = {F.silu: True}
 _group_norms = {F.group_norm, torch.group_norm}
 _sigmoids = {torch.sigmoid, F.sigmoid}
-_SILU_NAMES = {*"torch th nn functional F sigmoid silu swish inplace mul mul_".split()}
+_SILU_NAMES = {
+    *["torch", "th", "nn", "functional", "F", "sigmoid", "silu", "swish", "inplace", "mul", "mul_"]
+}
 _NORM_NAMES = {
-    *"super forward torch th nn functional F group_norm float to type type_as dtype num_groups "
-    "num_channels weight bias eps shape size view reshape flatten mean var sqrt rsqrt pow square "
-    "keepdim unbiased contiguous view_as reshape_as dim ndim len".split()
+    *[
+        "super",
+        "forward",
+        "torch",
+        "th",
+        "nn",
+        "functional",
+        "F",
+        "group_norm",
+        "float",
+        "to",
+        "type",
+        "type_as",
+        "dtype",
+        "num_groups",
+        "num_channels",
+        "weight",
+        "bias",
+        "eps",
+        "shape",
+        "size",
+        "view",
+        "reshape",
+        "flatten",
+        "mean",
+        "var",
+        "sqrt",
+        "rsqrt",
+        "pow",
+        "square",
+        "keepdim",
+        "unbiased",
+        "contiguous",
+        "view_as",
+        "reshape_as",
+        "dim",
+        "ndim",
+        "len",
+    ]
 }
 
 

@@ -13,7 +13,7 @@ import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 
 _FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)

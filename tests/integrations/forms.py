@@ -125,7 +125,8 @@ class Adaptive(nn.Module):
         if e is None:
             h = self.norm(h)
         else:
-            h = self.norm(h + e[:, :4, None, None])
+            t = e[:, :4, None, None]
+            h = self.norm(h + t)
         return self.act(h)
 
     # What must be left out of the op, in part or altogether.
@@ -207,6 +208,26 @@ class Adaptive(nn.Module):
         n = self.norm(h)
         kept.pop().mul_(2)
         return F.silu(n) + h
+
+    def left_early(self, h, e):
+        n = h
+        for _ in range(3):
+            n = self.norm(n)
+            if e is not None:
+                break
+            n = self.swish(n)
+        h = h.clone().mul_(2)
+        return n + h
+
+    def asked_again_and_again(self, h, e):
+        n = h[None]
+        while n.dim() > 4:
+            n = self.norm(h)
+        return F.silu(n) + n.shape[0]
+
+    def in_a_list(self, h, e):
+        n = self.norm(h)
+        return sum([f(n) for f in (self.swish, nonlinearity)])
 
     def closed_over(self, h, e):
         n = self.norm(h)

@@ -1,4 +1,4 @@
-"""`patch` fuses what people write around a normalization, and what must not fuse stays as it was."""
+"""`patch` fuses what people write around a normalization, and leaves what must not fuse."""
 
 import copy
 import inspect
