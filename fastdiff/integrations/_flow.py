@@ -8,54 +8,13 @@ from collections.abc import Iterator
 SCOPES = ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef
 METADATA = {"shape", "dtype", "device", "ndim"}
 # Calls that write nothing: views, questions, and functions that only compute.
-_PURE = {
-    *[
-        "chunk",
-        "split",
-        "unbind",
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "to",
-        "type",
-        "type_as",
-        "size",
-        "dim",
-        "numel",
-        "permute",
-        "transpose",
-        "flatten",
-        "expand",
-        "expand_as",
-        "float",
-        "half",
-        "double",
-        "bool",
-        "contiguous",
-        "isinstance",
-        "len",
-        "getattr",
-        "hasattr",
-        "range",
-        "int",
-        "min",
-        "max",
-        "is_tensor",
-        "items",
-        "values",
-        "append_dims",
-        "rearrange",
-        "cat",
-        "stack",
-        "add",
-        "mul",
-        "addcmul",
-        "sigmoid",
-        "silu",
-        "group_norm",
-    ]
-}
+_PURE_WORDS = (
+    "chunk split unbind view reshape unsqueeze squeeze to type type_as size dim numel permute "
+    "transpose flatten expand expand_as float half double bool contiguous isinstance len "
+    "getattr hasattr range int min max is_tensor items values append_dims rearrange cat stack "
+    "add mul addcmul sigmoid silu group_norm"
+)
+_PURE = {*_PURE_WORDS.split()}
 
 
 def names_in(node: ast.AST, owner: str | None) -> set[str]:

@@ -3,11 +3,11 @@
     from fastdiff.integrations.diffusers import DDIMScheduler, DDPMScheduler
 
 `add_noise`, `get_velocity` and `step` are one kernel each instead of 7, 7 and 12 or more; the
-configuration and the files are diffusers' own, and so are the numbers but for their rounding: steps of
-DDPM are nearer to float64 (coefficients made in float64; diffusers computes 1 - abar_t/abar_s in
-float32). What the kernels do not do (dynamic thresholding, clipping to another
-range than [-1, 1], float64, variance_type="learned" or one that they do not know) runs in
-diffusers' code. `step` waits for the device at most once per `set_timesteps`, not once per step.
+configuration and the files are diffusers' own, and so are the numbers but for their rounding: steps
+of DDPM are nearer to float64 (their coefficients are made in float64, diffusers' in float32). What
+the kernels do not do (dynamic thresholding, clipping to another range than [-1, 1], float64,
+variance_type="learned", or one that they do not know) runs in diffusers' code. `step` waits for the
+device at most once per `set_timesteps`, not once per step.
 
 Where diffusers is wrong these schedulers are right, unless their attribute `bug_compatible` is set:
 

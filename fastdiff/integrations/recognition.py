@@ -23,50 +23,14 @@ SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
 _silu_functions: dict[Callable, bool] = {F.silu: True}
 _group_norms = {F.group_norm, torch.group_norm}
 _sigmoids = {torch.sigmoid, F.sigmoid}
-_SILU_NAMES = {
-    *["torch", "th", "nn", "functional", "F", "sigmoid", "silu", "swish", "inplace", "mul", "mul_"]
-}
-_NORM_NAMES = {
-    *[
-        "super",
-        "forward",
-        "torch",
-        "th",
-        "nn",
-        "functional",
-        "F",
-        "group_norm",
-        "float",
-        "to",
-        "type",
-        "type_as",
-        "dtype",
-        "num_groups",
-        "num_channels",
-        "weight",
-        "bias",
-        "eps",
-        "shape",
-        "size",
-        "view",
-        "reshape",
-        "flatten",
-        "mean",
-        "var",
-        "sqrt",
-        "rsqrt",
-        "pow",
-        "square",
-        "keepdim",
-        "unbiased",
-        "contiguous",
-        "view_as",
-        "reshape_as",
-        "dim",
-        "ndim",
-        "len",
-    ]
-}
+_SILU_NAMES_WORDS = "torch th nn functional F sigmoid silu swish inplace mul mul_"
+_SILU_NAMES = {*_SILU_NAMES_WORDS.split()}
+_NORM_NAMES_WORDS = (
+    "super forward torch th nn functional F group_norm float to type type_as dtype num_groups "
+    "num_channels weight bias eps shape size view reshape flatten mean var sqrt rsqrt pow "
+    "square keepdim unbiased contiguous view_as reshape_as dim ndim len"
+)
+_NORM_NAMES = {*_NORM_NAMES_WORDS.split()}
 
 
 def is_watched(*modules: nn.Module) -> bool:
