@@ -26,8 +26,21 @@ _SILUS = {
     torch.ops.aten.silu_.default,
 }
 _SIGMOIDS = {torch.sigmoid, F.sigmoid, torch.ops.aten.sigmoid.default}
-_PRODUCTS = {operator.mul, torch.mul, torch.ops.aten.mul.Tensor}
-_SUMS = {operator.add, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add.Scalar}
+_PRODUCTS = {operator.mul, torch.mul, torch.ops.aten.mul.Tensor, "mul"}  # names are of methods
+_SUMS = {operator.add, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add.Scalar, "add"}
+_SUMS_IN_PLACE = {operator.iadd, torch.ops.aten.add_.Tensor, "add_"}
+_ADDCMULS = {torch.addcmul, torch.ops.aten.addcmul.default, "addcmul"}
+_INSTANCE_NORMS = {F.instance_norm, torch.instance_norm, torch.ops.aten.instance_norm.default}
+_LAYER_NORMS = {F.layer_norm, torch.layer_norm, torch.ops.aten.layer_norm.default}
+_CASTS = {"float", "half", "bfloat16", "to", "type", torch.ops.aten.to.dtype}
+_CONVOLUTIONS = {
+    *(getattr(torch, f"conv{d}d") for d in (1, 2, 3)),
+    *(getattr(torch.ops.aten, f"conv{d}d").default for d in (1, 2, 3)),
+    *(getattr(torch, f"conv_transpose{d}d") for d in (1, 2, 3)),
+    F.linear,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.convolution.default,
+}
 _IN_PLACE_OPERATORS = {
     getattr(operator, name)
     for name in ("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod")
@@ -40,7 +53,10 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     Finds the calls that torch.compile, torch.fx.symbolic_trace and torch.export leave in a graph:
     functions, methods and aten operators, and nn.GroupNorm and nn.SiLU where a tracer kept
-    them whole; ``h * sigmoid(h)`` counts as SiLU. Steps in front of and behind the normalization
+    them whole. ``h * sigmoid(h)`` counts as SiLU, ``torch.addcmul`` and ``g + g * s`` as scale and
+    shift, ``h += t`` on the result of a convolution as a sum, instance normalization as a group
+    normalization; casts to float32 and back around a normalization go, as the op computes in
+    float32 and rounds once. Steps in front of and behind the normalization
     are taken in if nothing else uses what they compute, and if nothing is written in place
     between them. A time embedding (t, s, u) must be known to have the shape (B, C, 1, 1), so the
     graph needs shapes, as those of torch.compile and torch.export have. What is not an image,
@@ -75,6 +91,8 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
             f"compile_pass: got a {type(graph_module).__name__}, expected a torch.fx.GraphModule "
             "(from symbolic_trace, torch.export or a torch.compile backend)"
         )
+    _drop_casts(graph_module)
+    _name_in_place_sums(graph_module)
     count = 0
     for node in list(graph_module.graph.nodes):
         arguments = _norm_arguments(graph_module, node)
@@ -103,6 +121,8 @@ def _norm_arguments(graph_module: fx.GraphModule, node: fx.Node) -> tuple | None
     """(x, num_groups, weight, bias, eps) of a normalization; weight and bias are nodes or None."""
     if node.op == "call_function" and node.target in _NORMS:
         return _bound(node, "input", "num_groups", "weight", "bias", "eps")
+    if node.op == "call_function" and node.target in _INSTANCE_NORMS | _LAYER_NORMS:
+        return _as_group_norm(node)
     if node.op != "call_module":
         return None
     module = graph_module.get_submodule(node.target)
@@ -124,6 +144,81 @@ def _bound(node: fx.Node, *names: str) -> tuple:
     values = {"weight": None, "bias": None, "eps": 1e-5}
     values |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return tuple(values[name] for name in names)
+
+
+def _as_group_norm(node: fx.Node) -> tuple | None:
+    """An instance norm without running statistics, or a layer norm of images without parameters."""
+    if node.target in _INSTANCE_NORMS:
+        names = "input running_mean running_var weight bias use_input_stats momentum eps"
+        if node.target is not F.instance_norm:
+            names = "input weight bias running_mean running_var use_input_stats momentum eps"
+        values = {"running_mean": None, "running_var": None, "use_input_stats": True}
+    else:
+        names, values = "input normalized_shape weight bias eps", {}
+    values |= {"weight": None, "bias": None, "eps": 1e-5}
+    values |= dict(zip(names.split(), node.args, strict=False)) | dict(node.kwargs)
+    x, parameters = _tensor(values["input"]), (values["weight"], values["bias"])
+    if x is None or not 3 <= x.dim() <= 5 or not isinstance(x.shape[1], int):
+        return None
+    if node.target in _INSTANCE_NORMS:
+        is_plain = values["running_mean"] is None and values["use_input_stats"]
+        num_groups = x.shape[1] if is_plain else None
+    else:
+        is_of_images = tuple(x.shape[1:]) == tuple(values["normalized_shape"])
+        num_groups = 1 if is_of_images and parameters == (None, None) else None
+    return num_groups and (values["input"], num_groups, *parameters, values["eps"])
+
+
+def _drop_casts(graph_module: fx.GraphModule) -> None:
+    """Casts that do nothing, and those of GroupNorm32: to float32 in front of a normalization and
+    back behind it."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if (source := _cast_of(node)) is None:
+            continue
+        a, b = _tensor(source), _tensor(node)
+        if a.dtype == b.dtype:
+            for user in list(source.users):  # torch.export's note that the cast does nothing
+                if user.target is torch.ops.aten._assert_tensor_metadata.default:
+                    graph.erase_node(user)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            continue
+        norm = _only_user(node)
+        back = norm if norm is None else _only_user(norm)
+        if back is None or norm.op != "call_function" or norm.target not in _NORMS:
+            continue
+        is_there_and_back = _cast_of(back) is norm and _tensor(back).dtype == a.dtype
+        if is_there_and_back and norm.args[:1] == (node,) and b.dtype == torch.float32:
+            norm.replace_input_with(node, source)
+            norm.meta.update(back.meta)
+            back.replace_all_uses_with(norm)
+            graph.erase_node(back)
+            graph.erase_node(node)
+
+
+def _name_in_place_sums(graph_module: fx.GraphModule) -> None:
+    """Let what reads h behind h.add_(t) read the sum, which is the same tensor."""
+    nodes = list(graph_module.graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        if node.target in _SUMS_IN_PLACE and isinstance(node.args[0], fx.Node):
+            for user in list(node.args[0].users):
+                if position[user] > position[node]:
+                    user.replace_input_with(node.args[0], node)
+
+
+def _cast_of(node: fx.Node) -> fx.Node | None:
+    """What a node casts to a floating-point dtype, on its device and in its layout."""
+    if node.target not in _CASTS or node.op not in ("call_method", "call_function"):
+        return None
+    if len(node.args) > 2 or any(k != "dtype" for k in node.kwargs):
+        return None
+    source = node.args[0] if node.args else None
+    a, b = _tensor(source), _tensor(node)
+    if a is None or b is None or a.device != b.device or not a.is_floating_point():
+        return None
+    return source if b.is_floating_point() else None
 
 
 def group_norm_silu_any_rank(
@@ -171,7 +266,8 @@ class _Site:
 def _site(graph_module: fx.GraphModule, node: fx.Node, x: fx.Node) -> _Site:
     site = _Site(x, [node])
     if _tensor(x) is not None:
-        if (terms := _image_and_channels(x, _SUMS)) is not None and list(x.users) == [node]:
+        terms = _image_and_channels(x, _SUMS) or _in_place_sum(graph_module, x)
+        if terms is not None and list(x.users) == [node]:
             site.x, site.channel_bias = terms
             site.steps.insert(0, x)
         _take_scale_and_shift(site)
@@ -183,18 +279,63 @@ def _site(graph_module: fx.GraphModule, node: fx.Node, x: fx.Node) -> _Site:
     return site
 
 
+def _in_place_sum(graph_module: fx.GraphModule, node: fx.Node) -> tuple | None:
+    """The operands of h += t where nothing else has h."""
+    terms = _image_and_channels(node, _SUMS_IN_PLACE)
+    if terms is None or terms[0] is not node.args[0] or _only_user(terms[0]) is not node:
+        return None
+    return terms if _is_new(graph_module, terms[0]) else None
+
+
+def _is_new(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether its value is a tensor that a convolution made, or that was then added to."""
+    while node.target in _SUMS_IN_PLACE and _only_user(node.args[0]) is node:
+        node = node.args[0]
+    if node.op == "call_module":
+        module = graph_module.get_submodule(node.target)
+        return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    return node.op == "call_function" and node.target in _CONVOLUTIONS
+
+
 def _take_scale_and_shift(site: _Site) -> None:
-    """Follow norm * (1 + scale) + shift, or either alone, behind the site's last step."""
-    following = _only_user(site.steps[-1])
-    image, factor = _image_and_channels(following, _PRODUCTS) or (None, None)
-    if image is site.steps[-1] and (scale := _one_plus(factor)) is not None:
-        site.scale = scale
-        site.steps.append(following)
-        following = _only_user(following)
+    """Follow norm * (1 + scale) + shift, or a part or another form of it, behind the last step."""
+    norm = site.steps[-1]
+    following = _only_user(norm)
+    if following is not None and following.target in _ADDCMULS and len(following.args) == 3:
+        shift, image, factor = following.args
+        scale = None if image is not norm or following.kwargs else _one_plus(factor)
+        if scale is not None and _is_per_channel(shift, norm) and _is_per_channel(factor, norm):
+            site.scale, site.shift = scale, shift
+            site.steps.append(following)
+        return
+    if (found := _scaled_sum(norm)) is not None:
+        product, total, site.scale = found
+        site.steps += [product, total]
+        following = _only_user(total)
+    else:
+        image, factor = _image_and_channels(following, _PRODUCTS) or (None, None)
+        if image is norm and (scale := _one_plus(factor)) is not None:
+            site.scale = scale
+            site.steps.append(following)
+            following = _only_user(following)
     image, shift = _image_and_channels(following, _SUMS) or (None, None)
     if image is site.steps[-1]:
         site.shift = shift
         site.steps.append(following)
+
+
+def _scaled_sum(norm: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(g * s, g + g * s, s), if g is used there only."""
+    users = list(norm.users)
+    if len(users) != 2:
+        return None
+    for product, total in (users, users[::-1]):
+        image, scale = _image_and_channels(product, _PRODUCTS) or (None, None)
+        if image is not norm or _only_user(product) is not total or total.target not in _SUMS:
+            continue
+        if not total.kwargs and {*total.args} == {norm, product}:
+            return product, total, scale
+    return None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -212,15 +353,22 @@ def _image_and_channels(node: fx.Node | None, targets: set) -> tuple[fx.Node, fx
         return None
     result = _tensor(node)
     for image, channels in (node.args, node.args[::-1]):
-        a, b = _tensor(image), _tensor(channels)
-        if result is None or a is None or b is None or not 3 <= a.dim() <= 5:
+        a = _tensor(image)
+        if result is None or a is None or a.dtype != result.dtype:
             continue
-        if a.dtype != result.dtype or not b.is_floating_point() or a.device != b.device:
-            continue
-        expected = (*a.shape[:2], *[1] * (a.dim() - 2))
-        if _same_shape(b, expected) and _same_shape(a, result.shape):
+        if _is_per_channel(channels, image) and _same_shape(a, result.shape):
             return image, channels
     return None
+
+
+def _is_per_channel(channels: Any, image: fx.Node) -> bool:
+    """Whether the node has shape (B, C, 1, ...) to an image (B, C, ...)."""
+    a, b = _tensor(image), _tensor(channels)
+    if a is None or b is None or not 3 <= a.dim() <= 5:
+        return False
+    if not b.is_floating_point() or a.device != b.device:
+        return False
+    return _same_shape(b, (*a.shape[:2], *[1] * (a.dim() - 2)))
 
 
 def _same_shape(tensor: Tensor, shape: tuple) -> bool:

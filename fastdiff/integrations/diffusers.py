@@ -3,9 +3,11 @@
     from fastdiff.integrations.diffusers import DDIMScheduler, DDPMScheduler
 
 `add_noise`, `get_velocity` and `step` are one kernel each instead of 7, 7 and 12 or more; the
-configuration, the files and the numbers are diffusers' own. What the kernels do not do (dynamic
-thresholding, clipping to another range than [-1, 1], float64, variance_type="learned") runs in
-diffusers' code. `step` waits for the device at most once per `set_timesteps`, not once per step.
+configuration and the files are diffusers' own, and so are the numbers but for their rounding: steps
+of DDPM are nearer to float64 (their coefficients are made in float64, diffusers' in float32). What
+the kernels do not do (dynamic thresholding, clipping to another range than [-1, 1], float64,
+variance_type="learned", or one that they do not know) runs in diffusers' code. `step` waits for the
+device at most once per `set_timesteps`, not once per step.
 
 Where diffusers is wrong these schedulers are right, unless their attribute `bug_compatible` is set:
 
@@ -114,7 +116,8 @@ class _FusedScheduler:
     """What both schedulers share. Goes before diffusers' class in the bases."""
 
     bug_compatible: bool = False
-    """Reproduce diffusers' results where they are wrong (see the module's docstring)."""
+    """Reproduce diffusers' results where they are wrong (see the module's docstring). DDPM's steps
+    then run in diffusers' code, and their float32 sums are the published ones."""
 
     def __new__(cls, *args: Any, **kwargs: Any):
         scheduler = super().__new__(cls)
@@ -250,7 +253,7 @@ class DDPMScheduler(_FusedScheduler, diffusers.DDPMScheduler):
         t = self._host_timestep(process, timestep)
         row = process.row(t)
         learned = self._has_variance(model_output, sample)
-        if row is None or not self._can_fuse(process, row, t, model_output, sample, learned):
+        if row is None or not self._can_fuse(process, row, model_output, sample, learned):
             return super().step(model_output, t, sample, generator, return_dict)
         # Noise is drawn just when diffusers draws it, so that a generator serves both alike.
         noise = sample
@@ -285,17 +288,19 @@ class DDPMScheduler(_FusedScheduler, diffusers.DDPMScheduler):
         # The square root of a variance is the same by way of its logarithm.
         return self.variance_type.removesuffix("_log")
 
-    def _can_fuse(self, process, row, t, model_output, sample, learned) -> bool:
+    def _can_fuse(self, process, row, model_output, sample, learned) -> bool:
         if not self._is_fusable(model_output, sample) or self._is_infinite(process, row):
             return False
-        if self.variance_type == "learned" or learned != (self.variance_type == "learned_range"):
+        # Of a variance with another name diffusers makes something too.
+        if self._variance_name() not in ("fixed_small", "fixed_large", "learned_range"):
+            return False
+        if learned != (self.variance_type == "learned_range"):
             return False
         if not learned and model_output.shape != sample.shape:
             return False
         if self.config.variance_type != self.variance_type:
             return False
-        is_wrong = self.variance_type == "fixed_large_log" or (row == 0 and t > 0)
-        return not (is_wrong and self.bug_compatible)
+        return not self.bug_compatible
 
     def _get_variance(self, t, predicted_variance=None, variance_type=None):
         """diffusers', for the steps that run in its code, with what is wrong in it put right."""

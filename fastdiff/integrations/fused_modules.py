@@ -2,10 +2,9 @@
 
 A module gets a subclass of its own class with the same name, so `isinstance`, hooks, `deepcopy`,
 `.to()`, wrappers and checkpoints go on as before, and giving the class back undoes it. Only the
-owner of a normalization and an activation fuses the two, inside its own methods: each of them, if
-anybody else calls it, computes what it did before. Every fused method first looks whether someone
-watches the modules it would skip (hooks, a forward set on the instance, another module in their
-place), and then runs the original code.
+owner of a normalization fuses it with what follows, inside its own methods: called by anybody else
+it computes what it did before. While somebody watches a module that a fused op would skip (hooks,
+a forward set on the instance), or another module took its place, the original code runs.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
 
-from fastdiff.integrations.pair_calls import Pairs, methods_of, pairs_in, rewritten
-from fastdiff.ops import group_norm_silu
+from fastdiff.integrations import deferred
+from fastdiff.integrations.deferred import Norm, is_image, normalized
+from fastdiff.integrations.recognition import is_plain
+from fastdiff.integrations.rewriting import rewritten
+from fastdiff.integrations.sources import innermost, methods_of
 
 _group_norm_forward = nn.GroupNorm.forward
-SILU_CLASSES: dict[type, Callable] = {nn.SiLU: nn.SiLU.forward}
-"""Classes whose forward is x sigmoid(x), with it; `patch` adds look-alikes that it has tried."""
 
 
 class Fused:
     """Base of the mixins. Their methods return NotImplemented where the original has to run."""
 
     # Of a class that `fused_class` made: its arguments. Names that no network uses.
-    _fastdiff_mixin = _fastdiff_original = _fastdiff_pairs = None
+    _fastdiff_mixin = _fastdiff_original = _fastdiff_norms = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Ends here: projects that register their subclasses by name shall not see ours."""
@@ -44,23 +43,23 @@ class Fused:
             return super().__reduce_ex__(protocol)
         # The class is made at run time, so a pickle names what it is made of.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self._fastdiff_mixin, self._fastdiff_original, self._fastdiff_pairs), *state
+        return _new, (self._fastdiff_mixin, self._fastdiff_original, self._fastdiff_norms), *state
 
     @classmethod
-    def _fastdiff_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
+    def _fastdiff_methods(cls, original: type, norms: frozenset[str]) -> dict[str, Callable]:
         """What runs in place of methods of `original`, by name."""
-        return {name: vars(cls)[name] for name in ("forward", "_forward") if name in vars(cls)}
+        return {"forward": cls.forward}
 
 
 _classes: dict[tuple, type] = {}
 
 
-def fused_class(mixin: type, original: type, pairs: Pairs = frozenset()) -> type:
+def fused_class(mixin: type, original: type, norms: frozenset[str] = frozenset()) -> type:
     """The subclass of `original` whose methods are the mixin's where these apply.
 
     It is `original` by name: wrappers, device maps, configurations and tracers look for names.
     """
-    key = mixin, original, pairs
+    key = mixin, original, norms
     if key not in _classes or not _is_current(_classes[key]):
         _classes[key] = _make_class(*key)
     return _classes[key]
@@ -73,17 +72,17 @@ def _is_current(cls: type) -> bool:
     )
 
 
-def _make_class(mixin: type, original: type, pairs: Pairs) -> type:
+def _make_class(mixin: type, original: type, norms: frozenset[str]) -> type:
     methods = {
         name: _guarded(original, name, function)
-        for name, function in mixin._fastdiff_methods(original, pairs).items()
+        for name, function in mixin._fastdiff_methods(original, norms).items()
     }
     attributes = {
         **{k: getattr(original, k) for k in ("__module__", "__qualname__", "__doc__")},
         "__annotations__": dict(getattr(original, "__annotations__", {})),  # TorchScript reads them
         "_fastdiff_mixin": mixin,
         "_fastdiff_original": original,
-        "_fastdiff_pairs": pairs,
+        "_fastdiff_norms": norms,
         "_fastdiff_replaced": {name: getattr(original, name) for name in methods},
     }
     return type(original.__name__, (mixin, original), attributes | methods)
@@ -113,211 +112,92 @@ def _guarded(original: type, name: str, fused: Callable) -> Callable:
     return functools.update_wrapper(method, seen)
 
 
-def _new(mixin: type, original: type, pairs: Pairs = frozenset()) -> nn.Module:
-    cls = fused_class(mixin, original, pairs)
+def _new(mixin: type, original: type, norms: frozenset[str] = frozenset()) -> nn.Module:
+    cls = fused_class(mixin, original, norms)
     return cls.__new__(cls)
 
 
-def is_watched(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules does more than run its class's forward."""
-    if (
-        _torch_module._global_forward_hooks
-        or _torch_module._global_forward_pre_hooks
-        or _torch_module._global_backward_hooks
-        or _torch_module._global_backward_pre_hooks
-    ):
-        return True
-    for m in modules:  # a loop: this runs in every call, and a generator costs as much again
-        if (
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in m.__dict__
-        ):
-            return True
-    return False
-
-
-def is_pair(norm: object, activation: object) -> bool:
-    """Whether these two, one after the other, may run as one op."""
-    cls = type(activation)
-    known = SILU_CLASSES.get(cls)
-    return (
-        known is not None
-        and known is cls.forward
-        and isinstance(norm, FusedGroupNorm)
-        and norm._fastdiff_replaced["forward"] is norm._fastdiff_original.forward
-        and not is_watched(norm, activation)
-    )
-
-
-def takes(norm: nn.GroupNorm, x: object) -> bool:
-    """Whether the op computes this; torch's group_norm has more: (N, C), quantized numbers, DTensor
-    and other subclasses with rules of their own. A tracer's proxy is not a tensor."""
-    if not _is_plain(type(x)) or not 3 <= x.dim() <= 5 or not x.is_floating_point():
-        return False
-    if nn.GroupNorm.forward is not _group_norm_forward:  # someone replaced it, to count calls say
-        return False
-    weight = norm._parameters.get("weight")
-    return weight is None or _is_plain(type(weight))
-
-
-def _is_plain(cls: type) -> bool:
-    if cls is Tensor or cls is nn.Parameter:
-        return True
-    # The tensors of tracers such as torch.export.
-    return issubclass(cls, Tensor) and cls.__module__.startswith("torch._subclasses.")
-
-
-def normalize(
-    norm: nn.GroupNorm,
-    x: Tensor,
-    activation: str = "identity",
-    channel_bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """The op with the module's parameters."""
-    parameters = norm._parameters
-    if "weight" in parameters:  # past nn.Module.__getattr__, 0.4 us each
-        weight, bias = parameters["weight"], parameters["bias"]
-    else:  # parametrized, or a replica of DataParallel
-        weight, bias = norm.weight, norm.bias
-    tokens = x.dim() == 3 and x.stride(1) == 1 and x.shape[1] > 1
-    if tokens:  # in attention, a view (B, C, N) of (B, N, C): channels_last without a copy
-        x = x.unsqueeze(3)
-    y = group_norm_silu(
-        x, norm.num_groups, weight, bias, norm.eps, channel_bias, scale, shift, activation
-    )
-    return y.squeeze(3) if tokens else y
-
-
 class FusedGroupNorm(Fused):
-    """A normalization alone."""
+    """A group normalization: torch's, or a class of somebody's own that computes the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return normalize(self, input) if takes(self, input) else NotImplemented
+        norm = self._fastdiff_parameters(input)
+        return NotImplemented if norm is None else normalized(input, norm)
+
+    def _fastdiff_parameters(self, x: object) -> Norm | None:
+        """For a call with x; None where the op does not compute what the original does."""
+        if not is_image(x) or not self._fastdiff_is_original():
+            return None
+        parameters = self._parameters
+        if "weight" in parameters:  # past nn.Module.__getattr__, 0.4 us each
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # parametrized, or a replica of DataParallel
+            weight, bias = self.weight, self.bias
+        if weight is not None and not is_plain(type(weight)):
+            return None
+        return Norm(self, self._fastdiff_groups(x), weight, bias, self.eps)
+
+    def _fastdiff_groups(self, x: Tensor) -> int:
+        return self.num_groups
+
+    def _fastdiff_is_original(self) -> bool:
+        """Whether nobody replaced a forward of the class, to count calls say."""
+        return (
+            self._fastdiff_replaced["forward"] is self._fastdiff_original.forward
+            and nn.GroupNorm.forward is _group_norm_forward
+        )
 
 
-class PairedOwner(Fused):
-    """A module that calls a normalization and right after it the activation."""
+class FusedInstanceNorm(FusedGroupNorm):
+    """An instance normalization without running statistics: each channel is a group."""
 
-    @classmethod
-    def _fastdiff_methods(cls, original: type, pairs: Pairs) -> dict[str, Callable]:
-        return {
-            name: rewritten(function, here, pair)
-            for name, function in methods_of(original).items()
-            if (here := pairs_in(function, pairs))
-        }
+    def _fastdiff_parameters(self, x: object) -> Norm | None:
+        dims = {"InstanceNorm1d": 3, "InstanceNorm2d": 4, "InstanceNorm3d": 5}
+        expected = next(dims[c.__name__] for c in type(self).__mro__ if c.__name__ in dims)
+        if not is_image(x) or x.dim() != expected or x.shape[1] != self.num_features:
+            return None
+        # Of one pixel torch says that there is nothing to normalize.
+        if self.running_mean is not None or x.shape[2:].numel() == 1:
+            return None
+        return super()._fastdiff_parameters(x)
+
+    def _fastdiff_groups(self, x: Tensor) -> int:
+        return self.num_features
 
 
-def pair(owner: nn.Module, norm_name: str, activation_name: str, x: Tensor) -> Tensor:
-    """`owner.activation(owner.norm(x))`, in the methods of a `PairedOwner`."""
-    norm = getattr(owner, norm_name)
-    if is_pair(norm, getattr(owner, activation_name, None)) and takes(norm, x):
-        return normalize(norm, x, "silu")
-    x = norm(x)
-    return getattr(owner, activation_name)(x)
+class FusedLayerNorm(FusedGroupNorm):
+    """A layer normalization of whole images without parameters: one group."""
+
+    def _fastdiff_parameters(self, x: object) -> Norm | None:
+        if not is_image(x) or tuple(x.shape[1:]) != tuple(self.normalized_shape):
+            return None
+        return super()._fastdiff_parameters(x)
+
+    def _fastdiff_groups(self, x: Tensor) -> int:
+        return 1
 
 
 class FusedSequential(Fused):
     """A Sequential in which a normalization and the SiLU behind it are one op."""
 
     def forward(self, input: Tensor) -> Tensor:
-        modules = iter(self._modules.values())
-        here = next(modules, None)
-        while here is not None:
-            following = next(modules, None)
-            if is_pair(here, following) and takes(here, input):
-                input = normalize(here, input, "silu")
-                following = next(modules, None)
-            else:
-                input = here(input)
-            here = following
-        return input
+        return deferred.sequential(self, input)
 
 
-_SEQUENTIAL = nn.Sequential.forward, fused_class(FusedSequential, nn.Sequential).forward
+@functools.cache
+def has_functional_norms(cls: type) -> bool:
+    """Whether a method calls F.group_norm."""
+    functions = (innermost(f) for f in methods_of(cls).values())
+    return any("group_norm" in f.__code__.co_names for f in functions if f is not None)
 
 
-class FusedResnetBlock2D(Fused):
-    """diffusers' ResnetBlock2D: both normalizations with SiLU, the second with the time."""
+class FusedOwner(Fused):
+    """A module whose methods call normalizations, rewritten where something fuses with them."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
-        activation = self.nonlinearity
-        fusable = is_pair(self.norm1, activation) and is_pair(self.norm2, activation)
-        unexpected = args or kwargs or (temb is not None and self.time_emb_proj is None)
-        if not fusable or unexpected or not takes(self.norm1, input_tensor):
-            return NotImplemented
-        h = normalize(self.norm1, input_tensor, "silu")
-        for resample in (self.upsample, self.downsample):
-            if resample is not None:
-                input_tensor, h = resample(input_tensor), resample(h)
-        h = self.conv1(h)
-        time = temb
-        if self.time_emb_proj is not None:
-            time = self.time_emb_proj(temb if self.skip_time_act else activation(temb))
-        h = normalize(self.norm2, h, "silu", *_time_operands(self, h, time))
-        h = self.conv2(self.dropout(h))
-        if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        return (input_tensor + h) / self.output_scale_factor
-
-
-def _time_operands(block: nn.Module, h: Tensor, time: Tensor | None) -> tuple[Tensor | None, ...]:
-    """channel_bias, scale and shift of a ResnetBlock2D."""
-    if time is None:
-        return None, None, None
-    if len(time) != len(h):  # one time for the whole batch is allowed there
-        time = time.expand(len(h), -1)
-    if block.time_embedding_norm == "scale_shift":
-        return None, *time.chunk(2, dim=1)
-    return time, None, None
-
-
-class FusedResBlock(Fused):
-    """The ResBlock of guided- and improved-diffusion: the second normalization with the time.
-
-    The first is in a Sequential with its SiLU, which is patched by itself.
-    """
-
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        layers = self.out_layers
-        if type(layers).forward not in _SEQUENTIAL or is_watched(layers) or len(layers) < 2:
-            return NotImplemented
-        norm, activation, *rest = layers
-        if not is_pair(norm, activation) or not takes(norm, x):
-            return NotImplemented
-        if getattr(self, "updown", False):
-            h = self.h_upd(self.in_layers[:-1](x))
-            x = self.x_upd(x)
-            h = self.in_layers[-1](h)
-        else:
-            h = self.in_layers(x)
-        time = self.emb_layers(emb).type(h.dtype)
-        if self.use_scale_shift_norm:
-            scale, shift = time.chunk(2, dim=1)
-            h = normalize(norm, h, "silu", None, scale, shift)
-        else:
-            h = normalize(norm, h, "silu", time)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(x) + h
-
-
-KNOWN_NAMES: dict[type, str] = {
-    FusedResnetBlock2D: (
-        "norm1 nonlinearity upsample downsample conv1 time_emb_proj skip_time_act norm2 dropout "
-        "time_embedding_norm conv2 conv_shortcut output_scale_factor torch chunk shape contiguous "
-        "len get deprecate ValueError training scale USE_PEFT_BACKEND Upsample2D Downsample2D "
-        "isinstance"
-    ),
-    FusedResBlock: (
-        "updown in_layers h_upd x_upd emb_layers type dtype len shape dim use_scale_shift_norm "
-        "out_layers torch th chunk skip_connection skip_t_emb zeros_like exchange_temb_dims "
-        "rearrange"
-    ),
-}
-"""All that the forwards of these blocks, in the versions so far, name. One that names more may do
-more than compute its result."""
+    @classmethod
+    def _fastdiff_methods(cls, original: type, norms: frozenset[str]) -> dict[str, Callable]:
+        return {
+            name: new
+            for name, function in methods_of(original).items()
+            if (new := rewritten(function, norms).function) is not None
+        }

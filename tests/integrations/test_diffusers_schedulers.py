@@ -45,7 +45,7 @@ def random_case(seed):
     if kind == "DDPM":
         config["variance_type"] = pick(
             "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range",
-            "learned",
+            "learned", "other",
         )  # fmt: skip
     else:
         config["set_alpha_to_one"] = pick(True, False)

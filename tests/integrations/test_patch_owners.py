@@ -19,7 +19,7 @@ from integrations.openai_unet import ResBlock  # noqa: E402
 from nn.networks import unzero  # noqa: E402
 
 import fastdiff  # noqa: E402
-from fastdiff.integrations import fused_modules  # noqa: E402
+from fastdiff.integrations import deferred  # noqa: E402
 
 
 class Features(nn.Module):
@@ -84,8 +84,8 @@ def close(actual, expected):
 
 def ran(monkeypatch):
     """The activations of the ops that patched modules call from now on."""
-    calls, op = [], fused_modules.group_norm_silu
-    monkeypatch.setattr(fused_modules, "group_norm_silu", lambda *a: calls.append(a[-1]) or op(*a))
+    calls, op = [], deferred.group_norm_silu
+    monkeypatch.setattr(deferred, "group_norm_silu", lambda *a: calls.append(a[-1]) or op(*a))
     return calls
 
 
