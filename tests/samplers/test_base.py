@@ -34,7 +34,7 @@ SAMPLERS = {
     "dpm_solver_pp": lambda diffusion, **kw: DPMSolverPP(diffusion, 5, "trailing", **kw),
     "reverse_sde": lambda diffusion, **kw: ReverseSDE(diffusion, 5, "trailing", **kw),
     "langevin": lambda diffusion, **kw: AnnealedLangevin(
-        diffusion, 5, "trailing", inner_steps=6, **kw
+        diffusion, 5, "trailing", inner_steps=9, **kw
     ),
     "predictor_corrector": lambda diffusion, **kw: PredictorCorrector(
         diffusion, 5, "trailing", **kw
