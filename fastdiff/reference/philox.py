@@ -49,6 +49,11 @@ def sample_keys(
     if torch.compiler.is_compiling():
         device = torch.empty(0, device=device).device
         return _opaque_sample_keys(seed, num, offset, device)
+    for name, value in (("num", num), ("offset", offset)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"sample_keys: {name} is {value!r}, expected an int")
+        if not 0 <= value < 1 << 62:
+            raise ValueError(f"sample_keys: {name} is negative or 2**62 or more")
     k = torch.arange(offset, offset + num, dtype=torch.int64, device=device)
     return derived_keys(seed, k)
 
