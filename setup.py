@@ -101,8 +101,8 @@ def find_cuda_home() -> pathlib.Path | None:
 
 def max_jobs() -> int:
     if jobs := os.environ.get("MAX_JOBS"):
-        if not jobs.isdigit():
-            raise SystemExit(f"fastdiff: MAX_JOBS is {jobs!r}; expected a number")
+        if not (jobs.isdecimal() and len(jobs) < 10):
+            raise SystemExit(f"fastdiff: MAX_JOBS is {jobs[:50]!r}; expected a number")
         return max(1, int(jobs))
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, memory // (3 << 30)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.reference import checks
 from fastdiff.reference.philox import sample_keys
 
 Model = Callable[..., Tensor]
@@ -73,7 +74,7 @@ def keys_of(seed: int | Tensor | None, num: int, device: torch.device) -> Tensor
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     if not isinstance(seed, Tensor):
-        return sample_keys(seed, num, device=device)
+        return sample_keys(checks.as_int64("sampling", "seed", seed), num, device=device)
     if seed.dtype != torch.int64 or tuple(seed.shape) != (num,):
         raise ValueError(
             f"seed has shape {tuple(seed.shape)} and dtype {seed.dtype}, expected an int or int64 "

@@ -97,3 +97,81 @@ def test_the_message_names_argument_and_remedy():
         DDIM.encode(model, None)
     with pytest.raises(TypeError, match=r"^DDIM: diffusion is a list, expected a GaussianDiff"):
         samplers.DDIM([])
+
+
+HUGE = 10**5000  # which Python refuses to print
+
+NUMBERS = {
+    "num_groups": lambda bad: fastdiff.ops.group_norm_silu(torch.zeros(2, 4, 3), bad, None, None),
+    "eps": lambda bad: fastdiff.ops.group_norm_silu(torch.zeros(2, 4, 3), 2, None, None, eps=bad),
+    "guidance_scale": lambda bad: fastdiff.ops.ddim_step(
+        X, X, T, SCHEDULE.ddim_table(torch.arange(20)), uncond=X, guidance_scale=bad
+    ),
+    "shape": lambda bad: fastdiff.ops.philox_normal((2, bad), seed=0),
+    "shape of samples": lambda bad: DDIM.sample(model, (bad, 1, 8, 8), progress=False),
+    "shape of classes": lambda bad: CLASSES.sample(logits, (bad, 8), progress=False),
+    "num": lambda bad: fastdiff.ops.sample_keys(0, bad),
+    "num_timesteps": fastdiff.NoiseSchedule.cosine,
+    "num_classes": lambda bad: fastdiff.CategoricalDiffusion(SCHEDULE, bad),
+    "sigma": lambda bad: fastdiff.CategoricalDiffusion(SCHEDULE, 3, sigma=bad),
+    "steps": lambda bad: samplers.DDIM(GAUSSIAN, bad),
+    "eta": lambda bad: samplers.DDIM(GAUSSIAN, 2, eta=bad),
+    "inner_steps": lambda bad: samplers.AnnealedLangevin(GAUSSIAN, 2, inner_steps=bad),
+    "step_size": lambda bad: samplers.AnnealedLangevin(GAUSSIAN, 2, step_size=bad),
+    "corrector_steps": lambda bad: samplers.PredictorCorrector(GAUSSIAN, 2, corrector_steps=bad),
+    "snr": lambda bad: samplers.PredictorCorrector(GAUSSIAN, 2, snr=bad),
+    "jump_length": lambda bad: samplers.Inpainting(DDIM, X, X, jump_length=bad),
+    "resamples": lambda bad: samplers.Inpainting(DDIM, X, X, resamples=bad),
+    "every": lambda bad: samplers.Frames(every=bad),
+    "max_batch": lambda bad: GAUSSIAN.bits_per_dim(model, X, max_batch=bad, progress=False),
+    "in_channels": lambda bad: fastdiff.UNet.from_preset("digits", in_channels=bad),
+}
+INTEGERS = sorted(NUMBERS.keys() - {"eps", "guidance_scale", "sigma", "eta", "step_size", "snr"})
+
+
+@pytest.mark.parametrize("bad", [HUGE, -HUGE, -1], ids=["huge", "-huge", "-1"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_cannot_be_is_named(name, bad):
+    if name == "corrector_steps" and bad == HUGE:
+        pytest.skip("it is positive; so many steps would only not end")
+    with pytest.raises(ValueError, match=name.partition(" ")[0]) as found:
+        NUMBERS[name](bad)
+    assert len(str(found.value)) < 300
+
+
+@pytest.mark.parametrize("bad", [2.5, "2", None])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_number_that_is_no_int_is_named(name, bad):
+    if name == "steps" and bad is None:
+        pytest.skip("None is the default")
+    kind = ValueError if name == "in_channels" else TypeError
+    with pytest.raises(kind, match=name.partition(" ")[0]):
+        NUMBERS[name](bad)
+
+
+NAMES = {
+    "activation": lambda bad: fastdiff.ops.group_norm_silu(X, 1, None, None, activation=bad),
+    "kind": lambda bad: fastdiff.ops.eps_loss(X, seed=0, kind=bad),
+    "reduction": lambda bad: fastdiff.ops.eps_loss(X, seed=0, reduction=bad),
+    "prediction": lambda bad: fastdiff.GaussianDiffusion(SCHEDULE, bad),
+    "variance": lambda bad: fastdiff.GaussianDiffusion(SCHEDULE, variance=bad),
+    "loss": lambda bad: fastdiff.GaussianDiffusion(SCHEDULE, loss=bad),
+    "loss of classes": lambda bad: fastdiff.CategoricalDiffusion(SCHEDULE, 3, loss=bad),
+    "sampler": lambda bad: samplers.from_name(bad, GAUSSIAN),
+    "schedule": fastdiff.NoiseSchedule.from_name,
+    "predictor": lambda bad: samplers.PredictorCorrector(GAUSSIAN, 2, predictor=bad),
+    "method": lambda bad: samplers.ReverseSDE(GAUSSIAN, 2, method=bad),
+    "show": lambda bad: samplers.Frames(show=bad),
+    "source": lambda bad: convert(SCHEDULE, bad, "v", X, X, T),
+    "U-Net preset": fastdiff.UNet.from_preset,
+}
+
+
+@pytest.mark.parametrize(
+    "bad", [None, ["eps"], {}, HUGE, "x" * 10_000], ids=["none", "list", "dict", "huge", "long"]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_none_lists_those_there_are(name, bad):
+    with pytest.raises(ValueError, match=f"unknown {name.partition(' of ')[0]} ") as found:
+        NAMES[name](bad)
+    assert len(str(found.value)) < 500

@@ -243,6 +243,11 @@ def test_asking_for_what_cannot_be_built_is_an_error(checkout):
     )
     assert code != 0
     assert "there is no nvcc" in output
+    for jobs in ("²", "9" * 5000):
+        code, output = checkout.build("wheel", FASTDIFF_BUILD="cpu", MAX_JOBS=jobs)
+        assert code != 0
+        assert f"MAX_JOBS is '{jobs[:50]}'" in output
+        assert "ValueError" not in output
     code, output = checkout.build("wheel", **without)  # nobody asked
     assert code == 0, output
     assert "no C++ compiler found (CXX, PATH): pure Python" in output

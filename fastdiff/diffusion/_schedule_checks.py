@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_ints
+from fastdiff.reference.checks import shown
+
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
@@ -21,8 +24,8 @@ def as_indices(indices: Indices, *, limit: int | None = None, name: str = "indic
     """
     try:
         tensor = torch.as_tensor(indices).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is {indices!r}, expected integers") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} is {shown(indices)}, expected integers") from error
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (S,) with S >= 1")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -45,10 +48,7 @@ def as_indices(indices: Indices, *, limit: int | None = None, name: str = "indic
 
 def validated_length(num_timesteps: int) -> int:
     """T, if it is an int of at least 1."""
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int | np.integer):
-        raise TypeError(f"num_timesteps is {num_timesteps!r}, expected an int")
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps is {num_timesteps}, expected 1 or more")
+    check_ints(1, num_timesteps=num_timesteps)
     return int(num_timesteps)
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastdiff._types import check_name
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.step_columns import PREDICTIONS
 
@@ -44,10 +45,7 @@ class MixtureDenoiser(nn.Module):
         prediction: str = "eps",
     ) -> None:
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(
-                f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
-            )
+        check_name("prediction", prediction, PREDICTIONS)
         weights, means, covariances = (
             torch.as_tensor(x).detach().double() for x in (weights, means, covariances)
         )

@@ -21,7 +21,7 @@ from fastdiff._models import (
     sampling_form,
     select,
 )
-from fastdiff._types import check_tensors
+from fastdiff._types import check_ints, check_tensors
 from fastdiff.diffusion.process import Process
 from fastdiff.images import not_finite
 from fastdiff.reference.philox import derived_keys
@@ -162,8 +162,7 @@ def bits_per_dim(
     >>> bits.vb.shape
     torch.Size([2, 100])
     """
-    if max_batch < 1:
-        raise ValueError(f"max_batch is {max_batch}, expected 1 or more")
+    check_ints(1, max_batch=max_batch)
     check_tensors("bits_per_dim", x0=x0)
     num, steps, device = len(x0), diffusion.num_timesteps, x0.device
     keys = keys_of(seed, num, device)

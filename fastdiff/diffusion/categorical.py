@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._models import Model, device_of, evaluating, keys_of, progress_bar
-from fastdiff._types import check_tensors
+from fastdiff._types import check_ints, check_name, check_tensors, checked_shape
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.images import not_finite
+from fastdiff.reference.checks import shown
 from fastdiff.samplers.spacing import Spacing, spaced_indices
 
 LOSSES = ("kl", "cross_entropy", "hybrid")
@@ -74,10 +75,8 @@ class CategoricalDiffusion:
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule is {type(schedule).__name__}, expected a NoiseSchedule")
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}, expected 2 or more")
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(LOSSES)}")
+        check_ints(2, num_classes=num_classes)
+        check_name("loss", loss, LOSSES)
         self.schedule = schedule
         self.num_classes = num_classes
         self.loss = loss
@@ -237,6 +236,7 @@ class CategoricalDiffusion:
                 f"{len(indices)} are visited; give sigma as a number, a share of the largest one"
             )
         device = device_of(model) if device is None else torch.device(device)
+        shape = checked_shape(shape)
         batch = shape[0]
         keys = keys_of(seed, batch, device)
         if x_T is None:
@@ -314,8 +314,8 @@ def _validated_sigma(
     if not isinstance(sigma, Tensor):
         if not 0 <= sigma <= 1:
             raise ValueError(
-                f"sigma is {sigma}, expected 0..1, a share of the largest value (1 - abar_s) / "
-                "(1 - abar_t): beyond it the weight of the uniform part is negative"
+                f"sigma is {shown(sigma)}, expected 0..1, a share of the largest value "
+                "(1 - abar_s) / (1 - abar_t): beyond it the weight of the uniform part is negative"
             )
         return float(sigma)
     if tuple(sigma.shape) != (len(schedule),):

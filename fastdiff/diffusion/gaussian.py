@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._device_cache import DeviceCache
 from fastdiff._models import Model
-from fastdiff._types import check_tensors
+from fastdiff._types import check_name, check_tensors
 from fastdiff.diffusion import bound, forward_steps, losses
 from fastdiff.diffusion.parameterizations import convert
 from fastdiff.diffusion.process import Process, draw_keys
@@ -86,8 +86,7 @@ class GaussianDiffusion(Process):
         self_conditioning: bool = False,
     ) -> None:
         super().__init__(schedule, prediction, variance)
-        if loss not in losses.LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(losses.LOSSES)}")
+        check_name("loss", loss, losses.LOSSES)
         self.loss = loss
         self.self_conditioning = self_conditioning
         losses.check_loss(loss, variance, weighted=weighting is not None)

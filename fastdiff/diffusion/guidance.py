@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdiff._types import check_name
 from fastdiff.diffusion.parameterizations import conversion, convert
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.q_sample import per_sample
@@ -168,8 +169,7 @@ class ClassifierGuidance:
     form: str = "eps"
 
     def __post_init__(self) -> None:
-        if self.form not in ("eps", "mean"):
-            raise ValueError(f"unknown form {self.form!r}; choose from eps, mean")
+        check_name("form", self.form, ("eps", "mean"))
         if self.y.dim() != 1 or self.y.dtype != torch.int64:
             raise ValueError(
                 f"y has shape {tuple(self.y.shape)} and dtype {self.y.dtype}, expected classes "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff._types import check_tensors
+from fastdiff._types import check_name, check_tensors
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.reference.q_sample import per_sample
 from fastdiff.reference.step_columns import PREDICTIONS
@@ -70,8 +70,7 @@ def conversion(schedule: NoiseSchedule, source: str, target: str) -> tuple[Tenso
         x_T = eps whatever x0 is, so that only x0, v or the mean can tell the rest.
     """
     for name, value in (("source", source), ("target", target)):
-        if value not in QUANTITIES:
-            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(QUANTITIES)}")
+        check_name(name, value, QUANTITIES)
     if source == target:
         return torch.zeros_like(schedule.betas), torch.ones_like(schedule.betas)
     noisy = ("eps", "score")
@@ -128,11 +127,13 @@ def convert(
     >>> v = fastdiff.parameterizations.convert(schedule, "eps", "v", eps, x_t, t)
     """
     check_tensors("convert", value=value, x_t=x_t, t=t)
+    check_name("source", source, QUANTITIES)
+    check_name("target", target, QUANTITIES)
     if value.shape != x_t.shape:
         raise ValueError(
             f"value ({source}) has shape {tuple(value.shape)}, expected {tuple(x_t.shape)} as x_t"
         )
-    if source == target and source in QUANTITIES:
+    if source == target:
         return value
 
     coef_x_t, coef = schedule.on_device(_float32_conversion, x_t.device, source, target)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._types import check_tensors
+from fastdiff._types import check_name, check_tensors
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.diffusion.step_tables import LEARNED_VARIANCES, VARIANCES
 from fastdiff.reference.step_columns import PREDICTIONS
@@ -34,8 +34,7 @@ class Process:
             ("prediction", prediction, PREDICTIONS),
             ("variance", variance, VARIANCES),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+            check_name(name, value, known)
         if prediction == "eps" and schedule.has_zero_terminal_snr:
             raise ValueError(
                 "prediction='eps' cannot recover x0 from a schedule with zero terminal SNR "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._device_cache import DeviceCache, Value
+from fastdiff._types import check_name
 from fastdiff.diffusion import step_tables
 from fastdiff.diffusion._schedule_checks import (
     Indices,
@@ -203,8 +204,7 @@ class NoiseSchedule:
         ValueError
             Unknown name; the message lists the known ones.
         """
-        if name not in SCHEDULES:
-            raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+        check_name("schedule", name, SCHEDULES)
         return getattr(cls, SCHEDULES[name])(num_timesteps, **options)
 
     # ---------------------------------------------------------------- summaries

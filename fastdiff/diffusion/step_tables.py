@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastdiff.reference.checks import shown
 from fastdiff.reference.step_columns import NUM_STEP_COLUMNS, StepColumn
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -94,7 +95,7 @@ def ddim_table(
         (S, K) float32 on the CPU, columns `StepColumn`.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected 0 (deterministic) to 1 (DDPM)")
+        raise ValueError(f"eta is {shown(eta)}, expected 0 (deterministic) to 1 (DDPM)")
     if sigma_hat and eta not in (0, 1):
         raise ValueError(f"sigma_hat=True goes with eta=1, got eta={eta}")
     eta = 1.0 if sigma_hat else float(eta)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff._models import keys_of
+from fastdiff._types import check_ints, check_name
 
 _KEY_BITS = 53  # of a key become a uniform float64
 
@@ -116,8 +117,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         uniform: float = 0.001,
     ) -> None:
         super().__init__(num_timesteps, device)
-        if history < 1:
-            raise ValueError(f"history is {history}, expected 1 or more")
+        check_ints(1, history=history)
         if not 0 < uniform <= 1:
             raise ValueError(f"uniform is {uniform}, expected more than 0 and at most 1")
         self.uniform = uniform
@@ -242,8 +242,5 @@ def timestep_sampler(
     ValueError
         Unknown name; the message lists the known ones.
     """
-    if name not in TIMESTEP_SAMPLERS:
-        raise ValueError(
-            f"unknown timestep sampler {name!r}; choose from {', '.join(TIMESTEP_SAMPLERS)}"
-        )
+    check_name("timestep sampler", name, TIMESTEP_SAMPLERS)
     return TIMESTEP_SAMPLERS[name](num_timesteps, device)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastdiff.reference.checks import shown
+
 TIME_EMBEDDINGS = ("ddpm", "openai")
 TIME_CONDITIONINGS = ("additive", "scale_shift")
 DOWNSAMPLE_PADDINGS = ("right", "both")
@@ -157,8 +159,8 @@ class UNetConfig:
         counts += ["num_groups"] + ([] if self.num_classes is None else ["num_classes"])
         for name in counts:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
         if not self.channel_mult or any(
             not isinstance(mult, int) or mult < 1 for mult in self.channel_mult
         ):

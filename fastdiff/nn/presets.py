@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdiff.nn.config import UNetConfig
+from fastdiff.reference.checks import shown
 
 PRESETS: dict[str, UNetConfig] = {
     # Ho et al. 2020, CIFAR-10: 35,746,307 parameters.
@@ -77,6 +78,8 @@ def preset_config(name: str, **overrides: Any) -> UNetConfig:
     ValueError
         The name is unknown (the message lists the known ones), or the overrides do not fit.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown U-Net preset {name!r}; the presets are {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(
+            f"unknown U-Net preset {shown(name)}; the presets are {', '.join(PRESETS)}"
+        )
     return PRESETS[name].replace(**overrides)

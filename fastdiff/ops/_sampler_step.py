@@ -7,7 +7,6 @@ use_clipped_model_output of ddim_step, learned_range of ddpm_step.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -65,10 +64,7 @@ def call(
     return_pred_x0: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The public function's body."""
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise ValueError(
-            f"{name}: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
-        )
+    checks.check_name(name, "prediction", prediction, PREDICTIONS)
     if noise is not None and seed is not None:
         raise ValueError(f"{name}: pass either noise or seed; both were given")
     keys, integer = checks.split_seed(name, seed)
@@ -158,9 +154,10 @@ def check(name: str, a: Arguments, *, check_range: bool) -> None:
         raise ValueError(f"{name}: pass either noise or seed; neither was given")
     if not isinstance(a.guidance_scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: guidance_scale is {a.guidance_scale!r}, expected a number")
-    if not 0 <= a.guidance_scale < math.inf:  # false for NaN
+    if not 0 <= a.guidance_scale <= checks.LARGEST_FLOAT:  # false for NaN
         raise ValueError(
-            f"{name}: guidance_scale is {a.guidance_scale}, expected a finite number >= 0"
+            f"{name}: guidance_scale is {checks.shown(a.guidance_scale)}, expected a finite number "
+            ">= 0"
         )
     if check_range:
         rows = a.table.shape[0]

@@ -113,12 +113,8 @@ def eps_loss(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"eps_loss: pass either noise or seed; {given} was given")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(
-            f"eps_loss: unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}"
-        )
-    if not isinstance(kind, str) or kind not in LOSS_KINDS:
-        raise ValueError(f"eps_loss: unknown kind {kind!r}; choose from {', '.join(LOSS_KINDS)}")
+    checks.check_name("eps_loss", "reduction", reduction, REDUCTIONS)
+    checks.check_name("eps_loss", "kind", kind, LOSS_KINDS)
     keys, integer = checks.split_seed("eps_loss", seed)
     arguments = (
         prediction,

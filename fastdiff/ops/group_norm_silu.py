@@ -158,7 +158,7 @@ def group_norm_silu(
     number = _ACTIVATION_NUMBER.get(activation) if isinstance(activation, str) else None
     if number is None:
         raise ValueError(
-            f"group_norm_silu: unknown activation {activation!r}; choose from "
+            f"group_norm_silu: unknown activation {checks.shown(activation)}; choose from "
             f"{', '.join(ACTIVATIONS)}"
         )
     arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)

@@ -68,10 +68,14 @@ def philox_normal(
     """
     op = "philox_normal"
     if isinstance(shape, (int, str)) or not hasattr(shape, "__iter__"):
-        raise TypeError(f"{op}: shape is {shape!r}, expected a sequence of ints")
-    shape = tuple(checks.as_int64(op, "shape", size) for size in shape)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{op}: shape is {shape}, expected sizes >= 0")
+        raise TypeError(f"{op}: shape is {checks.shown(shape)}, expected a sequence of ints")
+    shape = tuple(shape)
+    for size in shape:
+        # Larger ones would be reduced to 64 bits, as seeds are.
+        if checks.as_int64(op, "shape", size) != size or size < 0:
+            raise ValueError(
+                f"{op}: shape is {checks.shown(shape)}, expected sizes from 0 to 2**63 - 1"
+            )
     if not shape:
         raise ValueError(f"{op}: shape is (), expected (B, ...)")
     checks.check_float(op, "dtype", dtype)

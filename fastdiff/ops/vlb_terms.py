@@ -143,14 +143,8 @@ def vlb_terms(
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"vlb_terms: pass either noise or seed; {given} was given")
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise ValueError(
-            f"vlb_terms: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
-        )
-    if not isinstance(variance, str) or variance not in VARIANCES:
-        raise ValueError(
-            f"vlb_terms: unknown variance {variance!r}; choose from {', '.join(VARIANCES)}"
-        )
+    checks.check_name("vlb_terms", "prediction", prediction, PREDICTIONS)
+    checks.check_name("vlb_terms", "variance", variance, VARIANCES)
     keys, integer = checks.split_seed("vlb_terms", seed)
     arguments = (
         x0,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import operator
 import os
+import sys
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEBUG = os.environ.get("FASTDIFF_DEBUG", "0") == "1"
 
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
+# The longest text of a value in a message.
+_LONGEST = 200
+
+LARGEST_FLOAT = sys.float_info.max
+
+
+def shown(value: object) -> str:
+    """repr for a message: cut, and without an int of more digits than Python prints."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _dtype_error(op: str, name: str, given: torch.dtype, expected: str) -> TypeError:
@@ -72,10 +87,16 @@ def check_flags(op: str, **flags: object) -> None:
             raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
 
 
+def check_name(op: str, what: str, name: object, known: Collection[str]) -> None:
+    if not isinstance(name, str) or name not in known:
+        owner = f"{op}: " if op else ""
+        raise ValueError(f"{owner}unknown {what} {shown(name)}; choose from {', '.join(known)}")
+
+
 def check_position(op: str, name: str, position: int, choices: tuple[str, ...]) -> None:
     """A raw operator has a position in `choices` where the public function has a name."""
     if not 0 <= position < len(choices):
-        raise ValueError(f"{op}: {name} is {position}, expected 0 to {len(choices) - 1}")
+        raise ValueError(f"{op}: {name} is {shown(position)}, expected 0 to {len(choices) - 1}")
 
 
 def check_per_sample(
@@ -173,11 +194,11 @@ def as_int64(op: str, name: str, value: int) -> int:
     """Any Python int, reduced to the signed 64-bit integer with the same low 64 bits."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{op}: {name} is {value!r}, expected an int")
+            raise TypeError(f"{op}: {name} is {shown(value)}, expected an int")
         try:
             value = operator.index(value)  # numpy's integers
         except TypeError:  # and its arrays, which have the method too
-            raise TypeError(f"{op}: {name} is {value!r}, expected an int") from None
+            raise TypeError(f"{op}: {name} is {shown(value)}, expected an int") from None
     if _INT64_MIN <= value <= _INT64_MAX:
         return value
     return to_int64(value)

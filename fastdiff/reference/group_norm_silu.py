@@ -28,11 +28,7 @@ def group_norm_silu(
     Computes in float32, in float64 for float64 x, and rounds once, at the end. Differentiable any
     number of times in all tensors.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"group_norm_silu: unknown activation {activation!r}; choose from "
-            f"{', '.join(ACTIVATIONS)}"
-        )
+    checks.check_name("group_norm_silu", "activation", activation, ACTIVATIONS)
     arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift)
     check_arguments(*arguments)
     return unchecked_group_norm_silu(*arguments, activation)
@@ -106,15 +102,16 @@ def check_arguments(
         )
     batch, channels = x.shape[:2]
     if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
-        raise TypeError(f"{op}: num_groups is {num_groups!r}, expected an int")
+        raise TypeError(f"{op}: num_groups is {checks.shown(num_groups)}, expected an int")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
-            f"{op}: num_groups is {num_groups}, expected a divisor of the {channels} channels of x"
+            f"{op}: num_groups is {checks.shown(num_groups)}, expected a divisor of the {channels} "
+            "channels of x"
         )
     if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: eps is {eps!r}, expected a float")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps is {eps}, expected a positive number")
+    if not 0 < eps <= checks.LARGEST_FLOAT:
+        raise ValueError(f"{op}: eps is {checks.shown(eps)}, expected a positive number")
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None:
             checks.check_operand(op, name, operand, (channels,), "(C,)", x.device)

@@ -51,6 +51,11 @@ def sample_keys(
     if torch.compiler.is_compiling():
         device = torch.empty(0, device=device).device
         return _opaque_sample_keys(seed, num, offset, device)
+    for name, value in (("num", num), ("offset", offset)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"sample_keys: {name} is {value!r}, expected an int")
+        if not 0 <= value < 1 << 62:
+            raise ValueError(f"sample_keys: {name} is negative or 2**62 or more")
     if device is not None and torch.device(device).type == "cuda" and is_plain_eager():
         # One copy instead of a dozen kernels.
         return sample_keys(seed, num, offset, "cpu").pin_memory().to(device, non_blocking=True)

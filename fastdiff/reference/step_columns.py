@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fastdiff.reference import checks
+
 PREDICTIONS = ("eps", "x0", "v", "mean")
 
 
@@ -101,10 +103,7 @@ def check_step(
 
     `channels` are the numbers of channels that model_output may have.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(
-            f"{op}: unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
-        )
+    checks.check_name(op, "prediction", prediction, PREDICTIONS)
     if x_t.dim() < 2 or not x_t.is_floating_point():
         raise ValueError(
             f"{op}: x_t has shape {tuple(x_t.shape)} and dtype {x_t.dtype}, expected (B, C, ...) "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_ints
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.diffusion.step_tables import conversion_table
+from fastdiff.reference.checks import shown
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.resolution import check_langevin
@@ -66,10 +68,9 @@ class AnnealedLangevin(Sampler):
         step_size: float = 0.5,
         clip_denoised: bool = True,
     ) -> None:
-        if inner_steps < 1:
-            raise ValueError(f"inner_steps is {inner_steps}, expected 1 or more")
+        check_ints(1, inner_steps=inner_steps)
         if not 0 < step_size < 4:
-            raise ValueError(f"step_size is {step_size}, expected a number in (0, 4)")
+            raise ValueError(f"step_size is {shown(step_size)}, expected a number in (0, 4)")
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.inner_steps = inner_steps
         self.step_size = step_size

@@ -22,7 +22,7 @@ from fastdiff._models import (
     progress_bar,
     sampling_form,
 )
-from fastdiff._types import check_tensors, check_type
+from fastdiff._types import check_tensors, check_type, checked_shape
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import Guidance, check_guidance
 from fastdiff.images import not_finite
@@ -372,7 +372,7 @@ class Sampler(ABC):
             return x, keys_of(seed, len(x), x.device)
         if shape is None:
             raise ValueError("pass shape (B, C, ...) or x_T; neither was given")
-        shape = tuple(shape)
+        shape = checked_shape(shape)
         if len(shape) < 2:
             raise ValueError(f"shape is {shape}, expected (B, C, ...)")
         if device is None:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_ints, check_name
 from fastdiff.images import image_grid, to_uint8
 
 SHOW = ("pred_x0", "x_t")
@@ -43,10 +44,8 @@ class Frames:
     """
 
     def __init__(self, every: int = 1, show: str = "pred_x0") -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}, expected 1 or more")
-        if show not in SHOW:
-            raise ValueError(f"unknown show {show!r}; choose from {', '.join(SHOW)}")
+        check_ints(1, every=every)
+        check_name("show", show, SHOW)
         self.every = every
         self.show = show
         self.clear()
@@ -80,10 +79,10 @@ class Frames:
     def _some(self, num: int | None) -> list[Tensor]:
         if not self.images:
             raise ValueError("no frames yet: pass this object as callback to Sampler.sample")
+        if num is not None:
+            check_ints(1, num=num)
         if num is None or num >= len(self.images):
             return self.images
-        if num < 1:
-            raise ValueError(f"num is {num}, expected 1 or more")
         # From the last frame, the result, backwards: it is the one shown if num = 1.
         last = len(self.images) - 1
         picked = [round(last * (num - 1 - i) / max(1, num - 1)) for i in range(num)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._models import Model
-from fastdiff._types import check_tensors, check_type
+from fastdiff._types import check_ints, check_tensors, check_type
 from fastdiff.samplers.base import Run, Sampler
 
 # Streams of the noise that inpainting adds to the inner sampler's, which counts from 1.
@@ -64,9 +64,7 @@ class Inpainting(Sampler):
         jump_length: int = 10,
         resamples: int = 1,
     ) -> None:
-        for name, value in (("jump_length", jump_length), ("resamples", resamples)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
+        check_ints(1, jump_length=jump_length, resamples=resamples)
         check_type("Inpainting", Sampler, sampler=sampler)
         check_tensors("Inpainting", known=known, mask=mask)
         if resamples > 1 and sampler.multistep:

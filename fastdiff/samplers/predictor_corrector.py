@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_ints, check_name
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.step_tables import conversion_table
+from fastdiff.reference.checks import LARGEST_FLOAT, shown
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.base import Run, Sampler
 from fastdiff.samplers.ddim import DDIM
@@ -78,14 +78,10 @@ class PredictorCorrector(Sampler):
         snr: float = 0.16,
         clip_denoised: bool = True,
     ) -> None:
-        if predictor not in PREDICTORS:
-            raise ValueError(
-                f"unknown predictor {predictor!r}; choose from {', '.join(PREDICTORS)}"
-            )
-        if corrector_steps < 0:
-            raise ValueError(f"corrector_steps is {corrector_steps}, expected 0 or more")
-        if not 0 < snr < math.inf:
-            raise ValueError(f"snr is {snr}, expected a positive number")
+        check_name("predictor", predictor, PREDICTORS)
+        check_ints(0, corrector_steps=corrector_steps)
+        if not 0 < snr <= LARGEST_FLOAT:
+            raise ValueError(f"snr is {shown(snr)}, expected a positive number")
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.predictor = PREDICTORS[predictor](
             diffusion, None, self.indices, clip_denoised=clip_denoised

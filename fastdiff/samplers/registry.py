@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fastdiff._types import check_name
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.samplers.annealed_langevin import AnnealedLangevin
 from fastdiff.samplers.base import Sampler
@@ -44,8 +45,7 @@ def from_name(name: str, diffusion: GaussianDiffusion, **options: Any) -> Sample
     >>> fastdiff.samplers.from_name("heun", diffusion, steps=10).steps
     10
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join(SAMPLERS)}")
+    check_name("sampler", name, SAMPLERS)
     known = sampler_options(name)
     unknown = [option for option in options if option not in known]
     if unknown:

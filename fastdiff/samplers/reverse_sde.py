@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdiff._types import check_name
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.diffusion.step_tables import conversion_table
@@ -66,8 +67,7 @@ class ReverseSDE(Sampler):
         method: str = "euler_maruyama",
         clip_denoised: bool = True,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        check_name("method", method, METHODS)
         super().__init__(diffusion, steps, spacing, clip_denoised=clip_denoised)
         self.method = method
 

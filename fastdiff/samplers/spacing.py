@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdiff._types import check_type
 from fastdiff.diffusion._schedule_checks import as_indices
 from fastdiff.diffusion.schedules import NoiseSchedule
+from fastdiff.reference.checks import shown
 
 Spacing = str | Sequence[int] | np.ndarray | Tensor
 """A name, sections such as "100,50,25", or the indices themselves."""
@@ -99,9 +100,11 @@ def spaced_indices(
     num_timesteps = schedule.num_timesteps
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-            raise TypeError(f"steps is {steps!r}, expected an int")
+            raise TypeError(f"steps is {shown(steps)}, expected an int")
         if not 1 <= steps <= num_timesteps:
-            raise ValueError(f"steps is {steps}, expected 1..{num_timesteps}, the schedule's T")
+            raise ValueError(
+                f"steps is {shown(steps)}, expected 1..{num_timesteps}, the schedule's T"
+            )
     if isinstance(spacing, str) and spacing in SPACINGS:
         values = SPACINGS[spacing](num_timesteps, steps or num_timesteps, schedule)
         return torch.from_numpy(np.asarray(values, dtype=np.int64))
@@ -122,8 +125,8 @@ def _sections(spacing: str, num_timesteps: int) -> list[int]:
         counts = [int(part) for part in spacing.split(",")]
     except ValueError:
         raise ValueError(
-            f"unknown spacing {spacing!r}; choose from {', '.join(SPACINGS)}, sections such as "
-            "'100,50,25', or a list of indices"
+            f"unknown spacing {shown(spacing)}; choose from {', '.join(SPACINGS)}, sections such "
+            "as '100,50,25', or a list of indices"
         ) from None
     base, longer = divmod(num_timesteps, len(counts))
     indices, start = [], 0
@@ -131,7 +134,7 @@ def _sections(spacing: str, num_timesteps: int) -> list[int]:
         size = base + (i < longer)
         if not 1 <= count <= size:
             raise ValueError(
-                f"spacing {spacing!r} asks for {count} timesteps in section {i + 1} of "
+                f"spacing {shown(spacing)} asks for {count} timesteps in section {i + 1} of "
                 f"{len(counts)}, which has {size}; expected 1..{size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1

@@ -45,8 +45,8 @@ class World:
         values = {}
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             text = os.environ.get(name, default)
-            if not text.isdecimal():
-                raise UserError(f"{name} is {text!r} in the environment; expected a number")
+            if not (text.isdecimal() and len(text) < 10):
+                raise UserError(f"{name} is {text[:50]!r} in the environment; expected a number")
             values[name] = int(text)
         world = cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
         if world.rank >= world.size:

@@ -367,6 +367,8 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path):
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "²"}, "RANK is '²'"),
+        ({"LOCAL_RANK": "9" * 5000}, "LOCAL_RANK is '9{50}'"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2.*torchrun"),
     ],
 )
