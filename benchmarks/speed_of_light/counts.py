@@ -84,7 +84,7 @@ class Memory:
 
         def remembered(program: Any, function: Any, packed: Any, shape: Any, options: Any) -> Any:
             what = (program.ptx, function.name, *vars(shape).values(), vars(call)["labels"])
-            what += (call.mode.partition(",")[0], call.scale)
+            what += (call.mode.removesuffix(", backward"), call.scale)
             key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
             if key not in self._known:
                 result = run(program, function, packed, shape, options)
@@ -185,10 +185,6 @@ def rows(memory: Memory, progress: Callable[[str], None] = print) -> Iterator[Ro
             progress(f"{call.op} {call.mode} {' '.join(call.labels.values())}")
             row = count(memory, call, "cuda", by_name["H100"], ELEMENTWISE)
             yield from (dataclasses.replace(row, device=gpu.name) for gpu in DEVICES)
-    for layout in traffic_cases.LAYOUTS:
-        for call in traffic_cases.group_norm_calls("bf16", layout, "sm_90", _sites()[:2]):
-            progress(f"triton {call.mode} {' '.join(call.labels.values())}")
-            yield count(memory, call, "triton", by_name["H100"], "sm_90")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from benchmarks.audit import executed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Blocks of each launch that run, chosen at random: the last of a group may have less to do.
-BLOCKS = 16
+BLOCKS = 4
 
 
 @dataclass(frozen=True)

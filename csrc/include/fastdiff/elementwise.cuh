@@ -65,13 +65,6 @@ struct Chunk {
   int64_t count;
 };
 
-// The normal of Philox block `block` that a lane stages first. Blocks next to each other lie
-// 4 * channels words apart, which leaves their first normals in few of the 32 banks.
-FASTDIFF_HD int staging_turn(int block, int channels) {
-  const int even = channels & -channels;  // the largest power of two that divides it
-  return (even < 8 ? block * even / 8 : block) & 3;
-}
-
 #if defined(__CUDACC__)
 
 __device__ __forceinline__ Chunk block_chunk(const SampleLayout& layout, const ChunkPlan& plan) {
@@ -91,8 +84,6 @@ __device__ __forceinline__ float normal_element(uint64_t key, uint64_t stream, i
 }
 
 // Fills staged[i], i < chunk.count, with the normals of a channels_last chunk of whole pixels.
-// Lanes take the channels of a Philox block side by side and begin at different normals of it, so
-// that a warp's stores meet in a bank at most twice.
 __device__ __forceinline__ void stage_normals(const SampleLayout& layout, const Chunk& chunk,
                                               uint64_t key, uint64_t stream, float* staged) {
   const int channels = static_cast<int>(layout.inner);
@@ -101,22 +92,16 @@ __device__ __forceinline__ void stage_normals(const SampleLayout& layout, const 
   const int64_t first_pixel = chunk.begin / channels;
   const int blocks = pixels / 4 + 2;  // a run of pixels may start and end inside a Philox block
   for (int i = threadIdx.x; i < channels * blocks; i += blockDim.x) {
-    const int b = i / channels, c = i - b * channels;
+    const int c = i / blocks;
     const int64_t start = c * pixels_per_channel + first_pixel;
-    const int64_t block = start / 4 + b;
+    const int64_t block = start / 4 + (i - c * blocks);
     const int p = static_cast<int>(4 * block - start);
     if (p >= pixels) continue;
     const Normals normals = normal_block(key, stream, static_cast<uint64_t>(block));
-    const int turn = staging_turn(b, channels);
-    // n[k] is normal number (k + turn) % 4: selections, as registers have no index.
-    const bool odd = turn & 1, half = turn & 2;
-    const float n0 = odd ? normals.n1 : normals.n0, n1 = odd ? normals.n2 : normals.n1;
-    const float n2 = odd ? normals.n3 : normals.n2, n3 = odd ? normals.n0 : normals.n3;
-    const float n[4] = {half ? n2 : n0, half ? n3 : n1, half ? n0 : n2, half ? n1 : n3};
+    const float n[4] = {normals.n0, normals.n1, normals.n2, normals.n3};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int pixel = p + ((k + turn) & 3);
-      if (pixel >= 0 && pixel < pixels) staged[pixel * channels + c] = n[k];
+      if (p + k >= 0 && p + k < pixels) staged[(p + k) * channels + c] = n[k];
     }
   }
   __syncthreads();
