@@ -204,7 +204,7 @@ def test_two_processes_find_what_one_finds(runs, tmp_path):
 
 def test_every_metric_has_a_flag():
     flags = {f.name for f in dataclasses.fields(evaluate.EvaluateConfig) if f.type == "bool"}
-    assert flags - {"test_images", "cuda_graph"} == set(evaluate.METRICS)
+    assert flags - {"test_images", "cuda_graph", "inference_form"} == set(evaluate.METRICS)
 
 
 @pytest.mark.parametrize(

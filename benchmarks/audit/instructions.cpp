@@ -184,6 +184,18 @@ void add_group_norm(const Images& x, std::vector<Case>& cases) {
                     {b.grad_bias.data, x.channels, DType::kFloat32}}});
 }
 
+void add_winograd(bool upsample, std::vector<Case>& cases) {
+  WinogradConvArgs w{};
+  w.batch = 2, w.height = w.width = 16, w.channels = 64, w.out_channels = 48;
+  w.upsample = upsample;
+  const int64_t pixels = w.batch * w.height * w.width;
+  w.y = floats(pixels * w.out_channels), w.residual = floats(pixels * w.out_channels);
+  w.x = floats(pixels * w.channels), w.bias = floats(w.out_channels);
+  w.weight = floats(winograd_points(upsample) * w.channels * w.out_channels);
+  cases.emplace_back(upsample ? "winograd_conv upsample" : "winograd_conv",
+                     [w] { cpu::winograd_conv(w); });
+}
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
@@ -194,6 +206,7 @@ std::vector<Case> all_cases() {
     add_group_norm({narrow ? "bf16 channels_last" : "fp32 channels_last", type, true, 2, 64, 16},
                    cases);
   }
+  for (const bool upsample : {false, true}) add_winograd(upsample, cases);
   return cases;
 }
 

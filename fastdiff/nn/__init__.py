@@ -2,8 +2,17 @@
 
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
+from fastdiff.nn.inference import InferenceUNet
 from fastdiff.nn.noisy_classifier import NoisyClassifier
 from fastdiff.nn.presets import PRESETS, preset_config
 from fastdiff.nn.unet import UNet
 
-__all__ = ["PRESETS", "GroupNormSiLU", "NoisyClassifier", "UNet", "UNetConfig", "preset_config"]
+__all__ = [
+    "PRESETS",
+    "GroupNormSiLU",
+    "InferenceUNet",
+    "NoisyClassifier",
+    "UNet",
+    "UNetConfig",
+    "preset_config",
+]

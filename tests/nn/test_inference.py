@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff.nn import UNet, packed_conv
 from fastdiff.nn.inference import InferenceUNet
+from fastdiff.training.trained import Computed
 
 CPU_KERNELS = pytest.mark.skipif(
     fastdiff.default_backend("cpu") != "cpu", reason="samplers use the form with compiled kernels"
@@ -226,9 +227,7 @@ def test_what_it_would_not_compute_is_refused_and_sampled_as_it_is(change) -> No
     change(unet)
     assert unet.sampling_form() is unet
     with pytest.raises(ValueError, match="no inference form"):
-        copy.deepcopy(unet).for_inference() if change is not with_own_forward else InferenceUNet(
-            unet
-        )
+        InferenceUNet(unet)
     if change in (with_foreign_layer, with_parametrization):
         with pytest.raises(RuntimeError, match="no inference form any more"):
             form(*inputs(unet))
@@ -314,3 +313,15 @@ def test_encoding_and_bounds_use_it(calls: list[Tensor]) -> None:
         unet.use_inference_form = False
         torch.testing.assert_close(found, result(), rtol=1e-3, atol=1e-3)
         unet.use_inference_form = True
+
+
+@CPU_KERNELS
+def test_what_runs_of_a_run_that_computes_under_autocast() -> None:
+    unet = wide("mnist")
+    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
+        assert Computed(unet, amp, compiled=False).sampling_form() is unet.for_inference(dtype)
+    for network in (Computed(unet, "fp16", compiled=False), Computed(unet, "bf16", compiled=True)):
+        assert network.sampling_form() is network
+    unet.use_inference_form = False
+    network = Computed(unet, "bf16", compiled=False)
+    assert network.sampling_form() is network
