@@ -373,7 +373,7 @@ def test_bad_input_of_frechet_is_one_line(run_evaluate, own_features, argv, frag
 
 
 def test_yardsticks_of_data_that_are_what_they_assume():
-    """Independent pixels of two levels; correlated Gaussian ones: entropies known in closed form."""
+    """Independent pixels of two levels; correlated Gaussian ones: entropies in closed form."""
     rng = np.random.default_rng(0)
     coins = np.where(rng.random((4000, 3, 2, 1)) < 0.2, 40, 200).astype(np.uint8)
     found = yardsticks(coins[:3000], coins[3000:])

@@ -49,8 +49,8 @@ class Estimate:
         """For people, with a shorter run to try if this one is long."""
         text = (
             f"about {duration(self.seconds)} at the speed that this machine has now "
-            f"({self.seconds_per_step:.2g} s a step), {max(0.1, self.memory_mib / 1024):.1f} GiB of "
-            "memory"
+            f"({self.seconds_per_step:.2g} s a step), {max(0.1, self.memory_mib / 1024):.1f} GiB "
+            "of memory"
         )
         if self.seconds > _LONG:
             look = max(100, round(_FIRST_LOOK / self.seconds_per_step, -2))
