@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastdiff import _cli
-from fastdiff.gallery_pictures import PICTURES, Scene
+from fastdiff.gallery_pictures import PICTURES
+from fastdiff.gallery_scene import Scene
 from fastdiff.training.config import check_numbers
 from fastdiff.training.errors import RunError, UserError, printable
 from fastdiff.training.files import write_atomic

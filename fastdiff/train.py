@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     """Train as ``argv`` says; return the exit code."""
     from fastdiff.training.data import load_dataset
     from fastdiff.training.download import download
+    from fastdiff.training.estimate import estimate
     from fastdiff.training.run import RunFolder, choose_device, newest_checkpoint, use_threads
     from fastdiff.training.snapshot import check_data
     from fastdiff.training.trainer import Trainer
@@ -89,6 +90,9 @@ def main(argv: list[str]) -> int:
             f"{len(dataset):,} image{'s' * (len(dataset) > 1)} of {height}x{width}x{channels}, "
             f"{parameters / 1e6:.2f} M parameters, {processes}on {device}; writing to {shown}"
         )
+        expected = estimate(trainer)
+        if expected is not None:
+            say(str(expected))
         with Interrupt() as interrupt:
             finished = trainer.train(should_stop=interrupt.requested)
     if not finished:

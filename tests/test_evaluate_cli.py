@@ -17,6 +17,7 @@ from fastdiff import _cli, evaluate
 from fastdiff.diffusion.likelihood import flow_likelihood
 from fastdiff.evaluation import features
 from fastdiff.evaluation.frechet import frechet_distance
+from fastdiff.evaluation.yardsticks import frechet_verdict, yardsticks
 from fastdiff.nn import PRESETS
 from fastdiff.sample import generate
 from fastdiff.samplers import DDIM
@@ -71,10 +72,14 @@ def run_evaluate(monkeypatch, capfd, tmp_path, runs):
     torch.set_num_threads(threads)
 
 
+def _indices(num, seed):
+    return np.random.default_rng(seed).permutation(len(load_dataset("digits")))[:num]
+
+
 def chosen(num, seed):
     """The images that --num and --seed stand for, and their classes."""
     dataset = load_dataset("digits")
-    indices = np.random.default_rng(seed).permutation(len(dataset))[:num]
+    indices = _indices(num, seed)
     x0 = torch.from_numpy(dataset.images[indices]).permute(0, 3, 1, 2)
     return x0, torch.from_numpy(dataset.labels[indices])
 
@@ -97,6 +102,14 @@ def test_bits_per_dim_in_table_file_and_plot(run_evaluate, runs, name):
     assert values["decoder"] == values["vb"][0]
     assert values["prior"] + sum(values["vb"]) == pytest.approx(values["bits_per_dim"])
     assert values["terminal_snr"] == run.diffusion.schedule.terminal_snr
+    assert values["timesteps_per_image"] == 12
+    found = yardsticks(np.delete(load_dataset("digits").images, _indices(5, 3), 0), x0.numpy())
+    assert values["levels_of_the_data"] == 17
+    assert values["bits_per_dim_uniform"] == math.log2(17) > values["bits_per_dim_pixels"]
+    assert values["bits_per_dim_pixels"] == pytest.approx(found.pixels, rel=1e-9)
+    # Not of a trained network: worse than all, whose names and reason are the first line.
+    assert values["verdict"].startswith("worse than uniform over the data's 17 levels and a hist")
+    assert "the data use 17 of 256 levels" in out.splitlines()[0]
     assert values["rate"][-1] == pytest.approx(values["bits_per_dim"])
     assert len(values["rate"]) == len(values["distortion"]) == 13
     facts = {"metric": "bpd", "step": 3, "data": "digits", "num": 5, "seed": 3}
@@ -357,3 +370,35 @@ def test_bad_input_of_frechet_is_one_line(run_evaluate, own_features, argv, frag
     assert last.startswith("python -m fastdiff.evaluate: error: ")
     for fragment in fragments:
         assert fragment in last
+
+
+def test_yardsticks_of_data_that_are_what_they_assume():
+    """Independent pixels of two levels; correlated Gaussian ones: entropies in closed form."""
+    rng = np.random.default_rng(0)
+    coins = np.where(rng.random((4000, 3, 2, 1)) < 0.2, 40, 200).astype(np.uint8)
+    found = yardsticks(coins[:3000], coins[3000:])
+    assert (found.levels, found.uniform) == (2, 1.0)
+    entropy = -(0.2 * math.log2(0.2) + 0.8 * math.log2(0.8))
+    assert found.pixels == pytest.approx(entropy, abs=0.03)
+    root = rng.normal(size=(6, 6)) * 12
+    levels = np.clip(rng.normal(size=(9000, 6)) @ root.T + 128, 0, 255).round().astype(np.uint8)
+    inside = levels[((levels > 0) & (levels < 255)).all(1)].reshape(-1, 3, 2, 1)
+    found = yardsticks(inside[:-500], inside[-500:])
+    covariance = np.cov(inside.reshape(len(inside), -1), rowvar=False)
+    expected = 0.5 * math.log2(2 * math.pi * math.e) + 0.5 * np.linalg.slogdet(covariance)[1] / (
+        6 * math.log(2)
+    )
+    assert found.gaussian == pytest.approx(expected, abs=0.05)
+    assert found.gaussian < found.pixels < found.uniform
+    assert found.verdict(found.gaussian - 1, 0.01) == "better than every trivial model"
+    assert found.verdict(found.pixels, 0.01).startswith("worse than a Gaussian of the data's cov")
+    assert found.verdict(found.gaussian, 0.01).startswith("better than trivial models, or as good")
+    large = np.zeros((2, 65, 64, 1), np.uint8)
+    assert yardsticks(large, large).gaussian is None
+
+
+def test_a_frechet_distance_in_words():
+    words = [frechet_verdict(ratio) for ratio in (1.0, 2.0, 5.0, 50.0)]
+    assert len(set(words)) == 4
+    assert "far from the data" in words[-1]
+    assert "do not tell images apart" in frechet_verdict(None)

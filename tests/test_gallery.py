@@ -11,7 +11,8 @@ from tiny import TINY
 
 from fastdiff import _cli, gallery
 from fastdiff.evaluation import guiding_classifier
-from fastdiff.gallery_pictures import PICTURES, Scene
+from fastdiff.gallery_pictures import PICTURES
+from fastdiff.gallery_scene import Scene
 from fastdiff.gallery_sheet import sheet
 from fastdiff.nn import PRESETS
 from fastdiff.training import RunFolder, TrainConfig, Trainer, load_dataset, load_run

@@ -258,8 +258,9 @@ def timestep_strata(
         strata=nodes,
     )
     size = found.vb.double().square().mean(0).sqrt().cpu()
-    # Where a few samples show little there may still be something.
-    density = size[1:] / size[1:].sum() + 0.1 / (steps - 1)
+    # A third of them evenly: where a few samples show little there may still be something, and
+    # errors of x0, for the rate-distortion curve, are wanted everywhere.
+    density = size[1:] / size[1:].sum() + 0.5 / (steps - 1)
     position = density.cumsum(0) / density.sum() * (num - 1)
     # The range of timesteps 1, 2, ...: non-decreasing, made to begin a new one where it must.
     range_of = torch.cat([torch.zeros(1), 1 + position.floor().clamp(max=num - 2)])

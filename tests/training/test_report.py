@@ -61,7 +61,13 @@ def test_it_shows_curves_samples_evaluation_and_settings(folder):
     picture.save(folder.samples / "ddim-50-seed-0.png")
     (folder.path / "evaluation").mkdir()
     evaluation = folder.path / "evaluation"
-    found = {"metric": "bpd", "bits_per_dim": 3.2500001, "vb": [1, 2], "test_images": True}
+    found = {
+        "metric": "bpd",
+        "verdict": "worse than <i>",
+        "bits_per_dim": 3.2500001,
+        "vb": [1, 2],
+        "test_images": True,
+    }
     (evaluation / "bpd.json").write_text(json.dumps(found))
     found = {"frechet_distance": 0.123456, "real_vs_real": 0.0123456}
     (evaluation / "frechet.json").write_text(json.dumps(found))
@@ -85,10 +91,13 @@ def test_it_shows_curves_samples_evaluation_and_settings(folder):
     assert "test_images yes" in text
     assert "<b> 7" in text
     assert "[1, 2]" not in text
+    # The verdict, once, before everything else.
+    assert text.count("worse than <i>") == 1
+    assert text.index("worse than <i>") < text.index("test_images yes") < text.index("step 1 ")
     curves = ["Training loss", "Loss by timestep", "Norm of the gradient", "Learning rate"]
     curves += ["Throughput", "Memory"]
     grids = [f"step {step}" for step in (1, 3, 6, 8, 11, 13, 15, 18, 20)]
-    assert list(page.pictures) == [*grids, *curves, "Samples that were measured"]
+    assert list(page.pictures) == ["Samples that were measured", *grids, *curves]
     assert page.pictures["Samples that were measured"].getpixel((0, 0)) == 77
     assert page.pictures["step 20"].getpixel((0, 0)) == 20
     for name in curves:
