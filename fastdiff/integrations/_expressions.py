@@ -49,7 +49,9 @@ class Pending:
     reached: set[str]
     """Names through which the memory can be written that it stands for."""
     sites: set[int]
-    """Of which normalizations, by id of the call; none for a sum."""
+    """Of which normalizations, by id of the call."""
+    is_sum: bool = False
+    """Whether it may be a sum that a normalization reads."""
 
 
 class Expressions(ast.NodeTransformer):
@@ -290,7 +292,8 @@ class Expressions(ast.NodeTransformer):
         added = self._added_in_argument(x)
         inner = added or self._deferred(x, early=is_sum)
         site = self.sites[id(e)]
-        site.has_sum = is_sum or bool(added) or (is_name(x) and x.id in self.pending)
+        held = self.pending.get(getattr(cast(x) or x, "id", None))
+        site.has_sum = is_sum or bool(added) or (held is not None and held.is_sum)
         site.conditions = self.conditions
         self._note(x, e.func)  # a Sequential that goes on where this one stopped
         if not self._is_functional(e):

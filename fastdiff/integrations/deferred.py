@@ -91,7 +91,7 @@ def normalized(
 ) -> Tensor:
     """The op; small operands are (B, C, 1, ...), or (1, C, 1, ...) for the whole batch."""
     module, num_groups, weight, bias, eps = norm
-    if module is not None and not torch.compiler.is_compiling():
+    if module is not None and type(x) is Tensor and not torch.compiler.is_compiling():
         _note(module, x, activation, channel_bias, scale, shift)
     if channel_bias is not None:
         channel_bias = _per_sample(channel_bias, x)
