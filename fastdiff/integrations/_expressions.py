@@ -61,8 +61,11 @@ class Expressions(ast.NodeTransformer):
         self.conditions: tuple[tuple[ast.expr, bool], ...] = ()
         self.fuses = 0
         nodes = list(ast.walk(definition))
-        inner = [n for n in nodes if isinstance(n, (*SCOPES, ast.GeneratorExp))]
-        inner.remove(definition)
+        inner: list[ast.AST] = [n for n in nodes if isinstance(n, SCOPES) and n is not definition]
+        for n in nodes:
+            if isinstance(n, ast.GeneratorExp):  # all but its first iterable is read later
+                first, *rest = n.generators
+                inner += [n.elt, *first.ifs, *rest]
         # Variables that may be read elsewhere than where they seem to be.
         self.escaping = {n.id for f in inner for n in ast.walk(f) if isinstance(n, ast.Name)}
         self.escaping |= {
