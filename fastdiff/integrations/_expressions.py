@@ -49,7 +49,9 @@ class Pending:
     reached: set[str]
     """Names through which the memory can be written that it stands for."""
     sites: set[int]
-    """Of which normalizations, by id of the call; none for a sum."""
+    """Of which normalizations, by id of the call."""
+    is_sum: bool = False
+    """Whether it may be a sum that a normalization reads."""
 
 
 class Expressions(ast.NodeTransformer):
@@ -59,8 +61,11 @@ class Expressions(ast.NodeTransformer):
         self.conditions: tuple[tuple[ast.expr, bool], ...] = ()
         self.fuses = 0
         nodes = list(ast.walk(definition))
-        inner = [n for n in nodes if isinstance(n, (*SCOPES, ast.GeneratorExp))]
-        inner.remove(definition)
+        inner: list[ast.AST] = [n for n in nodes if isinstance(n, SCOPES) and n is not definition]
+        for n in nodes:
+            if isinstance(n, ast.GeneratorExp):  # all but its first iterable is read later
+                first, *rest = n.generators
+                inner += [n.elt, *first.ifs, *rest]
         # Variables that may be read elsewhere than where they seem to be.
         self.escaping = {n.id for f in inner for n in ast.walk(f) if isinstance(n, ast.Name)}
         self.escaping |= {
@@ -290,7 +295,8 @@ class Expressions(ast.NodeTransformer):
         added = self._added_in_argument(x)
         inner = added or self._deferred(x, early=is_sum)
         site = self.sites[id(e)]
-        site.has_sum = is_sum or bool(added) or (is_name(x) and x.id in self.pending)
+        held = self.pending.get(getattr(cast(x) or x, "id", None))
+        site.has_sum = is_sum or bool(added) or (held is not None and held.is_sum)
         site.conditions = self.conditions
         self._note(x, e.func)  # a Sequential that goes on where this one stopped
         if not self._is_functional(e):

@@ -91,7 +91,8 @@ def normalized(
 ) -> Tensor:
     """The op; small operands are (B, C, 1, ...), or (1, C, 1, ...) for the whole batch."""
     module, num_groups, weight, bias, eps = norm
-    if module is not None and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and module is not None and "_fastdiff_ran" not in module.__dict__:
         _note(module, x, activation, channel_bias, scale, shift)
     if channel_bias is not None:
         channel_bias = _per_sample(channel_bias, x)
@@ -101,7 +102,7 @@ def normalized(
         shift = _per_sample(shift, x)
     # In attention, a view (B, C, N) of (B, N, C): channels_last without a copy. A graph is not
     # asked for strides: under checkpointing Dynamo cannot answer.
-    tokens = x.dim() == 3 and not torch.compiler.is_compiling() and _channels_are_innermost(x)
+    tokens = not compiling and x.dim() == 3 and _channels_are_innermost(x)
     if tokens:
         x = x.unsqueeze(3)
     y = group_norm_silu(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation)
@@ -109,9 +110,8 @@ def normalized(
 
 
 def _note(module, x, activation, channel_bias, scale, shift) -> None:
-    """For the report: what the module's op does, once for each shape."""
-    ran = module.__dict__.get("_fastdiff_ran")
-    if ran is not None and ran[1] == x.shape and ran[2] is x.dtype:
+    """For the report: what the module's op does when it first runs."""
+    if type(x) is not Tensor:  # a tracer's: its sizes may be symbols
         return
     there = {
         "channel_bias": channel_bias is not None,

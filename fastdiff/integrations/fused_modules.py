@@ -21,7 +21,7 @@ from fastdiff.integrations import deferred
 from fastdiff.integrations.deferred import Norm, is_image, normalized
 from fastdiff.integrations.recognition import is_plain
 from fastdiff.integrations.rewriting import rewritten
-from fastdiff.integrations.sources import innermost, methods_of
+from fastdiff.integrations.sources import methods_of, names_in_code
 
 _group_norm_forward = nn.GroupNorm.forward
 
@@ -187,8 +187,7 @@ class FusedSequential(Fused):
 @functools.cache
 def has_functional_norms(cls: type) -> bool:
     """Whether a method calls F.group_norm."""
-    functions = (innermost(f) for f in methods_of(cls).values())
-    return any("group_norm" in f.__code__.co_names for f in functions if f is not None)
+    return any("group_norm" in names_in_code(f) for f in methods_of(cls).values())
 
 
 class FusedOwner(Fused):

@@ -21,7 +21,7 @@ class Place:
 
     @property
     def ran(self) -> tuple[frozenset[str], tuple[int, ...], torch.dtype] | None:
-        """What the op did, and to what shape and dtype, when it last ran in eager mode."""
+        """What the op did, and to what shape and dtype, when it first ran in eager mode."""
         module = self._module()
         return None if module is None else module.__dict__.get("_fastdiff_ran")
 

@@ -27,7 +27,7 @@ from fastdiff.integrations.recognition import (
 )
 from fastdiff.integrations.rewriting import rewritten
 from fastdiff.integrations.sites import steps_at_sites
-from fastdiff.integrations.sources import methods_of, names_in_code
+from fastdiff.integrations.sources import methods_of
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 
 
@@ -201,7 +201,7 @@ def _fuse_owner(
     if any(r.function is not None for r in found.values()) and not isinstance(owner, Fused):
         owner.__class__ = fused_class(FusedOwner, original, norms)
     for function, result in found.items():
-        if result.reason is not None and norms & names_in_code(function):
+        if result.reason is not None:
             reasons.setdefault(f"{original.__name__}.{function.__name__}", result.reason)
         for m, more in steps_at_sites(owner, function, result):
             steps.setdefault(m, set()).update(more)

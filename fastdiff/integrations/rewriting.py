@@ -21,8 +21,8 @@ from types import FunctionType
 
 from fastdiff.integrations._expressions import HELPERS, Expressions, Pending, Site
 from fastdiff.integrations._flow import SCOPES, assigned_name, live_before, names_in, writers
-from fastdiff.integrations._patterns import is_name, loads, only_metadata, restored
-from fastdiff.integrations.sources import definition_of, recompiled
+from fastdiff.integrations._patterns import binary, is_name, loads, only_metadata, restored
+from fastdiff.integrations.sources import definition_of, names_in_code, recompiled
 
 _TRIES = ast.Try, ast.Match, getattr(ast, "TryStar", ast.Try)
 _LEAVES = ast.Return, ast.Raise, ast.Break, ast.Continue
@@ -45,6 +45,8 @@ class Rewritten:
 @functools.cache
 def rewritten(function: FunctionType, norms: frozenset[str]) -> Rewritten:
     """`function` rewritten, for an owner with normalizations in these attributes."""
+    if names_in_code(function).isdisjoint({*norms, "group_norm"}):
+        return Rewritten(None)
     definition = definition_of(function)
     if isinstance(definition, str):
         return Rewritten(None, reason=definition)
@@ -127,14 +129,17 @@ class _Rewriter(Expressions):
         before = self._finish(self._endangered(s), s)
         held = names_in(s, self.owner)
         held |= set().union(*(p.reached for n, p in self.pending.items() if n in held), set())
-        sites, maker = self._sites_of(getattr(s, "value", None)), self._maker(s)
+        value = getattr(s, "value", None)
+        sites, maker = self._sites_of(value), self._maker(s)
+        is_sum = isinstance(s, ast.AugAssign) or (binary(value) or ("",))[0] == "add"
         mentioned = {n for n in self.made if not only_metadata(s, n)}
         new, is_deferred = self._simple(s, name)
         self.made = {n: made for n, made in self.made.items() if n not in mentioned}
         if name is not None:
             self.pending.pop(name, None)
             if is_deferred:
-                self.pending[name] = Pending(self.aliases.of(held | {name}), sites)
+                reached = self.aliases.of(held | {name})
+                self.pending[name] = Pending(reached, sites, is_sum and not sites)
                 self.deferring.add(name)
             if maker is not None:
                 self.made[name] = maker
@@ -214,8 +219,10 @@ class _Rewriter(Expressions):
         self.pending = {}
         for pending, _ in ends:
             for name, p in pending.items():
-                other = self.pending.get(name, Pending(set(), set()))
-                self.pending[name] = Pending(p.reached | other.reached, p.sites | other.sites)
+                q = self.pending.get(name, Pending(set(), set()))
+                self.pending[name] = Pending(
+                    p.reached | q.reached, p.sites | q.sites, p.is_sum or q.is_sum
+                )
         first = ends[0][1] if ends else {}
         self.made = {
             name: maker

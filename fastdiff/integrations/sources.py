@@ -46,7 +46,8 @@ def innermost(function: FunctionType) -> FunctionType | None:
 
 def names_in_code(function: FunctionType) -> set[str]:
     """All that a function names, below its decorators."""
-    return {*inspect.unwrap(function).__code__.co_names}
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else {*code.co_names}
 
 
 def _holds(cell: CellType, value: object) -> bool:
