@@ -17,7 +17,7 @@ from ptx_emulator.nvcc import find_nvcc
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the root and not installed
 
-from benchmarks.audit import cubin, inspect_kernels, kernel_budget  # noqa: E402
+from benchmarks.audit import cubin, inspect_kernels, kernel_budget, loops  # noqa: E402
 from benchmarks.audit.cubin import Kernel  # noqa: E402
 
 ARCHS = inspect_kernels.ARCHS
@@ -31,6 +31,7 @@ SCALAR = {
 # Besides vectors, one value per channel or group: loads and stores in the code. An operand has an
 # instruction for either dtype.
 PER_CHANNEL = {
+    "group_norm_silu_moments_kernel": (5, 0),
     "group_norm_silu_fwd_kernel": (22, 2),
     "group_norm_silu_apply_kernel": (12, 0),
     "group_norm_silu_bwd_kernel": (18, 12),
@@ -132,7 +133,10 @@ def assert_wide_loads(kernel: Kernel, sizes: list[int], narrow: int) -> None:
     loads = inspect_kernels.widths(kernel, "global load")
     wide = sum(size // 16 for size in sizes)
     small = [size for size in sizes if size < 16]
-    assert kernel.count("global load", 16) >= wide, f"{kernel.name}: global loads {loads}"
+    copies = kernel.count("global to shared copy", 16)
+    assert kernel.count("global load", 16) + copies >= wide, f"{kernel.name}: global loads {loads}"
+    narrow_copies = kernel.count("global to shared copy") - copies
+    assert narrow_copies == 0, f"{kernel.name}: {narrow_copies} narrow copies to shared memory"
     for size in small:
         assert kernel.count("global load", size) >= 1, f"{kernel.name}: global loads {loads}"
     rest = kernel.count("global load") - kernel.count("global load", 16)
@@ -175,6 +179,70 @@ def test_cuda_kernels(arch):
         else:
             narrow = max(5 + vector, PER_CHANNEL.get(stem, (0, 0))[0])
         assert_wide_loads(kernel, sizes, narrow)
+
+
+def group_norm_kernels(arch: str) -> list[Kernel]:
+    """Those that walk over vectors."""
+    return [k for k in cuda_kernels(arch) if template(k)[0] in PER_CHANNEL]
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_group_norm_silu_leaves_room_for_24_warps(arch):
+    kernels = group_norm_kernels(arch)
+    assert {template(k)[0] for k in kernels} == set(PER_CHANNEL)
+    for kernel in kernels:
+        assert kernel.registers <= 80, kernel
+        assert kernel.occupancy() >= 24 / 64, kernel
+
+
+# Machine instructions per element of the loops of one pass, forward and backward.
+LOOPS = {"sm_80": (15, 32), "sm_90": (15, 32), "sm_100": (11, 23)}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_group_norm_silu_loops(arch):
+    """In half precision: copies to shared memory, sums, results."""
+    library = inspect_kernels.cuda_library()
+    if library is None or arch not in cubin.architectures(library):
+        pytest.skip(f"the CUDA library was not built for {arch}")
+    found = {}
+    for name, code in loops.functions(str(library), arch).items():
+        if match := re.fullmatch(r"group_norm_silu_(fwd|bwd)_kernel<(bf16|fp16),.*,8>", name):
+            found[name] = match[1], loops.main_loops(code, 2, 1 if match[1] == "fwd" else 2)
+    assert len(found) == 8
+    for name, (which, of_kernel) in found.items():
+        assert set(of_kernel) == {"copy", "sums", "results"}, name
+        total = sum(loop.per_element for loop in of_kernel.values())
+        assert total <= LOOPS[arch][which == "bwd"], f"{name}: {total:.2f}: {of_kernel}"
+
+
+def test_loops_are_found_and_told_apart():
+    code = """
+        /*0000*/  IADD3 R1, R1, 0x1, RZ ;
+        /*0010*/  LDS.128 R4, [R2] ;
+        /*0020*/  FADD R5, R4, R5 ;
+        /*0030*/  @P0 BRA 0x10 ;
+        /*0040*/  LDS.128 R4, [R2] ;
+        /*0050*/  MUFU.EX2 R5, R4 ;
+        /*0060*/  MUFU.RCP R5, R4 ;
+        /*0070*/  STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/  @!P1 BRA 0x40 ;
+        /*0090*/  LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*00a0*/  BRA 0x90 ;
+        /*00b0*/  @P2 BRA 0x0 ;
+        /*00c0*/  EXIT ;
+        /*00d0*/  BRA 0xd0 ;
+"""
+    found = loops.main_loops(code, 2, 1)
+    assert found == {
+        "sums": loops.Loop("sums", 3, 8),
+        "results": loops.Loop("results", 5, 8),
+        "copy": loops.Loop("copy", 2, 8),
+    }
+    assert loops.describe(["LDS.128", "MUFU.EX2", "MUFU.RCP"], 2, 2) == loops.Loop("sums", 3, 1)
+    assert loops.describe(["LDS", "FADD"], 2, 1) is None
 
 
 # Per name: bytes of the vectors that a thread reads, and its other loads.

@@ -41,23 +41,24 @@ struct Forward {
 
   template <typename T, bool ChannelsLast, int V>
   cudaError_t run(cudaStream_t stream) const {
-    const int64_t blocks = args.layout.batch * plan.blocks_per_sample;
+    const GroupNormLayout& layout = args.layout;
+    const auto start = [&](GroupNormKernel<GroupNormSiluArgs> kernel, int64_t floats) {
+      return launch(kernel, args, plan, layout.batch, plan.blocks_per_sample, plan.threads,
+                    floats * sizeof(float), 1, stream);
+    };
     if (plan.one_pass) {
       return launch<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>, args, plan,
-                                       blocks, plan.threads, plan.shared_bytes, plan.cluster,
-                                       stream);
+                                       layout.batch, plan.blocks_per_sample, plan.threads,
+                                       plan.shared_bytes, plan.cluster, stream);
     }
-    cudaError_t error = launch<GroupNormSiluArgs>(
-        group_norm_silu_moments_kernel<T, ChannelsLast, V>, args, plan, blocks, plan.threads,
-        plan.chunk_partials() * Moments::kFloats * sizeof(float), 1, stream);
+    cudaError_t error = start(group_norm_silu_moments_kernel<T, ChannelsLast, V>,
+                              plan.chunk_partials() * Moments::kFloats);
     if (error != cudaSuccess) return error;
     error = launch<GroupNormSiluArgs>(group_norm_silu_statistics_kernel<T>, args, plan,
-                                      args.layout.batch * args.layout.groups, plan.threads, 0, 1,
-                                      stream);
+                                      layout.batch * layout.groups, 1, plan.threads, 0, 1, stream);
     if (error != cudaSuccess) return error;
-    return launch<GroupNormSiluArgs>(group_norm_silu_apply_kernel<T, ChannelsLast, V>, args, plan,
-                                     blocks, plan.threads,
-                                     2 * plan.chunk_channels() * sizeof(float2), 1, stream);
+    return start(group_norm_silu_apply_kernel<T, ChannelsLast, V>,
+                 AffineTable::kCoefficients * plan.padded_channels);
   }
 };
 

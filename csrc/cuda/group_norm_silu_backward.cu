@@ -52,32 +52,36 @@ struct Backward {
   template <typename T, bool ChannelsLast, int V>
   cudaError_t run(cudaStream_t stream) const {
     const GroupNormLayout& layout = args.layout;
-    const int64_t blocks = layout.batch / plan.samples * plan.blocks_per_sample;
     const dim3 threads(plan.threads, plan.samples);
-    const auto start = [&](GroupNormKernel<GroupNormSiluBackwardArgs> kernel, int64_t count,
-                           int64_t shared_bytes, int cluster = 1) {
-      return launch(kernel, args, plan, count, threads, shared_bytes, cluster, stream);
+    const auto start = [&](GroupNormKernel<GroupNormSiluBackwardArgs> kernel, int64_t shared_bytes,
+                           int cluster = 1) {
+      return launch(kernel, args, plan, layout.batch / plan.samples, plan.blocks_per_sample,
+                    threads, shared_bytes, cluster, stream);
+    };
+    const auto start_small = [&](GroupNormKernel<GroupNormSiluBackwardArgs> kernel, int64_t blocks,
+                                 int of_block) {
+      return launch(kernel, args, plan, blocks, 1, of_block, 0, 1, stream);
     };
     cudaError_t error = cudaSuccess;
     if (plan.one_pass) {
-      error = start(group_norm_silu_bwd_kernel<T, ChannelsLast, V>, blocks,
+      error = start(group_norm_silu_bwd_kernel<T, ChannelsLast, V>,
                     plan.samples * plan.shared_bytes, plan.cluster);
     } else {
-      const int64_t coefficients = plan.chunk_channels() * sizeof(float4);
-      error = start(group_norm_silu_bwd_sums_kernel<T, ChannelsLast, V>, blocks,
-                    coefficients + plan.chunk_partials() * sizeof(GradientSums));
+      const int64_t maps = GradientTable::kCoefficients * sizeof(float) * plan.padded_channels;
+      error = start(group_norm_silu_bwd_sums_kernel<T, ChannelsLast, V>,
+                    maps + plan.chunk_partials() * sizeof(GradientSums));
       if (error == cudaSuccess) {
-        error = start(group_norm_silu_bwd_means_kernel<T>, layout.batch * layout.groups, 0);
+        error = start_small(group_norm_silu_bwd_means_kernel<T>, layout.batch * layout.groups,
+                            plan.threads);
       }
       if (error == cudaSuccess && args.grad_x) {
-        error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>, blocks,
-                      2 * coefficients + plan.chunk_channels() * sizeof(float));
+        error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>,
+                      maps + plan.padded_channels * sizeof(float4));
       }
     }
     if (error != cudaSuccess || !has_parameters()) return error;
-    return launch<GroupNormSiluBackwardArgs>(group_norm_silu_bwd_parameters_kernel<T>, args, plan,
-                                             (layout.channels + 31) / 32, kParameterThreads, 0, 1,
-                                             stream);
+    return start_small(group_norm_silu_bwd_parameters_kernel<T>, (layout.channels + 31) / 32,
+                       kParameterThreads);
   }
 };
 

@@ -110,16 +110,16 @@ cudaError_t opt_in(GroupNormKernel<Args> kernel, int64_t shared_bytes, int clust
   return error;
 }
 
-// Launches `blocks` blocks in clusters, as many at a time as a grid may have.
+// Launches `rows` rows of blocks in clusters, as many at a time as a grid may have.
 template <typename Args>
 cudaError_t launch(GroupNormKernel<Args> kernel, const Args& args, const GroupNormPlan& plan,
-                   int64_t blocks, dim3 threads, int64_t shared_bytes, int cluster,
-                   cudaStream_t stream) {
+                   int64_t rows, int64_t blocks_per_row, dim3 threads, int64_t shared_bytes,
+                   int cluster, cudaStream_t stream) {
   cudaError_t error = opt_in(kernel, shared_bytes, cluster);
-  const int64_t most = INT_MAX / cluster * cluster;
-  for (int64_t first = 0; error == cudaSuccess && first < blocks; first += most) {
-    const LaunchConfig launch(std::min(most, blocks - first), threads, shared_bytes, cluster,
-                              stream);
+  const int64_t most = INT_MAX / blocks_per_row;
+  for (int64_t first = 0; error == cudaSuccess && first < rows; first += most) {
+    const LaunchConfig launch(std::min(most, rows - first) * blocks_per_row, threads, shared_bytes,
+                              cluster, stream);
     error = cudaLaunchKernelEx(&launch.config, kernel, args, plan, first);
   }
   return error;

@@ -87,6 +87,29 @@ def test_statistics_of_a_split_do_not_cancel(implementation, values, monkeypatch
     check(Case(shape="split", values=values, operands=("weight", "bias")), "sm_80")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])  # split and one pass
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_outlier_costs_no_accuracy(implementation, layout, arch):
+    """Sums are relative to a value of their item; the first pixel is far off all others.
+
+    Its square is 2^20 times the others'. Relative to it the variance would lose one unit in the
+    last place per pixel: 40000 of them, 2.4e-3.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 8, 200, 200, generator=generator, dtype=torch.float64)
+    x = 0.1 * noise
+    x[:, :, 0, 0] = 100.0
+    x = x.float()
+    last = layout == "channels_last"
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    args = {"x": x, "num_groups": 2, "weight": None, "bias": None, "eps": 1e-12}
+    args |= {"channel_bias": None, "scale": None, "shift": None, "activation": 0}
+    result = evaluate("group_norm_silu", "cuda-ptx", args, arch=arch, racecheck=False)
+    variance = result.outputs[2].double() ** -2
+    expected = x.double().reshape(1, 2, -1).var(2, unbiased=False)
+    assert ((variance - expected).abs() <= 1e-4 * expected).all()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_sample_does_not_depend_on_its_batch(implementation, layout, monkeypatch):
     """Alone it is shared by a cluster, among 140 it has a block: the same bits, in any order."""

@@ -53,9 +53,44 @@ def test_channels_last_keeps_sectors_together():
     assert plan((1, 128, 1024), 32, 2, last=True).channels == 16  # four groups of 8 bytes
     assert plan((1, 128, 1024), 32, 4, last=True).channels == 8
     assert plan((1, 384, 256), 32, 2, last=True).channels == 48  # 4 x 24 bytes are 3 sectors
-    assert plan((1, 512, 64), 32, 2, last=True).channels == 16  # one group is a sector
+    assert plan((1, 512, 256), 32, 2, last=True).channels == 16  # one group is a sector
     assert plan((1, 24, 64), 3, 2, last=True).channels == 8  # 48 bytes per pixel: no whole sectors
     assert plan((1, 64, 1), 4, 2).channels_last  # a single pixel has no rows to read
+
+
+def test_small_maps_have_several_groups_in_a_block():
+    """As many as fill the 4 KB that a warp takes."""
+    for last in (False, True):
+        chosen = plan((128, 256, 64), 32, 2, last=last)
+        assert (chosen.channels, chosen.threads, chosen.samples) == (32, 32, 1)
+        assert plan((128, 512, 256), 32, 2, last=last).channels == 16
+
+
+def resident_warps(p, device):
+    """Warps on a multiprocessor, of threads with 80 registers (a warp has 10 units of 256)."""
+    warps = p.samples * p.threads // 32
+    by_registers = 65536 // (256 * 10) // warps
+    by_shared = (device[0] + 1024) // (p.samples * p.shared_bytes + 1024)
+    return warps * min(by_registers, by_shared, 24)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "pixels"),
+    [(128, 1024), (256, 1024), (384, 1024), (256, 256), (512, 256), (256, 64), (512, 64)],
+)
+def test_blocks_share_a_multiprocessor(channels, pixels, last, backward):
+    """At least 24 warps on an H100, and 16 on an A100, where a block takes up to 75 KB.
+
+    The backward pass of 8x8 maps keeps 8 KB for each warp, of which 21 find room.
+    """
+    shape = (128, channels, pixels)
+    small = backward and pixels == 64
+    for device, warps in ((H100, 21 if small else 24), (A100, 15 if small else 16)):
+        chosen = plan(shape, 32, 2, device=device, last=last, backward=backward)
+        if chosen.shared_bytes <= 75 << 10:
+            assert resident_warps(chosen, device) >= warps, chosen
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,14 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+// Arrives without making anything visible: what the thread has read from the others it has, and it
+// will not read more.
+__device__ __forceinline__ void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 // The value at the same place in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ float load_from_cluster(const float* shared, int rank) {
 #if __CUDA_ARCH__ >= 900

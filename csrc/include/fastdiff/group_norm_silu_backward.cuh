@@ -1,24 +1,30 @@
 #pragma once
 
-#include "fastdiff/group_norm_silu_items.cuh"
+#include "fastdiff/group_norm_silu_gradients.cuh"
 
 namespace fastdiff {
 
-constexpr int kGroupNormPairs = 2;  // vectors of x and of grad that a lane loads at a time
-
 // dz is needed twice, for the sums and for dx, and made from x and grad both times:
 //   d = x - center,  z = slope d + offset,  dz = grad act'(z),  h_hat = rstd d,
-//   dx = slope dz - rstd (m0 + h_hat m1) = slope dz - (constant + linear d).
-// A channel's coefficients are (center, slope, offset, rstd) for the first, whose sums are of d in
-// place of h_hat, and (center, slope, offset, linear) with the constant for the second.
-template <typename T>
-__device__ __forceinline__ float4 first_coefficients(const GroupNormSiluBackwardArgs& args,
-                                                     int64_t sample, int64_t channel, float mean,
-                                                     float rstd) {
-  const float added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
-  const auto map = load_affine<T>(args, sample, channel, rstd);
-  return make_float4(mean - added, map.slope, map.offset, rstd);
-}
+//   dx = slope dz - rstd (m0 + h_hat m1) = slope dz + (linear d + constant).
+// The sums are first of d in place of h_hat.
+struct GradientTable : ChannelTable<5> {
+  // s: mean and rstd of the channel's group.
+  __device__ __forceinline__ void set(int c, const ChannelOperands& operands, float2 s) const {
+    const auto& table = *this;
+    table(c, kMinusCenter) = operands.added - s.x;
+    table(c, kSlope) = s.y * operands.gamma;
+    table(c, kOffset) = operands.beta;
+    table(c, kRstd) = s.y;
+    table(c, kGamma) = operands.gamma;
+  }
+  // m: (m0, m1)
+  __device__ __forceinline__ void finish(int c, float2 m) const {
+    const float rstd = (*this)(c, kRstd);
+    (*this)(c, kLinear) = -(rstd * rstd * m.y);
+    (*this)(c, kConstant) = -(rstd * m.x);
+  }
+};
 
 // Mean and rstd of a group.
 __device__ __forceinline__ float2 load_statistics(const GroupNormSiluBackwardArgs& args,
@@ -27,323 +33,251 @@ __device__ __forceinline__ float2 load_statistics(const GroupNormSiluBackwardArg
                      __ldg(static_cast<const float*>(args.rstd) + group));
 }
 
-// m = (m0, m1)
-__device__ __forceinline__ float4 second_coefficients(const float4& first, float2 m) {
-  return make_float4(first.x, first.y, first.z, first.w * first.w * m.y);
-}
-__device__ __forceinline__ float second_constant(const float4& first, float2 m) {
-  return first.w * m.x;
-}
-
-template <typename T, int V>
-struct InputPair {
-  Vector<T, V> x, grad;
-};
-
-template <typename T, int V>
-__device__ __forceinline__ InputPair<T, V> load_pair(const GroupNormSiluBackwardArgs& args,
-                                                     int64_t index) {
-  return {load_global<T, V>(static_cast<const T*>(args.x) + index),
-          load_global<T, V>(static_cast<const T*>(args.grad) + index)};
-}
-
-// Sums over the items [begin, end), one per channel of an item, in `partials`, with the vectors
-// from load(k, item) and coefficients[c], c counted from `base`; keep(k, item, pair) is called for
-// each.
-template <typename T, bool ChannelsLast, int V, typename Load, typename Keep>
-__device__ __forceinline__ void item_gradient_sums(const GroupNormLayout& layout,
-                                                   const GroupNormTiling& tiling, int64_t channel,
-                                                   int begin, int end, const float4* coefficients,
-                                                   int base, const Gate gate, float* partials,
-                                                   const Load& load, const Keep& keep) {
-  constexpr int A = ChannelsLast ? V : 1;
-  for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
-    GradientSums sums[A];
-    for_batches<kGroupNormPairs>(
-        item.count, [&](int k) { return load(k, item); },
-        [&](int k, auto& pairs) {
-          constexpr int R = sizeof(pairs) / sizeof(pairs[0]);
-#pragma unroll
-          for (int r = 0; r < R; ++r) keep(k + r, item, pairs[r]);
-      // Channel by channel, so that in channels_last one channel's coefficients are live at a
-      // time. Few summands are added up before they join the sum of a lane.
-#pragma unroll
-          for (int a = 0; a < A; ++a) {
-            const float4 m = coefficients[item.channel - base + a];
-            GradientSums batch;
-#pragma unroll
-            for (int r = 0; r < R; ++r) {
-#pragma unroll
-              for (int v = a; v < V; v += A) {
-                const float d = to_float(pairs[r].x.values[v]) - m.x;
-                const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.y * d + m.z);
-                batch.merge({dz, dz * d, d});
-              }
-            }
-            sums[a].merge(batch);
-          }
-        });
-    store_item<ChannelsLast, V>(tiling, item, begin, sums, partials);
-  });
-}
-
-// dx on the items [begin, end), with the constants of channels from c on in get_constants(c,
-// constants).
-template <typename T, bool ChannelsLast, int V, typename Constants, typename Load>
-__device__ __forceinline__ void write_grad_x(T* grad_x, const GroupNormLayout& layout,
-                                             const GroupNormTiling& tiling, int64_t channel,
-                                             int begin, int end, const float4* coefficients,
-                                             const Constants& get_constants, int base,
-                                             const Gate gate, const Load& load) {
-  constexpr int A = ChannelsLast ? V : 1;
-  for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
-    for_batches<kGroupNormPairs>(
-        item.count, [&](int k) { return load(k, item); },
-        [&](int k, auto& pairs) {
-          constexpr int R = sizeof(pairs) / sizeof(pairs[0]);
-          float constants[A];
-          get_constants(item.channel - base, constants);
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            float values[V];
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const float4 m = coefficients[item.channel - base + v % A];
-              const float d = to_float(pairs[r].x.values[v]) - m.x;
-              const float dz = gate.gradient(to_float(pairs[r].grad.values[v]), m.y * d + m.z);
-              values[v] = m.y * dz - (constants[v % A] + m.w * d);
-            }
-            store_global(grad_x + item.offset + (k + r) * item.stride, values);
-          }
-        });
-  });
-}
-
-template <typename T>
-__device__ __forceinline__ void store_gradient(const ChannelGradient& gradient, int64_t i,
-                                               float value) {
-  if (!gradient.data) return;
-  if (sizeof(T) == 4 || gradient.type == DType::kFloat32) {
-    static_cast<float*>(gradient.data)[i] = value;
-  } else {
-    static_cast<T*>(gradient.data)[i] = from_float<T>(value);
-  }
-}
-
-// Where the sums of a backward pass lie in the workspace: parts of the gradients of bias and
-// weight, one row for the samples of a block; if split, (m0, m1) per sample and group and the
-// chunks' sums too.
-struct GradientWorkspace {
-  int64_t rows;
-  float* parameters;  // (2, rows, C)
-  float* means;       // (B, G, 2)
-  float* chunks;      // as store_chunk
-
-  FASTDIFF_HD static int64_t parameters_floats(const GroupNormLayout& layout,
-                                               const GroupNormPlan& plan) {
-    return 2 * (layout.batch / plan.samples) * layout.channels;
-  }
-  FASTDIFF_HD static int64_t means_floats(const GroupNormLayout& layout) {
-    return 2 * layout.batch * layout.groups;
-  }
-  FASTDIFF_HD GradientWorkspace(void* workspace, const GroupNormLayout& layout,
-                                const GroupNormPlan& plan)
-      : rows(layout.batch / plan.samples),
-        parameters(static_cast<float*>(workspace)),
-        means(parameters + parameters_floats(layout, plan)),
-        chunks(means + means_floats(layout)) {}
-};
-
-// A row's parts of the gradients of bias and weight: the gradients themselves if it is the only
-// one.
-template <typename T>
-__device__ __forceinline__ void store_parameter_sums(const GroupNormSiluBackwardArgs& args,
-                                                     const GroupNormPlan& plan, int64_t row,
-                                                     int64_t channel, float2 sums) {
-  const GradientWorkspace workspace(args.workspace, args.layout, plan);
-  if (workspace.rows == 1) {
-    store_gradient<T>(args.grad_bias, channel, sums.x);
-    store_gradient<T>(args.grad_weight, channel, sums.y);
-  } else if (args.grad_weight.data || args.grad_bias.data) {
-    float* to = workspace.parameters + row * args.layout.channels + channel;
-    to[0] = sums.x;
-    to[workspace.rows * args.layout.channels] = sums.y;
-  }
-}
-
-// What a channel's sums over one sample say about bias and weight.
-template <typename T>
-__device__ __forceinline__ float2 parameter_sums(const GroupNormSiluBackwardArgs& args,
-                                                 int64_t sample, int64_t channel, float s0,
-                                                 float s1) {
-  const float factor = 1.0f + load_operand<T>(args.scale, sample, channel, 0.0f);
-  return make_float2(factor * s0, factor * s1);
-}
-
-// The gradients of scale and shift.
-template <typename T>
-__device__ __forceinline__ void store_modulation_gradients(const GroupNormSiluBackwardArgs& args,
-                                                           int64_t sample, int64_t channel,
-                                                           float s0, float s1) {
-  const int64_t i = sample * args.layout.channels + channel;
-  store_gradient<T>(args.grad_shift, i, s0);
-  if (!args.grad_scale.data) return;
-  const float weight = load_operand<T>(args.weight, sample, channel, 1.0f);
-  const float bias = load_operand<T>(args.bias, sample, channel, 0.0f);
-  store_gradient<T>(args.grad_scale, i, weight * s1 + bias * s0);
-}
-
-// gamma s0 - pixels m0 - s2 m1, times rstd.
-template <typename T>
-__device__ __forceinline__ void store_channel_bias_gradient(const GroupNormSiluBackwardArgs& args,
-                                                            int64_t sample, int64_t channel,
-                                                            const float4& first,
-                                                            const GradientSums& sums, float2 m) {
-  if (!args.grad_channel_bias.data) return;
-  const float pixels = static_cast<float>(args.layout.pixels);
-  store_gradient<T>(args.grad_channel_bias, sample * args.layout.channels + channel,
-                    first.y * sums.s0 - first.w * (pixels * m.x + sums.s2 * m.y));
-}
-
-// One pass: reads x and grad once into shared memory, and writes dx from there.
+// x - center and z of V channels, or of one.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormThreads, 1)
+struct Centered {
+  using L = Lane<T, V>;
+  using Float = typename L::Float;
+  Float minus_center[L::kFloats], slope[L::kFloats], offset[L::kFloats];
+
+  __device__ __forceinline__ Centered(const GradientTable& table, int c) {
+    L::template coefficients<ChannelsLast>(table, c, kMinusCenter, minus_center);
+    L::template coefficients<ChannelsLast>(table, c, kSlope, slope);
+    L::template coefficients<ChannelsLast>(table, c, kOffset, offset);
+  }
+  __device__ __forceinline__ Float d(int j, Float x) const { return add(x, minus_center[j]); }
+  __device__ __forceinline__ Float z(int j, Float d) const {
+    return multiply_add(d, slope[j], offset[j]);
+  }
+};
+
+// Sums of dz, dz d and d over the items, one per channel of an item, in `partials`; the
+// coefficients of channel c are in place c - base.
+template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
+__device__ __forceinline__ void item_gradient_sums(Items<ChannelsLast, V>& items, const Source& x,
+                                                   const Source& grad, const GradientTable& table,
+                                                   int base, Gate gate, float* partials) {
+  using L = Lane<T, V>;
+  using Float = typename L::Float;
+  constexpr int A = ChannelsLast ? V : 1, S = ChannelsLast ? L::kFloats : 1;
+  items.template walk<Source::kSumsWalk>([&](const Item& item) {
+    auto x_vectors = x.vectors(items, item), grad_vectors = grad.vectors(items, item);
+    Float s0[S], s1[S], s2[S];
+#pragma unroll
+    for (int j = 0; j < S; ++j) s0[j] = s1[j] = s2[j] = broadcast<Float>(0.0f);
+    in_steps<Source::kSumPairs>(item.count, [&](auto R) {
+      Vector<T, V> xs[R], grads[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) xs[r] = x_vectors[r], grads[r] = grad_vectors[r];
+      const Centered<T, ChannelsLast, V> centered(table, item.channel - base);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int j = 0; j < L::kFloats; ++j) {
+          const int a = j % S;
+          const Float d = centered.d(j, L::widen(xs[r], j));
+          const Float dz = gate.gradient(L::widen(grads[r], j), centered.z(j, d));
+          s0[a] = add(s0[a], dz);
+          s1[a] = multiply_add(dz, d, s1[a]);
+          s2[a] = add(s2[a], d);
+        }
+      }
+      x_vectors.skip(R), grad_vectors.skip(R);
+    });
+    float sums[GradientSums::kFloats][A];
+    L::split(s0, sums[0]);
+    L::split(s1, sums[1]);
+    L::split(s2, sums[2]);
+    const Share share = sum_lanes<ChannelsLast>(sums, items.tiling.lanes);
+    if (!items.inside(item) || !share.own) return;
+    float* to = partials + (items.place(item) + share.first) * GradientSums::kFloats;
+#pragma unroll
+    for (int a = 0; a < A; ++a) {
+      if (a >= share.width) break;
+#pragma unroll
+      for (int k = 0; k < GradientSums::kFloats; ++k) {
+        to[a * GradientSums::kFloats + k] = sums[k][a];
+      }
+    }
+  });
+}
+
+// dx on the items.
+template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
+__device__ __forceinline__ void write_grad_x(T* grad_x, Items<ChannelsLast, V>& items,
+                                             const Source& x, const Source& grad,
+                                             const GradientTable& table, int base, Gate gate) {
+  using L = Lane<T, V>;
+  using P = Lane<T, (V < 4 ? V : 4)>;
+  using Float = typename L::Float;
+  items.template walk<1>([&](const Item& item) {
+    if (item.count == 0) return;
+    auto x_vectors = x.vectors(items, item), grad_vectors = grad.vectors(items, item);
+    T* to = grad_x + items.offset(item);
+    in_steps<Source::kVectors>(item.count, [&](auto R) {
+      Vector<T, V> xs[R], grads[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) xs[r] = x_vectors[r], grads[r] = grad_vectors[r];
+      Float values[R][L::kFloats];
+      // Four channels after each other: coefficients of eight would not leave enough registers.
+#pragma unroll
+      for (int part = 0; part < L::kFloats; part += P::kFloats) {
+        const int c = item.channel - base + (ChannelsLast ? part * V / L::kFloats : 0);
+        const Centered<T, ChannelsLast, P::kElements> centered(table, c);
+        Float linear[P::kFloats], constant[P::kFloats];
+        P::template coefficients<ChannelsLast>(table, c, kLinear, linear);
+        P::template coefficients<ChannelsLast>(table, c, kConstant, constant);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+#pragma unroll
+          for (int j = 0; j < P::kFloats; ++j) {
+            const Float d = centered.d(j, L::widen(xs[r], part + j));
+            const Float dz = gate.gradient(L::widen(grads[r], part + j), centered.z(j, d));
+            values[r][part + j] =
+                multiply_add(centered.slope[j], dz, multiply_add(d, linear[j], constant[j]));
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, values[r]);
+      x_vectors.skip(R), grad_vectors.skip(R);
+      to += R * items.tiling.step;
+    });
+  });
+}
+
+// One pass: copies x and grad once into shared memory, and writes dx from there.
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_bwd_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                               const int64_t first_block) {
+                               const int64_t first_row) {
   extern __shared__ float4 shared_of_block[];
   float4* shared = shared_of_block + threadIdx.y * (plan.shared_bytes / 16);
   const GroupNormLayout& layout = args.layout;
-  const GroupNormTiling& tiling = plan.tiling;
-  const UnitBlock block(plan, first_block + blockIdx.x);
-  const int64_t base = block.sample * layout.channels * layout.pixels;
-  const int group_channels = static_cast<int>(layout.group_channels());
-  const int groups = tiling.channels / group_channels;
-
-  const int64_t data_numel = plan.items_per_block * tiling.item_numel();
+  const UnitBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(layout, plan.tiling, block.begin(), block.end());
+  const T* x = static_cast<const T*>(args.x) + block.offset(layout);
+  const T* grad = static_cast<const T*>(args.grad) + block.offset(layout);
   T* data = reinterpret_cast<T*>(shared);
-  float4* coefficients = shared + (2 * data_numel * int64_t{sizeof(T)} + 15) / 16;
-  // Of a group: first mean and rstd, later m0 and m1.
-  float2* means = reinterpret_cast<float2*>(coefficients + tiling.channels);
-  GradientSums* channels = reinterpret_cast<GradientSums*>(means + groups);
-  float* partials = reinterpret_cast<float*>(channels + tiling.channels);
+  const int distance = static_cast<int>(plan.items_per_block * plan.tiling.item_numel());
+  float* floats = reinterpret_cast<float*>(shared + plan.data_bytes / 16);
+  const GradientTable table = {floats};
+  float* channels = floats + GradientTable::kCoefficients * plan.padded_channels;
+  float2* statistics =
+      reinterpret_cast<float2*>(channels + GradientSums::kFloats * plan.padded_channels);
+  float* partials = reinterpret_cast<float*>(statistics + plan.groups);
 
-  for (int g = threadIdx.x; g < groups; g += blockDim.x) {
-    const int64_t group = block.sample * layout.groups + block.channel / group_channels + g;
-    means[g] = load_statistics(args, group);
+  copy_items(items, {x, grad}, data, distance);
+  // Under way meanwhile: statistics and operands.
+  const int64_t first_group =
+      block.sample() * layout.groups + block.channel() / plan.group_channels;
+  for (int g = threadIdx.x; g < plan.groups; g += blockDim.x) {
+    statistics[g] = load_statistics(args, first_group + g);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-    const float2 s = means[c / group_channels];
-    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
+  for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
+    table.set(c, load_operands<T>(args, block.sample(), block.channel() + c),
+              statistics[c / plan.group_channels]);
   }
+  wait_for_copies();
   __syncthreads();
-  item_gradient_sums<T, ChannelsLast, V>(
-      layout, tiling, block.channel, block.begin, block.end, coefficients, 0, Gate(args.activation),
-      partials,
-      [&](int k, const LaneItem& item) {
-        return load_pair<T, V>(args, base + item.offset + k * item.stride);
-      },
-      [&](int k, const LaneItem& item, const InputPair<T, V>& pair) {
-        T* to = data + (item.slot + k * item.slot_stride) * V;
-        store_shared(to, pair.x);
-        store_shared(to + data_numel, pair.grad);
-      });
+  const OnChip<T, V> on_chip = {data}, grad_on_chip = {data + distance};
+  with_gate(args.activation, [&](auto gate) {
+    item_gradient_sums<T>(items, on_chip, grad_on_chip, table, 0, gate, partials);
+  });
   __syncthreads();
   if (plan.cluster > 1) cluster_arrive(), cluster_wait();
-  merge_unit<GradientSums>(layout, plan, block, partials, [&](int c, const GradientSums& sums) {
-    const float rstd = coefficients[c].w;
-    channels[c] = {sums.s0, sums.s1 * rstd, sums.s2 * rstd};
-  });
-  if (plan.cluster > 1) cluster_arrive();  // the others' shared memory is not read any more
-  __syncthreads();
+  const UnitSums<GradientSums> sums = {layout, plan, block, partials, channels};
+  sums.merge();
 
-  for (int g = threadIdx.x / 32; g < groups; g += blockDim.x / 32) {
+  for_groups(plan, [&](int g, int lane) {
     GradientSums group;
-    for (int c = threadIdx.x % 32; c < group_channels; c += 32) {
-      const GradientSums& sums = channels[g * group_channels + c];
-      const float4& m = coefficients[g * group_channels + c];
-      const float gamma = m.y / m.w;
-      group.merge({gamma * sums.s0, gamma * sums.s1, 0.0f});
+    for_channels(plan, g, lane, [&](int c, int part, bool has) {
+      GradientSums of_channel;
+      const int first = part;
+      for (; has && part < plan.parts; part += 1 << plan.part_bits) {
+        of_channel.merge(sums(c, part));
+      }
+      merge_lanes(of_channel, 1, 1 << plan.part_bits);
+      if (!has || first > 0) return;
+      const float rstd = table(c, kRstd), gamma = table(c, kGamma);
+      of_channel.s1 *= rstd, of_channel.s2 *= rstd;
+      for (int k = 0; k < GradientSums::kFloats; ++k) {
+        channels[c * GradientSums::kFloats + k] = of_channel.value(k);
+      }
+      group.merge({gamma * of_channel.s0, gamma * of_channel.s1, 0.0f});
+    });
+    merge_lanes(group, 1, 1 << plan.group_bits);
+    __syncwarp();
+    if (g >= plan.groups) return;
+    const float n = static_cast<float>(layout.pixels) * static_cast<float>(plan.group_channels);
+    const float2 m = make_float2(group.s0 / n, group.s1 / n);
+    const int first = g * plan.group_channels;
+    for (int c = first + lane; c < first + plan.group_channels; c += 1 << plan.group_bits) {
+      if (block.rank() == 0) {
+        const int64_t channel = block.channel() + c;
+        const float* of_channel = channels + c * GradientSums::kFloats;
+        const GradientSums total = {of_channel[0], of_channel[1], of_channel[2]};
+        store_modulation_gradients<T>(args, block.sample(), channel, total.s0, total.s1);
+        store_channel_bias_gradient<T>(args, block.sample(), channel, table(c, kGamma),
+                                       table(c, kRstd), total, m);
+      }
+      table.finish(c, m);
     }
-    merge_lanes(group, 1, 32);
-    if (threadIdx.x % 32) continue;
-    const float n = static_cast<float>(layout.group_numel());
-    means[g] = make_float2(group.s0 / n, group.s1 / n);
-  }
-  if (block.rank == 0 && threadIdx.y == 0) {
-    for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-      const int64_t channel = block.channel + c;
-      const char* from = reinterpret_cast<const char*>(channels + c);
+  });
+  if (plan.cluster > 1) cluster_leave();
+  __syncthreads();
+  if (block.rank() == 0 && threadIdx.y == 0) {
+    for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
+      const char* from = reinterpret_cast<const char*>(channels + c * GradientSums::kFloats);
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll 1
       for (int i = 0; i < plan.samples; ++i, from += plan.shared_bytes) {
-        const auto& sums = *reinterpret_cast<const GradientSums*>(from);
-        const float2 part = parameter_sums<T>(args, block.sample + i, channel, sums.s0, sums.s1);
+        const float* sums_of = reinterpret_cast<const float*>(from);
+        const float2 part = parameter_sums<T>(args, block.sample() + i, block.channel() + c,
+                                              sums_of[0], sums_of[1]);
         total.x += part.x, total.y += part.y;
       }
-      store_parameter_sums<T>(args, plan, block.sample / plan.samples, channel, total);
+      store_parameter_sums<T>(args, plan, block.sample() / plan.samples, block.channel() + c,
+                              total);
     }
   }
-  __syncthreads();
-  for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-    const float2 m = means[c / group_channels];
-    const float4 first = coefficients[c];
-    if (block.rank == 0) {
-      const int64_t channel = block.channel + c;
-      store_modulation_gradients<T>(args, block.sample, channel, channels[c].s0, channels[c].s1);
-      store_channel_bias_gradient<T>(args, block.sample, channel, first, channels[c], m);
-    }
-    coefficients[c] = second_coefficients(first, m);
-    channels[c].s0 = second_constant(first, m);  // the sums are not needed any more
-  }
-  __syncthreads();
-
   if (args.grad_x) {
-    write_grad_x<T, ChannelsLast, V>(
-        static_cast<T*>(args.grad_x) + base, layout, tiling, block.channel, block.begin, block.end,
-        coefficients,
-        [&](int c, auto& constants) {
-          constexpr int A = sizeof(constants) / sizeof(float);
-#pragma unroll
-          for (int a = 0; a < A; ++a) constants[a] = channels[c + a].s0;
-        },
-        0, Gate(args.activation),
-        [&](int k, const LaneItem& item) {
-          const T* from = data + (item.slot + k * item.slot_stride) * V;
-          return InputPair<T, V>{load_shared<T, V>(from), load_shared<T, V>(from + data_numel)};
-        });
+    with_gate(args.activation, [&](auto gate) {
+      write_grad_x(static_cast<T*>(args.grad_x) + block.offset(layout), items, on_chip,
+                   grad_on_chip, table, 0, gate);
+    });
   }
   if (plan.cluster > 1) cluster_wait();
 }
 
 // Split, first reading of x and grad: the sums of every channel of every chunk.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_bwd_sums_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                                    const int64_t first_block) {
+                                    const int64_t first_row) {
   extern __shared__ float4 shared[];
-  float4* coefficients = shared;
-  float* partials = reinterpret_cast<float*>(shared + plan.chunk_channels());
+  const GradientTable table = {reinterpret_cast<float*>(shared)};
+  float* partials =
+      reinterpret_cast<float*>(shared) + GradientTable::kCoefficients * plan.padded_channels;
   float2* statistics = reinterpret_cast<float2*>(partials);  // until the sums take this place
-  const ChunkBlock block(plan, first_block + blockIdx.x);
+  const ChunkBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
   const ChunkGroups groups(args.layout, block);
-  const int64_t base = block.sample * args.layout.channels * args.layout.pixels;
+  const int64_t base = block.sample() * args.layout.channels * args.layout.pixels;
   for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
-    statistics[g] = load_statistics(args, block.sample * args.layout.groups + groups.first + g);
+    statistics[g] = load_statistics(args, block.sample() * args.layout.groups + groups.first + g);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
-    const float2 s = statistics[groups.of(c)];
-    coefficients[c] = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
+  for (int c = threadIdx.x; c < block.channels(); c += blockDim.x) {
+    table.set(c, load_operands<T>(args, block.sample(), block.channel() + c),
+              statistics[groups.of(c)]);
   }
   __syncthreads();
-  item_gradient_sums<T, ChannelsLast, V>(
-      args.layout, plan.tiling, 0, block.begin, block.end, coefficients, block.channel,
-      Gate(args.activation), partials,
-      [&](int k, const LaneItem& item) {
-        return load_pair<T, V>(args, base + item.offset + k * item.stride);
-      },
-      [](int, const LaneItem&, const InputPair<T, V>&) {});
+  const InMemory<T, V> x = {args.x, base}, grad = {args.grad, base};
+  with_gate(args.activation, [&](auto gate) {
+    item_gradient_sums<T>(items, x, grad, table, block.channel(), gate, partials);
+  });
   __syncthreads();
   store_chunk<GradientSums>(args.layout, plan, block, partials,
                             GradientWorkspace(args.workspace, args.layout, plan).chunks);
@@ -373,10 +307,13 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
       });
   if (threadIdx.x == 0) statistics = load_statistics(args, group);
   __syncthreads();
+  const auto gamma_of = [&](int64_t c) {
+    return load_operand<T>(args.weight, sample, channel + c, 1.0f) *
+           (1.0f + load_operand<T>(args.scale, sample, channel + c, 0.0f));
+  };
   GradientSums sums;
   for (int64_t c = threadIdx.x; c < size; c += blockDim.x) {
-    const float gamma = load_operand<T>(args.weight, sample, channel + c, 1.0f) *
-                        (1.0f + load_operand<T>(args.scale, sample, channel + c, 0.0f));
+    const float gamma = gamma_of(c);
     sums.merge({gamma * totals[c], gamma * totals[layout.channels + c], 0.0f});
   }
   merge_block(sums, warps);
@@ -392,59 +329,45 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     store_modulation_gradients<T>(args, sample, channel + c, total.s0, total.s1);
     store_parameter_sums<T>(args, plan, sample, channel + c,
                             parameter_sums<T>(args, sample, channel + c, total.s0, total.s1));
-    store_channel_bias_gradient<T>(
-        args, sample, channel + c,
-        first_coefficients<T>(args, sample, channel + c, statistics.x, statistics.y), total,
-        shared_mean);
+    store_channel_bias_gradient<T>(args, sample, channel + c, gamma_of(c), statistics.y, total,
+                                   shared_mean);
   }
 }
 
 // Split, second reading of x and grad.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, V == 1 && !ChannelsLast ? 4 : 2)
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                                     const int64_t first_block) {
+                                     const int64_t first_row) {
   extern __shared__ float4 shared[];
-  float4* coefficients = shared;
-  float4* statistics = shared + plan.chunk_channels();  // mean, rstd, m0, m1
-  float* constants = reinterpret_cast<float*>(statistics + plan.chunk_channels());
+  const GradientTable table = {reinterpret_cast<float*>(shared)};
+  // mean, rstd, m0, m1 of a group
+  float4* statistics = reinterpret_cast<float4*>(
+      reinterpret_cast<float*>(shared) + GradientTable::kCoefficients * plan.padded_channels);
   const GroupNormLayout& layout = args.layout;
   const GradientWorkspace workspace(args.workspace, layout, plan);
-  const ChunkBlock block(plan, first_block + blockIdx.x);
-  const int64_t base = block.sample * layout.channels * layout.pixels;
+  const ChunkBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(layout, plan.tiling, block.begin(), block.end());
+  const int64_t base = block.sample() * layout.channels * layout.pixels;
   const ChunkGroups groups(layout, block);
   for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
-    const int64_t group = block.sample * layout.groups + groups.first + g;
+    const int64_t group = block.sample() * layout.groups + groups.first + g;
     const float2 s = load_statistics(args, group);
     const float2 m = reinterpret_cast<const float2*>(workspace.means)[group];
     statistics[g] = make_float4(s.x, s.y, m.x, m.y);
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < block.channels; c += blockDim.x) {
+  for (int c = threadIdx.x; c < block.channels(); c += blockDim.x) {
     const float4 s = statistics[groups.of(c)];
-    const float4 first = first_coefficients<T>(args, block.sample, block.channel + c, s.x, s.y);
-    coefficients[c] = second_coefficients(first, make_float2(s.z, s.w));
-    constants[c] = second_constant(first, make_float2(s.z, s.w));
+    table.set(c, load_operands<T>(args, block.sample(), block.channel() + c),
+              make_float2(s.x, s.y));
+    table.finish(c, make_float2(s.z, s.w));
   }
   __syncthreads();
-  write_grad_x<T, ChannelsLast, V>(
-      static_cast<T*>(args.grad_x) + base, layout, plan.tiling, 0, block.begin, block.end,
-      coefficients,
-      [&](int c, auto& of_lane) {
-        constexpr int A = sizeof(of_lane) / sizeof(float);
-        Vector<float, A> vector;
-        using Access = typename Vector<float, A>::Access;
-#pragma unroll
-        for (int p = 0; p < Vector<float, A>::kPackets; ++p) {
-          vector.packets[p] = reinterpret_cast<const Access*>(constants + c)[p];
-        }
-#pragma unroll
-        for (int a = 0; a < A; ++a) of_lane[a] = vector.values[a];
-      },
-      block.channel, Gate(args.activation),
-      [&](int k, const LaneItem& item) {
-        return load_pair<T, V>(args, base + item.offset + k * item.stride);
-      });
+  const InMemory<T, V> x = {args.x, base}, grad = {args.grad, base};
+  with_gate(args.activation, [&](auto gate) {
+    write_grad_x(static_cast<T*>(args.grad_x) + base, items, x, grad, table, block.channel(), gate);
+  });
 }
 
 }  // namespace fastdiff

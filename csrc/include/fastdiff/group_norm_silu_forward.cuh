@@ -1,219 +1,203 @@
 #pragma once
 
-#include "fastdiff/group_norm_silu_items.cuh"
+#include "fastdiff/group_norm_silu_blocks.cuh"
 
 namespace fastdiff {
 
-constexpr int kGroupNormBatch = 4;  // vectors that a lane loads at a time
-
-// Moments of what one lane reads, of A sums side by side: element e of a batch goes to sum e % A.
-// Deviations are taken from the lane's first element, so that rounding is relative to the spread of
-// the values and not to their size, and batches are merged, which is right wherever that element
-// lies.
-template <int A>
-struct LaneMoments {
-  float n = 0.0f;  // per sum
-  float pivot[A], mean[A], m2[A];
-
-  template <int N>
-  __device__ __forceinline__ void add(float (&x)[N]) {
-    constexpr float count = static_cast<float>(N / A);
-    if (n == 0.0f) {
+// Sums of d = x - pivot and d^2 over the items, as the moments of each of their channels in
+// `partials`. The pivot is a value of the item, so that rounding is relative to the spread of the
+// values and not to their size: in channels_last the item's first pixel of the same channel, in the
+// contiguous layout, whose items have more pixels, the mean of its lanes' first pixels. Were it
+// farther off than most, by k standard deviations, the variance would lose k^2 units in the last
+// place; of n values one is at most sqrt(n - 1) off.
+template <typename T, bool ChannelsLast, int V, typename Source>
+__device__ __forceinline__ void item_moments(Items<ChannelsLast, V>& items, const Source& source,
+                                             float* partials) {
+  using L = Lane<T, V>;
+  using Float = typename L::Float;
+  constexpr int A = ChannelsLast ? V : 1, S = ChannelsLast ? L::kFloats : 1;
+  items.template walk<Source::kSumsWalk>([&](const Item& item) {
+    auto vectors = source.vectors(items, item);
+    const T* first = source.first(items, item);
+    Float minus_pivot[S], sum[S], squares[S];
+    float pivot = 0.0f;
+    if constexpr (ChannelsLast) {
+      if (items.inside(item)) {
+        const auto pivots = source.load(first);
 #pragma unroll
-      for (int a = 0; a < A; ++a) pivot[a] = x[a], mean[a] = m2[a] = 0.0f;
+        for (int j = 0; j < S; ++j) minus_pivot[j] = L::widen(pivots, j);
+      }
+    } else {
+      if (items.inside(item)) pivot = to_float(item.count ? vectors.from[0] : first[0]);
+      pivot = items.lanes_mean(pivot);
+      minus_pivot[0] = broadcast<Float>(pivot);
     }
-    n += count;
-    const float weight = __fdividef(count, n);
+#pragma unroll
+    for (int j = 0; j < S; ++j) {
+      minus_pivot[j] = negative(minus_pivot[j]);
+      sum[j] = squares[j] = broadcast<Float>(0.0f);
+    }
+    in_steps<Source::kSumVectors>(item.count, [&](auto R) {
+      Vector<T, V> loaded[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) loaded[r] = vectors[r];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int j = 0; j < L::kFloats; ++j) {
+          const int a = j % S;
+          const Float d = add(L::widen(loaded[r], j), minus_pivot[a]);
+          sum[a] = add(sum[a], d);
+          squares[a] = multiply_add(d, d, squares[a]);
+        }
+      }
+      vectors.skip(R);
+    });
+    float sums[2][A];
+    L::split(sum, sums[0]);
+    L::split(squares, sums[1]);
+    const Share share = sum_lanes<ChannelsLast>(sums, items.tiling.lanes);
+    if (!items.inside(item) || !share.own) return;
+    const float inverse = fast_reciprocal(static_cast<float>(items.pixels(item)));
+    float* to = partials + (items.place(item) + share.first) * Moments::kFloats;
 #pragma unroll
     for (int a = 0; a < A; ++a) {
-      float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-      for (int e = a; e < N; e += A) sum += x[e] -= pivot[a];
-      const float batch_mean = sum * (1.0f / count);
-#pragma unroll
-      for (int e = a; e < N; e += A) squares += (x[e] - batch_mean) * (x[e] - batch_mean);
-      const float delta = batch_mean - mean[a];
-      mean[a] += delta * weight;
-      m2[a] += squares + delta * delta * ((n - count) * weight);
+      if (a >= share.width) break;
+      // Registers have no index, so that of one of several channels is read again.
+      if (ChannelsLast) pivot = to_float(first[share.first + a]);
+      const float mean = sums[0][a] * inverse;
+      to[a * Moments::kFloats] = pivot + mean;
+      to[a * Moments::kFloats + 1] = fmaxf(fmaf(-mean, sums[0][a], sums[1][a]), 0.0f);
     }
-  }
-
-  __device__ __forceinline__ void get(Moments (&sums)[A]) const {
-#pragma unroll
-    for (int a = 0; a < A; ++a) {
-      if (n > 0.0f) sums[a] = {n, pivot[a] + mean[a], m2[a]};
-    }
-  }
-};
-
-// Reads the items [begin, end) and leaves the moments of each of their channels in `partials`;
-// keep(k, item, vector) is called for every vector.
-template <typename T, bool ChannelsLast, int V, typename Keep>
-__device__ __forceinline__ void item_moments(const T* x, const GroupNormLayout& layout,
-                                             const GroupNormTiling& tiling, int64_t channel,
-                                             int begin, int end, float* partials,
-                                             const Keep& keep) {
-  constexpr int A = ChannelsLast ? V : 1;
-  for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
-    LaneMoments<A> moments;
-    for_batches<kGroupNormBatch>(
-        item.count, [&](int k) { return load_global<T, V>(x + item.offset + k * item.stride); },
-        [&](int k, auto& vectors) {
-          constexpr int R = sizeof(vectors) / sizeof(vectors[0]);
-          float values[R * V];
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            keep(k + r, item, vectors[r]);
-#pragma unroll
-            for (int v = 0; v < V; ++v) values[r * V + v] = to_float(vectors[r].values[v]);
-          }
-          moments.add(values);
-        });
-    Moments sums[A];
-    moments.get(sums);
-    store_item<ChannelsLast, V>(tiling, item, begin, sums, partials);
   });
 }
 
-// y = act(slope (x - center) + offset) on the items [begin, end), with the vectors from load(k,
-// item), (slope, offset) in affine[c] and the center in centers[c].x, c counted from `base`, the
-// first channel that both have.
-template <typename T, bool ChannelsLast, int V, typename Load>
-__device__ __forceinline__ void apply_affine(T* y, const GroupNormLayout& layout,
-                                             const GroupNormTiling& tiling, int64_t channel,
-                                             int begin, int end, const float2* affine,
-                                             const float2* centers, int base, const Gate gate,
-                                             const Load& load) {
-  constexpr int A = ChannelsLast ? V : 1;
-  for_items<ChannelsLast, V>(layout, tiling, channel, begin, end, [&](const LaneItem& item) {
+// y = act(slope (x - center) + offset) on the items; the coefficients of channel c are in place c -
+// base.
+template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
+__device__ __forceinline__ void apply_affine(T* y, Items<ChannelsLast, V>& items,
+                                             const Source& source, const AffineTable& table,
+                                             int base, Gate gate) {
+  using L = Lane<T, V>;
+  using Float = typename L::Float;
+  items.template walk<1>([&](const Item& item) {
     if (item.count == 0) return;
-    float2 map[A];
+    auto vectors = source.vectors(items, item);
+    Float minus_center[L::kFloats], slope[L::kFloats], offset[L::kFloats];
+    const int c = item.channel - base;
+    L::template coefficients<ChannelsLast>(table, c, kMinusCenter, minus_center);
+    L::template coefficients<ChannelsLast>(table, c, kSlope, slope);
+    L::template coefficients<ChannelsLast>(table, c, kOffset, offset);
+    T* to = y + items.offset(item);
+    in_steps<Source::kVectors>(item.count, [&](auto R) {
+      Vector<T, V> loaded[R];
 #pragma unroll
-    for (int a = 0; a < A; ++a) map[a] = affine[item.channel - base + a];
-    const auto get_centers = [&](float (&to)[A]) {
+      for (int r = 0; r < R; ++r) loaded[r] = vectors[r];
 #pragma unroll
-      for (int a = 0; a < A; ++a) to[a] = centers[item.channel - base + a].x;
-    };
-    // Those of eight channels are read again for every batch, to have the registers.
-    constexpr bool kHeld = A < 8;
-    float held[A];
-    if constexpr (kHeld) get_centers(held);
-    for_batches<kGroupNormBatch>(
-        item.count, [&](int k) { return load(k, item); },
-        [&](int k, auto& vectors) {
-          constexpr int R = sizeof(vectors) / sizeof(vectors[0]);
-          float center[A];
-          if constexpr (kHeld) {
+      for (int r = 0; r < R; ++r) {
+        Float values[L::kFloats];
 #pragma unroll
-            for (int a = 0; a < A; ++a) center[a] = held[a];
-          } else {
-            get_centers(center);
-          }
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            float values[V];
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const float2 m = map[v % A];
-              const float d = to_float(vectors[r].values[v]) - center[v % A];
-              values[v] = gate.activate(m.x * d + m.y);
-            }
-            store_global(y + item.offset + (k + r) * item.stride, values);
-          }
-        });
+        for (int j = 0; j < L::kFloats; ++j) {
+          const Float d = add(L::widen(loaded[r], j), minus_center[j]);
+          values[j] = gate.activate(multiply_add(d, slope[j], offset[j]));
+        }
+        L::store(to + r * items.tiling.step, values);
+      }
+      vectors.skip(R);
+      to += R * items.tiling.step;
+    });
   });
 }
 
-__device__ __forceinline__ float reciprocal_deviation(const Moments& group, double eps) {
-  return 1.0f / sqrtf(group.m2 / group.n + static_cast<float>(eps));
+__device__ __forceinline__ float reciprocal_deviation(float variance, double eps) {
+  return 1.0f / sqrtf(variance + static_cast<float>(eps));
 }
 
-// One pass: reads x once into shared memory, and writes y from there. Items of a unit are divided
+// One pass: copies x once into shared memory, and writes y from there. Items of a unit are divided
 // among the blocks of a cluster, which read each other's partial sums.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormThreads, 1)
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                               const int64_t first_block) {
+                               const int64_t first_row) {
   extern __shared__ float4 shared[];
   const GroupNormLayout& layout = args.layout;
-  const GroupNormTiling& tiling = plan.tiling;
-  const UnitBlock block(plan, first_block + blockIdx.x);
-  const int64_t base = block.sample * layout.channels * layout.pixels;
-  const int group_channels = static_cast<int>(layout.group_channels());
-  const int groups = tiling.channels / group_channels;
-  const int64_t first_group = block.sample * layout.groups + block.channel / group_channels;
-
-  const int64_t data_bytes = plan.items_per_block * tiling.item_numel() * int64_t{sizeof(T)};
+  const UnitBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(layout, plan.tiling, block.begin(), block.end());
+  const T* x = static_cast<const T*>(args.x) + block.offset(layout);
   T* data = reinterpret_cast<T*>(shared);
-  float2* channels = reinterpret_cast<float2*>(shared + (data_bytes + 15) / 16);
-  float2* affine = channels + tiling.channels;
-  float2* statistics = affine + tiling.channels;  // base and rstd of a group
-  float* partials = reinterpret_cast<float*>(statistics + groups);
+  float* floats = reinterpret_cast<float*>(shared + plan.data_bytes / 16);
+  const AffineTable table = {floats};
+  float* channels = floats + AffineTable::kCoefficients * plan.padded_channels;
+  float* partials = channels + Moments::kFloats * plan.padded_channels;
 
-  item_moments<T, ChannelsLast, V>(
-      static_cast<const T*>(args.x) + base, layout, tiling, block.channel, block.begin, block.end,
-      partials, [&](int k, const LaneItem& item, const Vector<T, V>& vector) {
-        store_shared(data + (item.slot + k * item.slot_stride) * V, vector);
-      });
+  copy_items(items, {x}, data, 0);
+  // Under way meanwhile: operands, which wait in the places of the coefficients.
+  for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
+    const auto operands = load_operands<T>(args, block.sample(), block.channel() + c);
+    table(c, kMinusCenter) = operands.added;
+    table(c, kSlope) = operands.gamma;
+    table(c, kOffset) = operands.beta;
+  }
+  wait_for_copies();
+  __syncwarp();  // a lane copied what it adds up, but not its item's pivot
+  const OnChip<T, V> source = {data};
+  item_moments<T>(items, source, partials);
   __syncthreads();
   if (plan.cluster > 1) cluster_arrive(), cluster_wait();
-  merge_unit<Moments>(layout, plan, block, partials, [&](int c, const Moments& sums) {
-    channels[c] = make_float2(sums.mean, sums.m2);
-    // Until the map takes this place.
-    affine[c].x = load_operand<T>(args.channel_bias, block.sample, block.channel + c, 0.0f);
-  });
-  if (plan.cluster > 1) cluster_arrive();  // the others' shared memory is not read any more
-  __syncthreads();
+  const UnitSums<Moments> sums = {layout, plan, block, partials, channels};
+  sums.merge();
 
-  for (int g = threadIdx.x / 32; g < groups; g += blockDim.x / 32) {
-    Moments group;  // relative to the group's first channel
-    const int first = g * group_channels;
-    const float pivot = channels[first].x, first_added = affine[first].x;
+  for_groups(plan, [&](int g, int lane) {
+    const bool inside = g < plan.groups;
+    const int first = inside ? g * plan.group_channels : 0;
+    // Relative to a mean of the group's first channel.
+    const float pivot = inside ? sums(first, 0).mean : 0.0f;
+    const float first_added = inside ? table(first, kMinusCenter) : 0.0f;
+    Moments group;
+    for_channels(plan, g, lane, [&](int c, int part, bool has) {
+      for (; has && part < plan.parts; part += 1 << plan.part_bits) {
+        Moments of_part = sums(c, part);
+        of_part.mean = of_part.mean - pivot + (table(c, kMinusCenter) - first_added);
+        group.merge(of_part);
+      }
+    });
+    merge_lanes(group, 1, 1 << plan.group_bits);
+    const int leader = threadIdx.x % 32 - lane;
+    const float mean = pivot + __shfl_sync(~0u, group.mean, leader);
+    const float variance = __shfl_sync(~0u, group.m2 / group.n, leader);
+    const float rstd = reciprocal_deviation(variance, args.eps);
     __syncwarp();
-    for (int c = first + threadIdx.x % 32; c < first + group_channels; c += 32) {
-      const float2 m = channels[c];
-      const float added = affine[c].x - first_added;
-      affine[c].x = added;
-      group.merge({static_cast<float>(layout.pixels), m.x - pivot + added, m.y});
+    if (!inside) return;
+    if (lane == 0 && block.rank() == 0) {
+      const int64_t to = block.sample() * layout.groups + block.channel() / plan.group_channels + g;
+      static_cast<float*>(args.mean)[to] = mean + first_added;
+      static_cast<float*>(args.rstd)[to] = rstd;
     }
-    merge_lanes(group, 1, 32);
-    if (threadIdx.x % 32) continue;
-    const float rstd = reciprocal_deviation(group, args.eps), mean = pivot + group.mean;
-    statistics[g] = make_float2(mean, rstd);
-    if (block.rank == 0) {
-      static_cast<float*>(args.mean)[first_group + g] = mean + first_added;
-      static_cast<float*>(args.rstd)[first_group + g] = rstd;
+    for (int c = first + lane; c < first + plan.group_channels; c += 1 << plan.group_bits) {
+      table(c, kMinusCenter) = (table(c, kMinusCenter) - first_added) - mean;
+      table(c, kSlope) *= rstd;
     }
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < tiling.channels; c += blockDim.x) {
-    const float2 s = statistics[c / group_channels];
-    const auto map = load_affine<T>(args, block.sample, block.channel + c, s.y);
-    channels[c].x = s.x - affine[c].x;
-    affine[c] = make_float2(map.slope, map.offset);
-  }
+  });
+  if (plan.cluster > 1) cluster_leave();
   __syncthreads();
 
-  apply_affine<T, ChannelsLast, V>(
-      static_cast<T*>(args.y) + base, layout, tiling, block.channel, block.begin, block.end, affine,
-      channels, 0, Gate(args.activation), [&](int k, const LaneItem& item) {
-        return load_shared<T, V>(data + (item.slot + k * item.slot_stride) * V);
-      });
+  with_gate(args.activation, [&](auto gate) {
+    apply_affine(static_cast<T*>(args.y) + block.offset(layout), items, source, table, 0, gate);
+  });
   if (plan.cluster > 1) cluster_wait();
 }
 
 // Split, first reading of x: the moments of every channel of every chunk.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                                   const int64_t first_block) {
+                                   const int64_t first_row) {
   extern __shared__ float4 shared[];
   float* partials = reinterpret_cast<float*>(shared);
-  const ChunkBlock block(plan, first_block + blockIdx.x);
-  const T* x =
-      static_cast<const T*>(args.x) + block.sample * args.layout.channels * args.layout.pixels;
-  item_moments<T, ChannelsLast, V>(x, args.layout, plan.tiling, 0, block.begin, block.end, partials,
-                                   [](int, const LaneItem&, const Vector<T, V>&) {});
+  const ChunkBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
+  const int64_t base = block.sample() * args.layout.channels * args.layout.pixels;
+  item_moments<T>(items, InMemory<T, V>{args.x, base}, partials);
   __syncthreads();
   store_chunk<Moments>(args.layout, plan, block, partials, static_cast<float*>(args.workspace));
 }
@@ -253,7 +237,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   if (threadIdx.x == 0) {
     const float base = pivot + sums.mean;
     static_cast<float*>(args.mean)[group] = base + first_added;
-    static_cast<float*>(args.rstd)[group] = reciprocal_deviation(sums, args.eps);
+    static_cast<float*>(args.rstd)[group] = reciprocal_deviation(sums.m2 / sums.n, args.eps);
     warps[0].mean = base;
   }
   __syncthreads();
@@ -265,29 +249,30 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 
 // Split, second reading of x.
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
+__global__ void __launch_bounds__(kGroupNormBound, 1)
     group_norm_silu_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                                 const int64_t first_block) {
+                                 const int64_t first_row) {
   extern __shared__ float4 shared[];
-  float2* affine = reinterpret_cast<float2*>(shared);
-  float2* centers = affine + plan.chunk_channels();
+  const AffineTable table = {reinterpret_cast<float*>(shared)};
   const GroupNormLayout& layout = args.layout;
-  const ChunkBlock block(plan, first_block + blockIdx.x);
-  const int64_t base = block.sample * layout.channels * layout.pixels;
-  for (int i = threadIdx.x; i < block.channels; i += blockDim.x) {
-    const int64_t c = block.channel + i;
-    const int64_t group = block.sample * layout.groups + c / layout.group_channels();
-    const auto map = load_affine<T>(args, block.sample, c, static_cast<float*>(args.rstd)[group]);
-    affine[i] = make_float2(map.slope, map.offset);
-    centers[i].x = split_centers(args, plan, block.sample)[c];
+  const ChunkBlock block(plan, first_row);
+  Items<ChannelsLast, V> items(layout, plan.tiling, block.begin(), block.end());
+  const int64_t base = block.sample() * layout.channels * layout.pixels;
+  const float* centers = split_centers(args, plan, block.sample()) + block.channel();
+  const ChunkGroups groups(layout, block);
+  const float* rstd =
+      static_cast<float*>(args.rstd) + block.sample() * layout.groups + groups.first;
+  for (int c = threadIdx.x; c < block.channels(); c += blockDim.x) {
+    const auto operands = load_operands<T>(args, block.sample(), block.channel() + c);
+    table(c, kMinusCenter) = -centers[c];
+    table(c, kSlope) = operands.gamma * rstd[groups.of(c)];
+    table(c, kOffset) = operands.beta;
   }
   __syncthreads();
-  const T* x = static_cast<const T*>(args.x) + base;
-  apply_affine<T, ChannelsLast, V>(static_cast<T*>(args.y) + base, layout, plan.tiling, 0,
-                                   block.begin, block.end, affine, centers, block.channel,
-                                   Gate(args.activation), [&](int k, const LaneItem& item) {
-                                     return load_global<T, V>(x + item.offset + k * item.stride);
-                                   });
+  with_gate(args.activation, [&](auto gate) {
+    apply_affine(static_cast<T*>(args.y) + base, items, InMemory<T, V>{args.x, base}, table,
+                 block.channel(), gate);
+  });
 }
 
 }  // namespace fastdiff

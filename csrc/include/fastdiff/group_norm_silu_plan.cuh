@@ -17,6 +17,11 @@ namespace fastdiff {
 
 constexpr int kGroupNormThreads = 512;  // at most, per block of one pass
 constexpr int kGroupNormSplitThreads = 256;
+// Launch bound of the kernels that walk over items: more threads than a block ever has, so that
+// each has at most 80 registers and 24 warps find room on a multiprocessor, whatever the blocks.
+constexpr int kGroupNormBound = 768;
+constexpr int kGroupNormRegisters = 80;
+constexpr int64_t kLaneElements = 64;  // of a thread, over which its other work is spread
 constexpr int64_t kSectorBytes = 32;
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters allows
 
@@ -35,6 +40,10 @@ struct GroupNormTiling {
   int segments;            // of a block
   int64_t segment_pixels;  // of all segments but a block's last
   int lanes;               // that work side by side: on pixels, in channels_last on channels
+  int lane_bits;           // log2 of lanes
+  int row;                 // vectors of an item side by side: channels_last: of a pixel, else lanes
+  int item_vectors;
+  int64_t step;  // elements from a vector of a lane to its next
 
   FASTDIFF_HD int items() const { return blocks * segments; }
   FASTDIFF_HD int64_t item_numel() const { return segment_pixels * block_channels; }
@@ -51,31 +60,42 @@ struct GroupNormPlan {
   GroupNormTiling tiling;  // of a unit; of a whole sample if split
   bool one_pass;
   int cluster;
+  int cluster_bits;     // log2 of it
   int items_per_block;  // one pass
   int chunk_blocks;     // split
   int chunk_segments;
-  int chunks;   // per channel
-  int samples;  // one pass: of a block, side by side
-  int threads;  // per sample of a block
+  int chunks;           // per channel
+  int samples;          // one pass: of a block, side by side
+  int threads;          // per sample of a block
+  int padded_channels;  // that coefficients on chip have room for
+  // One pass: the groups of a unit, and how they are finished: the sums of a channel, in `parts`
+  // parts, by 2^part_bits lanes, those of a group by 2^group_bits.
+  int groups;
+  int group_channels;
+  int parts;
+  int part_bits;
+  int group_bits;
   int64_t blocks_per_sample;
-  // One pass, per sample of a block; of the split kernels see chunk_partials(), chunk_channels().
+  // One pass, per sample of a block: all, and the items.
   int64_t shared_bytes;
+  int64_t data_bytes;
 
   FASTDIFF_HD int chunk_channels() const { return chunk_blocks * tiling.block_channels; }
   FASTDIFF_HD int chunk_partials() const { return chunk_channels() * chunk_segments; }
 };
 
 // What differs between the passes: tensors kept on chip, floats of a partial sum, floats of
-// coefficients per channel, and floats per channel that a block leaves to be added up over the
-// batch.
+// coefficients per channel, floats per group, and floats per channel that a block leaves to be
+// added up over the batch.
 struct GroupNormPass {
   int tensors;
   int partial;
   int coefficients;
+  int statistics;
   int row;
 };
-constexpr GroupNormPass kGroupNormForward = {1, 2, 2, 0};
-constexpr GroupNormPass kGroupNormBackward = {2, 3, 4, 2};
+constexpr GroupNormPass kGroupNormForward = {1, 2, 3, 0, 0};
+constexpr GroupNormPass kGroupNormBackward = {2, 3, 5, 2, 2};
 
 namespace group_norm_plan {
 
@@ -94,6 +114,12 @@ constexpr int lanes_for(int64_t n) {
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
+constexpr int log2_of(int power) {
+  int bits = 0;
+  while (power > 1) power /= 2, ++bits;
+  return bits;
+}
+
 // `item_bytes` is what an item should have. Items are whole batches of four vectors per lane where
 // there is enough. In channels_last they are `widest` vectors wide, or less.
 inline GroupNormTiling tile(const GroupNormLayout& layout, int64_t channels, int vector,
@@ -103,15 +129,27 @@ inline GroupNormTiling tile(const GroupNormLayout& layout, int64_t channels, int
   tiling.channels = static_cast<int>(channels);
   int64_t width = vector, extent = layout.pixels / vector;  // bytes of a step, steps of a block
   if (layout.channels_last) {
-    // Strips of equal width and of whole sectors.
-    const int64_t vectors = channels / vector, strips = ceil_div(vectors, widest);
-    width = ceil_div(ceil_div(vectors, strips), 2) * 2 * vector;
-    width = width < channels ? width : channels;
+    const int64_t vectors = channels / vector, even = vectors & -vectors;
+    if (even * vector * element_size >= kSectorBytes) {
+      width = (even < widest ? even : widest) * vector;  // no lane idles
+    } else {
+      // Strips of equal width and of whole sectors.
+      const int64_t strips = ceil_div(vectors, widest);
+      width = ceil_div(ceil_div(vectors, strips), 2) * 2 * vector;
+      width = width < channels ? width : channels;
+    }
     extent = layout.pixels;
   }
   tiling.block_channels = static_cast<int>(layout.channels_last ? width : 1);
   tiling.blocks = static_cast<int>(ceil_div(channels, tiling.block_channels));
-  const int side = lanes_for(layout.channels_last ? width / vector : extent);
+  // Lanes for so many steps: in the contiguous layout eight for each, but two lanes at least, whose
+  // vectors of 16 bytes are a sector.
+  const auto lanes = [&](int64_t steps) {
+    if (layout.channels_last) return lanes_for(width / vector);
+    const int least = lanes_for(steps < 2 ? steps : 2), most = lanes_for(ceil_div(steps, 8));
+    return most < least ? least : most;
+  };
+  const int side = lanes(extent);
   const int64_t batch = 4 * (layout.channels_last ? 32 / side : side);
   int64_t segment = clamp(ceil_div(item_bytes, width * element_size), 1, extent);
   segment = ceil_div(extent, ceil_div(extent, segment));
@@ -119,44 +157,90 @@ inline GroupNormTiling tile(const GroupNormLayout& layout, int64_t channels, int
   segment = segment < extent ? segment : extent;
   tiling.segments = static_cast<int>(ceil_div(extent, segment));
   tiling.segment_pixels = layout.channels_last ? segment : segment * vector;
-  tiling.lanes = lanes_for(layout.channels_last ? width / vector : segment);
+  tiling.lanes = lanes(segment);
+  tiling.lane_bits = log2_of(tiling.lanes);
+  tiling.row = layout.channels_last ? tiling.block_channels / vector : tiling.lanes;
+  tiling.item_vectors = static_cast<int>(tiling.item_numel() / vector);
+  tiling.step = layout.channels_last ? 32 / tiling.lanes * layout.channels : tiling.lanes * vector;
   return tiling;
 }
 
 // Channels that stay together on chip: one group; in channels_last as many as fill whole sectors,
-// or whole vectors, or (without vectors) the lanes of a warp.
-inline int64_t unit_channels(const GroupNormLayout& layout, int vector, int64_t element_size) {
+// or whole vectors, or (without vectors) the lanes of a warp. Of a small map several times as many,
+// up to `enough` bytes; if it is tiny, samples go side by side instead.
+inline int64_t unit_channels(const GroupNormLayout& layout, int vector, int64_t element_size,
+                             int64_t enough) {
   const int64_t size = layout.group_channels();
-  if (!layout.channels_last) return size;
-  if (vector == 1) {
+  int64_t channels = size;
+  if (layout.channels_last && vector == 1) {
     int64_t groups = 1;
     for (int64_t s = 2; s * size <= 32; ++s) groups = layout.groups % s == 0 ? s : groups;
-    return groups * size;
+    channels = groups * size;
+  } else if (layout.channels_last) {
+    int64_t step = kSectorBytes / element_size;
+    if (layout.channels % step) step = vector;
+    channels = size / gcd(size, step) * step;
   }
-  int64_t step = kSectorBytes / element_size;
-  if (layout.channels % step) step = vector;
-  return size / gcd(size, step) * step;
+  constexpr int64_t kTinyMap = 32;  // pixels
+  const int64_t channel_bytes = layout.pixels * element_size;
+  while (layout.pixels > kTinyMap && 2 * channels * channel_bytes <= enough &&
+         layout.channels % (2 * channels) == 0) {
+    channels *= 2;
+  }
+  return channels;
 }
 
 inline int items_per_warp(const GroupNormTiling& tiling) {
   return tiling.channels_last ? 1 : 32 / tiling.lanes;
 }
 
-inline GroupNormPlan one_pass(const GroupNormTiling& tiling, const GroupNormPass& pass,
-                              int64_t groups, int64_t element_size, int cluster) {
+// Blocks of `samples` samples that a multiprocessor has room for.
+inline int64_t resident_blocks(const GroupNormPlan& plan, int samples, const DeviceLimits& device) {
+  constexpr int64_t kReserved = 1 << 10;  // shared memory of every block that the driver takes
+  constexpr int64_t kWarps = (64 << 10) / (32 * kGroupNormRegisters), kBlocks = 24;
+  const int64_t by_registers = kWarps / (samples * plan.threads / 32);
+  const int64_t by_shared =
+      (device.shared_bytes + kReserved) / (samples * plan.shared_bytes + kReserved);
+  const int64_t fewest = by_registers < by_shared ? by_registers : by_shared;
+  return fewest < kBlocks ? fewest : kBlocks;
+}
+
+inline GroupNormPlan one_pass(const GroupNormLayout& layout, const GroupNormTiling& tiling,
+                              const GroupNormPass& pass, int64_t element_size, int cluster,
+                              const DeviceLimits& device) {
+  constexpr int kFewParts = 8;
   GroupNormPlan plan{};
   plan.tiling = tiling;
   plan.one_pass = true;
   plan.cluster = cluster;
+  plan.cluster_bits = log2_of(cluster);
+  plan.samples = 1;
   plan.items_per_block = static_cast<int>(ceil_div(tiling.items(), cluster));
-  const int64_t warps = ceil_div(plan.items_per_block, items_per_warp(tiling));
-  plan.threads = static_cast<int>(32 * clamp(warps, 1, kGroupNormThreads / 32));
+  plan.padded_channels = static_cast<int>(ceil_div(tiling.channels, 4) * 4);
+  plan.group_channels = static_cast<int>(layout.group_channels());
+  plan.groups = tiling.channels / plan.group_channels;
+  plan.parts = tiling.segments <= kFewParts ? tiling.segments : 1;
+  plan.part_bits = log2_of(lanes_for(plan.parts));
+  plan.group_bits = log2_of(lanes_for(int64_t{plan.group_channels} << plan.part_bits));
+  plan.blocks_per_sample = layout.channels / tiling.channels * cluster;
+
   const int64_t data = pass.tensors * plan.items_per_block * tiling.item_numel() * element_size;
   const int64_t partials = plan.items_per_block * tiling.block_channels * pass.partial;
-  const int64_t channels = tiling.channels * (pass.partial + pass.coefficients);
-  const int64_t floats = partials + channels + 2 * groups;
-  plan.shared_bytes = ceil_div(ceil_div(data, 16) * 16 + 4 * floats, 16) * 16;
-  plan.samples = 1;
+  const int64_t channels = plan.padded_channels * (pass.partial + pass.coefficients);
+  const int64_t floats = partials + channels + pass.statistics * plan.groups;
+  plan.data_bytes = ceil_div(data, 16) * 16;
+  plan.shared_bytes = ceil_div(plan.data_bytes + 4 * floats, 16) * 16;
+
+  // Half of the threads where two blocks find room, all where one does; where blocks fill the
+  // device no more than have enough to do. In even rounds of items.
+  const int64_t warps = ceil_div(plan.items_per_block, items_per_warp(tiling));
+  const bool alone = 2 * plan.shared_bytes > device.shared_bytes;
+  int64_t most = kGroupNormThreads / (alone ? 32 : 64);
+  if (layout.batch * plan.blocks_per_sample >= device.multiprocessors) {
+    const int64_t numel = plan.items_per_block * tiling.item_numel();
+    most = clamp(numel / (32 * kLaneElements), 1, most);
+  }
+  plan.threads = static_cast<int>(32 * ceil_div(warps, ceil_div(warps, most)));
   return plan;
 }
 
@@ -205,6 +289,7 @@ inline GroupNormPlan split(const GroupNormLayout& layout, int vector, int64_t el
     const int64_t most = clamp(4096 / plan.chunk_partials(), 1, 1024 / tiling.block_channels);
     plan.chunk_blocks = static_cast<int>(clamp(chunk / bytes, 1, most));
   }
+  plan.padded_channels = static_cast<int>(ceil_div(plan.chunk_channels(), 4) * 4);
   plan.chunks = static_cast<int>(ceil_div(tiling.segments, plan.chunk_segments));
   plan.blocks_per_sample = ceil_div(tiling.blocks, plan.chunk_blocks) * plan.chunks;
   return plan;
@@ -223,19 +308,18 @@ inline GroupNormLayout canonical(GroupNormLayout layout) {
 //
 // One pass, if the groups that share sectors fit into the shared memory of one block, or of the
 // smallest possible cluster; else split. Where clusters exist, blocks are halved further as long as
-// the grid leaves more than an eighth of the device idle, or there is more than one block per
-// multiprocessor and no room for two (so that one reads while the other writes); down to 2 KB per
-// block and to where the operands, which every block reads, come to 4 % of it. Clusters of more
-// than kPortableCluster blocks find room less easily: they are for what fits no other way, and for
-// an idle device and 8 KB per block.
+// the grid leaves more than an eighth of the device idle, or a multiprocessor has room for one
+// block only and would have it for two (one reads while the other writes); down to 2 KB per block
+// and to where the operands, which every block reads, come to 4 % of it. Clusters of more than
+// kPortableCluster blocks find room less easily: they are for what fits no other way, and for an
+// idle device and 8 KB per block.
 inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
                                      int64_t element_size, const GroupNormPass& pass,
                                      const DeviceLimits& device) {
   using namespace group_norm_plan;
-  constexpr int64_t kItemBytes = 2 << 10, kMaxItems = 256;
-  const int64_t channels = unit_channels(layout, vector, element_size);
+  constexpr int64_t kItemBytes = 4 << 10, kLeast = 2 << 10, kMaxItems = 256;
+  const int64_t channels = unit_channels(layout, vector, element_size, kItemBytes);
   const int64_t units = layout.channels / channels;
-  const int64_t groups = channels / layout.group_channels();
   const int64_t unit_bytes = channels * layout.pixels * element_size;
   if (unit_bytes / device.max_cluster <= device.shared_bytes) {
     const int64_t per_item = ceil_div(unit_bytes, kMaxItems);
@@ -243,20 +327,20 @@ inline GroupNormPlan plan_group_norm(const GroupNormLayout& layout, int vector,
         tile(layout, channels, vector, element_size, per_item > kItemBytes ? per_item : kItemBytes);
     GroupNormPlan plan{};
     for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+      const GroupNormPlan next = one_pass(layout, tiling, pass, element_size, cluster, device);
       if (cluster > 1 && plan.one_pass) {
         const int64_t blocks = layout.batch * units * plan.cluster;
-        const bool crowded =
-            blocks > device.multiprocessors && 2 * plan.shared_bytes > device.shared_bytes;
-        const bool idle = blocks < device.multiprocessors * 7 / 8;
         const bool portable = cluster <= kPortableCluster;
-        const int64_t least = clamp(100 * channels, portable ? kItemBytes : 8 << 10, unit_bytes);
+        const bool lonely = blocks > device.multiprocessors &&
+                            resident_blocks(plan, 1, device) < 2 &&
+                            resident_blocks(next, 1, device) > 1;
+        const bool idle = blocks < device.multiprocessors * 7 / 8;
+        const int64_t least = clamp(100 * channels, portable ? kLeast : 8 << 10, unit_bytes);
         const bool small = unit_bytes < cluster * least || tiling.items() < cluster;
-        if (small || !(idle || (crowded && portable))) break;
+        if (small || !(idle || (lonely && portable))) break;
       }
-      const GroupNormPlan next = one_pass(tiling, pass, groups, element_size, cluster);
       if (next.shared_bytes <= device.shared_bytes) plan = next;
     }
-    plan.blocks_per_sample = units * plan.cluster;
     if (plan.cluster == 1)
       plan.samples = samples_per_block(layout, plan, pass, element_size, device);
     if (plan.one_pass) return plan;
