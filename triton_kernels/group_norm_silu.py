@@ -19,7 +19,15 @@ from .group_norm_silu_split import (
     group_norm_silu_fwd_merge_kernel,
     group_norm_silu_fwd_moments_kernel,
 )
-from .group_norm_silu_tiles import Gradients, Operands, Sums, Tiling, row_stride, workspace
+from .group_norm_silu_tiles import (
+    Gradients,
+    Operands,
+    Sums,
+    Tiling,
+    row_stride,
+    with_pointer,
+    workspace,
+)
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
@@ -62,20 +70,25 @@ def group_norm_silu(
     )
     tiles = batch * cut.channel_tiles(channels, num_groups)
     operands = _operands(weight, bias, channel_bias, scale, shift)
-    results_and_inputs = y, mean, rstd, x, operands, pixels
-    meta = cut.meta(channels, num_groups, channels_last)
+    meta = cut.meta(channels, num_groups, channels_last, x.element_size())
     if cut.one_pass:
         _launch.launch(
             group_norm_silu_fwd_kernel,
             tiles,
             x.device,
-            *results_and_inputs,
-            eps,
-            0,
-            ACTIVATION=activation,
+            y,
+            mean,
+            rstd,
+            x,
+            with_pointer(operands, x),
+            pixels,
+            activation=activation,
+            eps=eps,
+            zero=0,
             **meta,
         )
         return
+    results_and_inputs = y, mean, rstd, x, operands, pixels
 
     chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     parts = cut.parts(channels, num_groups) * chunks
@@ -169,7 +182,8 @@ def group_norm_silu_backward(
             Gradients(*shares, grad_channel_bias, grad_scale, grad_shift),
             (grad, x, mean, rstd),
             _operands(weight, bias, channel_bias, scale, shift),
-            cut.meta(channels, num_groups, channels_last) | {"ACTIVATION": activation},
+            cut.meta(channels, num_groups, channels_last, x.element_size()),
+            activation,
             cut,
             num_groups,
             samples,
@@ -184,7 +198,7 @@ def group_norm_silu_backward(
             grad_bias,
             *shares,
             rows,
-            CHANNELS=channels,
+            channels,
             ROWS=32,
             CH=block,
         )
@@ -196,6 +210,7 @@ def _sample_gradients(
     inputs: tuple[Tensor, ...],
     operands: Operands,
     meta: dict[str, Any],
+    activation: int,
     cut: Plan,
     num_groups: int,
     samples: int,
@@ -205,6 +220,8 @@ def _sample_gradients(
     channels, pixels = x.shape[1], x.shape[2:].numel()
     tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
     if cut.one_pass:
+        if operands.channel_bias is None and grad_x is not None:
+            gradients = gradients._replace(channel_bias=grad_x)  # which nothing is written to
         _launch.launch(
             group_norm_silu_bwd_kernel,
             tiles,
@@ -212,13 +229,15 @@ def _sample_gradients(
             grad_x,
             gradients,
             *inputs,
-            operands,
+            with_pointer(operands, x),
             pixels,
-            0,
-            SAMPLES=samples,
+            activation=activation,
+            samples=samples,
+            zero=0,
             **meta,
         )
         return
+    meta = meta | {"ACTIVATION": activation}
 
     chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     s0, s1 = (workspace(x, tiles * chunks * cut.channels) for _ in range(2))
