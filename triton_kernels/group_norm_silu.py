@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch
 from .group_norm_silu_one_pass import group_norm_silu_bwd_kernel, group_norm_silu_fwd_kernel
-from .group_norm_silu_plan import Plan, plan, samples_per_program
+from .group_norm_silu_plan import Plan, may_share, plan, samples_per_program
 from .group_norm_silu_split import (
     group_norm_silu_bwd_apply_kernel,
     group_norm_silu_bwd_finish_kernel,
@@ -82,9 +82,9 @@ def group_norm_silu(
             x,
             with_pointer(operands, x),
             pixels,
-            activation=activation,
             eps=eps,
             zero=0,
+            ACTIVATION=activation,
             **meta,
         )
         return
@@ -220,7 +220,9 @@ def _sample_gradients(
     channels, pixels = x.shape[1], x.shape[2:].numel()
     tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
     if cut.one_pass:
-        if operands.channel_bias is None and grad_x is not None:
+        # Larger maps have no registers left for a sum that nobody wants.
+        if pixels <= 256 and operands.channel_bias is None and grad_x is not None:
+            operands = with_pointer(operands, x)
             gradients = gradients._replace(channel_bias=grad_x)  # which nothing is written to
         _launch.launch(
             group_norm_silu_bwd_kernel,
@@ -229,11 +231,12 @@ def _sample_gradients(
             grad_x,
             gradients,
             *inputs,
-            with_pointer(operands, x),
+            operands,
             pixels,
-            activation=activation,
             samples=samples,
             zero=0,
+            ACTIVATION=activation,
+            ONE_SAMPLE=not may_share(pixels * x.element_size()),
             **meta,
         )
         return

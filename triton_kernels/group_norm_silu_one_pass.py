@@ -118,7 +118,7 @@ def store_piece(pointer, values, piece, tile, sample, pixels, shape, HELD: tl.co
     tl.store(pointer + base + offsets, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["group_channels", "groups", "eps", "activation", "zero"])
+@triton.jit(do_not_specialize=["group_channels", "groups", "eps", "zero"])
 def group_norm_silu_fwd_kernel(
     y,
     mean,
@@ -129,9 +129,9 @@ def group_norm_silu_fwd_kernel(
     channels,
     group_channels,
     groups,
-    activation,
     eps,
     zero,
+    ACTIVATION: tl.constexpr,
     TILING: tl.constexpr,
     HELD: tl.constexpr,
 ):
@@ -171,11 +171,88 @@ def group_norm_silu_fwd_kernel(
     slope = spread(group_rstd, member) * gamma
     for piece in tl.static_range(PIECES):
         deviation = unpack(held[piece], 2 * zero, DTYPE, HELD) - center[:, None]
-        values = activate(deviation * slope[:, None] + beta[:, None], activation)
+        values = activate(deviation * slope[:, None] + beta[:, None], ACTIVATION)
         store_piece(y, values, piece, tile, rows.sample, pixels, shape, HELD)
 
 
-@triton.jit(do_not_specialize=["group_channels", "groups", "activation", "samples", "zero"])
+@triton.jit
+def sample_gradients(
+    grad_x,
+    gradients,
+    grad,
+    x,
+    mean,
+    rstd,
+    operands,
+    pixels,
+    zero,
+    tile,
+    sample,
+    tile_rows,
+    member,
+    shape,
+    ACTIVATION: tl.constexpr,
+    TILING: tl.constexpr,
+    HELD: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
+):
+    """The gradients of one sample in a tile; the shares in those of weight and bias.
+
+    With ONE_SAMPLE the shares are stored before grad_x, which takes the registers.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PIECES: tl.constexpr = TILING.pieces
+    CH: tl.constexpr = TILING.tile_channels
+    ROWS: tl.constexpr = TILING.segments * CH
+    first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)  # each channel once
+    rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
+    held_x = load_pieces(x, tile, sample, pixels, shape, HELD)
+    held_grad = load_pieces(grad, tile, sample, pixels, shape, HELD)
+    center, row_rstd = load_statistics(mean, rstd, operands, rows, shape)
+    gamma, beta = affine(operands, rows)
+
+    s0, s1, s2 = None, None, None
+    for piece in tl.static_range(PIECES):
+        mask = piece_mask(piece, rows, pixels, shape, TILING)
+        x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
+        grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
+        h_hat, dz = normalized(x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION)
+        s0 = plus(s0, dz)
+        s1 = plus(s1, masked(dz * h_hat, mask))
+        s2 = plus(s2, h_hat)
+    row_s0 = tl.sum(s0, axis=1)
+    row_s1 = tl.sum(s1, axis=1)
+    row_s2 = tl.sum(s2, axis=1) if gradients.channel_bias is not None else row_s0
+    scaling = 1.0 / (shape.group_channels * 1.0 * pixels)
+    m0 = spread(sum_groups(gamma * row_s0, member) * scaling, member)
+    m1 = spread(sum_groups(gamma * row_s1, member) * scaling, member)
+    sums = Sums(
+        sum_segments(row_s0, rows, TILING),
+        sum_segments(row_s1, rows, TILING),
+        sum_segments(row_s2, rows, TILING),
+    )
+    first_rows = Rows(sample, rows.first, rows.channel, first_mask)
+    weight_share, bias_share = store_channel_gradients(
+        gradients, operands, sums, m0, m1, row_rstd, gamma, pixels, first_rows, shape.channels
+    )
+    if ONE_SAMPLE:
+        at = sample * shape.channels + tile_rows.channel
+        store_if_wanted(gradients.weight, at, weight_share, first_mask)
+        store_if_wanted(gradients.bias, at, bias_share, first_mask)
+    if grad_x is not None:
+        for piece in tl.static_range(PIECES):
+            mask = piece_mask(piece, rows, pixels, shape, TILING)
+            x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
+            grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
+            h_hat, dz = normalized(
+                x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
+            )
+            dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
+            store_piece(grad_x, dx, piece, tile, sample, pixels, shape, HELD)
+    return weight_share, bias_share
+
+
+@triton.jit(do_not_specialize=["group_channels", "groups", "samples", "zero"])
 def group_norm_silu_bwd_kernel(
     grad_x,
     gradients,
@@ -188,77 +265,73 @@ def group_norm_silu_bwd_kernel(
     channels,
     group_channels,
     groups,
-    activation,
     samples,
     zero,
+    ACTIVATION: tl.constexpr,
     TILING: tl.constexpr,
     HELD: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
 ):
     """All gradients of one span of whole groups.
 
     Of `samples` samples one after the other, so that their shares in the gradients of weight and
-    bias are added up here. Their number follows the batch's, so it is not a constant.
+    bias are added up here. Their number follows the batch's, so it is not a constant; where it is
+    always one, ONE_SAMPLE, there is no loop.
     """
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    PIECES: tl.constexpr = TILING.pieces
     CH: tl.constexpr = TILING.tile_channels
     ROWS: tl.constexpr = TILING.segments * CH
     shape = Shape(channels, group_channels, groups)
     tile = tl.program_id(0)
     tile_rows = rows_of(tile, shape, TILING)  # `sample` counts blocks of `samples` samples
     _, _, member = members_of(tile_rows, shape, TILING)
-    first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)  # each channel once
-    weight_share = tl.zeros((ROWS,), tl.float32)
-    bias_share = tl.zeros((ROWS,), tl.float32)
-    for k in tl.range(samples, num_stages=1):
-        sample = tile_rows.sample * samples + k
-        rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
-        held_x = load_pieces(x, tile, sample, pixels, shape, HELD)
-        held_grad = load_pieces(grad, tile, sample, pixels, shape, HELD)
-        center, row_rstd = load_statistics(mean, rstd, operands, rows, shape)
-        gamma, beta = affine(operands, rows)
-
-        s0, s1, s2 = None, None, None
-        for piece in tl.static_range(PIECES):
-            mask = piece_mask(piece, rows, pixels, shape, TILING)
-            x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
-            grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
-            h_hat, dz = normalized(
-                x_piece, grad_piece, mask, center, row_rstd, gamma, beta, activation
+    if ONE_SAMPLE:
+        sample_gradients(
+            grad_x,
+            gradients,
+            grad,
+            x,
+            mean,
+            rstd,
+            operands,
+            pixels,
+            zero,
+            tile,
+            tile_rows.sample,
+            tile_rows,
+            member,
+            shape,
+            ACTIVATION,
+            TILING,
+            HELD,
+            ONE_SAMPLE,
+        )
+    else:
+        weight_share = tl.zeros((ROWS,), tl.float32)
+        bias_share = tl.zeros((ROWS,), tl.float32)
+        for k in tl.range(samples, num_stages=1):
+            weight_part, bias_part = sample_gradients(
+                grad_x,
+                gradients,
+                grad,
+                x,
+                mean,
+                rstd,
+                operands,
+                pixels,
+                zero,
+                tile,
+                tile_rows.sample * samples + k,
+                tile_rows,
+                member,
+                shape,
+                ACTIVATION,
+                TILING,
+                HELD,
+                ONE_SAMPLE,
             )
-            s0 = plus(s0, dz)
-            s1 = plus(s1, masked(dz * h_hat, mask))
-            s2 = plus(s2, h_hat)
-        row_s0 = tl.sum(s0, axis=1)
-        row_s1 = tl.sum(s1, axis=1)
-        row_s2 = row_s0
-        if gradients.channel_bias is not None:  # noqa: SIM102 (the compiler knows this, not that)
-            if operands.channel_bias_stride >= 0:
-                row_s2 = tl.sum(s2, axis=1)
-        scaling = 1.0 / (group_channels * 1.0 * pixels)
-        m0 = spread(sum_groups(gamma * row_s0, member) * scaling, member)
-        m1 = spread(sum_groups(gamma * row_s1, member) * scaling, member)
-        sums = Sums(
-            sum_segments(row_s0, rows, TILING),
-            sum_segments(row_s1, rows, TILING),
-            sum_segments(row_s2, rows, TILING),
-        )
-        first_rows = Rows(sample, rows.first, rows.channel, first_mask)
-        weight_part, bias_part = store_channel_gradients(
-            gradients, operands, sums, m0, m1, row_rstd, gamma, pixels, first_rows, channels
-        )
-        weight_share += weight_part
-        bias_share += bias_part
-        if grad_x is not None:
-            for piece in tl.static_range(PIECES):
-                mask = piece_mask(piece, rows, pixels, shape, TILING)
-                x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
-                grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
-                h_hat, dz = normalized(
-                    x_piece, grad_piece, mask, center, row_rstd, gamma, beta, activation
-                )
-                dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
-                store_piece(grad_x, dx, piece, tile, sample, pixels, shape, HELD)
-    at = tile_rows.sample * channels + tile_rows.channel
-    store_if_wanted(gradients.weight, at, weight_share, first_mask)
-    store_if_wanted(gradients.bias, at, bias_share, first_mask)
+            weight_share += weight_part
+            bias_share += bias_part
+        first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)
+        at = tile_rows.sample * channels + tile_rows.channel
+        store_if_wanted(gradients.weight, at, weight_share, first_mask)
+        store_if_wanted(gradients.bias, at, bias_share, first_mask)

@@ -180,6 +180,11 @@ def plan(
     return Plan(False, groups, tile, tile_pixels, rounds, 4)
 
 
+def may_share(channel_bytes: int) -> bool:
+    """Whether maps are so small that programs of the backward pass may take several samples."""
+    return 3 * channel_bytes < 24 * 16
+
+
 def samples_per_program(
     cut: Plan, batch: int, channels: int, num_groups: int, pixels: int, itemsize: int
 ) -> int:
@@ -188,7 +193,7 @@ def samples_per_program(
     A program writes its shares in the gradients of weight and bias, which are read again: 16 bytes
     per channel. So the number of samples is doubled until that is at most a 24th of x, grad and
     grad_x. It must divide the batch and leave enough programs: enough to fill a device, or to have
-    4 KB each. It is at most four, because the loop over samples is unrolled.
+    4 KB each. It is at most four.
     """
     samples, size = 1, pixels * itemsize
     enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))

@@ -125,22 +125,19 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def activate(z, activation):
-    """`activation` may be known at compile time or not."""
-    y = z
-    if activation != IDENTITY:
-        y = z / (1.0 + tl.exp(-z))
-    return y
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == IDENTITY:
+        return z
+    return z / (1.0 + tl.exp(-z))
 
 
 @triton.jit
-def activation_slope(z, activation):
+def activation_slope(z, ACTIVATION: tl.constexpr):
     """The derivative of `activate`."""
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if activation != IDENTITY:
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
-    return slope
+    if ACTIVATION == IDENTITY:
+        return tl.full(z.shape, 1.0, tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-z))
+    return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -349,11 +346,11 @@ def load_statistics(mean, rstd, operands, rows, shape):
 
 
 @triton.jit
-def normalized(x, grad, mask, center, rstd, gamma, beta, activation):
+def normalized(x, grad, mask, center, rstd, gamma, beta, ACTIVATION: tl.constexpr):
     """h_hat and dz of a tile of x and grad, 0 outside of it."""
     h_hat = masked((x - center[:, None]) * rstd[:, None], mask)
     z = h_hat * gamma[:, None] + beta[:, None]
-    return h_hat, masked(grad * activation_slope(z, activation), mask)
+    return h_hat, masked(grad * activation_slope(z, ACTIVATION), mask)
 
 
 @triton.jit

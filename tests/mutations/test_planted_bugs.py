@@ -135,8 +135,8 @@ MUTANTS = [
     Mutant(
         "silu'(x_hat) in place of silu'(gamma x_hat + beta) (Triton)",
         "triton_kernels/group_norm_silu_tiles.py",
-        "grad * activation_slope(z, activation)",
-        "grad * activation_slope(h_hat, activation)",
+        "grad * activation_slope(z, ACTIVATION)",
+        "grad * activation_slope(h_hat, ACTIVATION)",
         triton("group_norm_silu_triton", "test_values"),
         "error exceeds the bound",
         quick=True,

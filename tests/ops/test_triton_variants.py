@@ -82,13 +82,16 @@ def training_step(batch: int, dtype: torch.dtype, layout: str) -> set[tuple[str,
 @pytest.mark.parametrize("max_blocks", [1, 8])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_training_step_compiles_at_most_20_kernels(dtype, layout, max_blocks) -> None:
+def test_a_training_step_compiles_few_kernels(dtype, layout, max_blocks) -> None:
+    """At most 20 for all normalizations, which were 38, and four for noising and loss."""
     with (
         mock.patch.object(_launch, "max_blocks", return_value=max_blocks),
         mock.patch.object(_launch, "holds_pairs", return_value=True),
     ):
         whole = training_step(128, dtype, layout)
-        assert 10 < len(whole) <= 20, sorted(whole)
+        found = [name.startswith("group_norm_silu") for name, *_ in whole]
+        assert 10 < sum(found) <= 20, sorted(whole)
+        assert 3 <= len(found) - sum(found) <= 4, sorted(whole)
         # A part of a batch, and what is left of the images for the last one.
         for batch in (64, 32, 37, 2):
             assert training_step(batch, dtype, layout) <= whole, batch
