@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch
 from .group_norm_silu_one_pass import group_norm_silu_bwd_kernel, group_norm_silu_fwd_kernel
-from .group_norm_silu_plan import Plan, may_share, plan, samples_per_program
+from .group_norm_silu_plan import Plan, plan, samples_per_program
 from .group_norm_silu_split import (
     group_norm_silu_bwd_apply_kernel,
     group_norm_silu_bwd_finish_kernel,
@@ -19,15 +19,7 @@ from .group_norm_silu_split import (
     group_norm_silu_fwd_merge_kernel,
     group_norm_silu_fwd_moments_kernel,
 )
-from .group_norm_silu_tiles import (
-    Gradients,
-    Operands,
-    Sums,
-    Tiling,
-    row_stride,
-    with_pointer,
-    workspace,
-)
+from .group_norm_silu_tiles import Gradients, Operands, Sums, Tiling, row_stride, workspace
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
@@ -70,25 +62,20 @@ def group_norm_silu(
     )
     tiles = batch * cut.channel_tiles(channels, num_groups)
     operands = _operands(weight, bias, channel_bias, scale, shift)
-    meta = cut.meta(channels, num_groups, channels_last, x.element_size())
+    results_and_inputs = y, mean, rstd, x, operands, pixels
+    meta = cut.meta(channels, num_groups, channels_last)
     if cut.one_pass:
         _launch.launch(
             group_norm_silu_fwd_kernel,
             tiles,
             x.device,
-            y,
-            mean,
-            rstd,
-            x,
-            with_pointer(operands, x),
-            pixels,
-            eps=eps,
-            zero=0,
+            *results_and_inputs,
+            eps,
+            0,
             ACTIVATION=activation,
             **meta,
         )
         return
-    results_and_inputs = y, mean, rstd, x, operands, pixels
 
     chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     parts = cut.parts(channels, num_groups) * chunks
@@ -182,8 +169,7 @@ def group_norm_silu_backward(
             Gradients(*shares, grad_channel_bias, grad_scale, grad_shift),
             (grad, x, mean, rstd),
             _operands(weight, bias, channel_bias, scale, shift),
-            cut.meta(channels, num_groups, channels_last, x.element_size()),
-            activation,
+            cut.meta(channels, num_groups, channels_last) | {"ACTIVATION": activation},
             cut,
             num_groups,
             samples,
@@ -198,7 +184,7 @@ def group_norm_silu_backward(
             grad_bias,
             *shares,
             rows,
-            channels,
+            CHANNELS=channels,
             ROWS=32,
             CH=block,
         )
@@ -210,7 +196,6 @@ def _sample_gradients(
     inputs: tuple[Tensor, ...],
     operands: Operands,
     meta: dict[str, Any],
-    activation: int,
     cut: Plan,
     num_groups: int,
     samples: int,
@@ -220,10 +205,6 @@ def _sample_gradients(
     channels, pixels = x.shape[1], x.shape[2:].numel()
     tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
     if cut.one_pass:
-        # Larger maps have no registers left for a sum that nobody wants.
-        if pixels <= 256 and operands.channel_bias is None and grad_x is not None:
-            operands = with_pointer(operands, x)
-            gradients = gradients._replace(channel_bias=grad_x)  # which nothing is written to
         _launch.launch(
             group_norm_silu_bwd_kernel,
             tiles,
@@ -233,14 +214,11 @@ def _sample_gradients(
             *inputs,
             operands,
             pixels,
-            samples=samples,
-            zero=0,
-            ACTIVATION=activation,
-            ONE_SAMPLE=not may_share(pixels * x.element_size()),
+            0,
+            SAMPLES=samples,
             **meta,
         )
         return
-    meta = meta | {"ACTIVATION": activation}
 
     chunks = _launch.cdiv(pixels, cut.pixels * cut.rounds)
     s0, s1 = (workspace(x, tiles * chunks * cut.channels) for _ in range(2))

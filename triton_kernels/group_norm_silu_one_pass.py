@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .group_norm_silu_tiles import (
     Rows,
-    Shape,
     Sums,
     activate,
     affine,
@@ -37,42 +36,33 @@ from .group_norm_silu_tiles import (
 
 
 @triton.jit
-def held_shape(shape, HELD: tl.constexpr):
-    """`shape` in units of what is held."""
-    if HELD.packed and HELD.channels_last:
-        return Shape(shape.channels // 2, shape.group_channels // 2, shape.groups)
-    return Shape(shape.channels, shape.group_channels, shape.groups)
-
-
-@triton.jit
-def piece_mask(piece, rows, pixels, shape, TILING: tl.constexpr):
+def piece_mask(piece, rows, pixels, TILING: tl.constexpr):
     """Which elements of a piece exist."""
     first_pixel = piece * (TILING.tile_pixels // TILING.pieces)
-    _, _, mask = tile_offsets(rows, first_pixel, pixels, shape, TILING)
+    _, _, mask = tile_offsets(rows, first_pixel, pixels, TILING)
     return mask
 
 
 @triton.jit
-def piece_offsets(piece, tile, sample, pixels, shape, HELD: tl.constexpr):
+def piece_offsets(piece, tile, sample, pixels, HELD: tl.constexpr):
     """Where a piece of a tile lies in a sample, as `tile_offsets` says it, in units of HELD."""
     PACKED: tl.constexpr = HELD.packed
     PIXELS_IN_ONE: tl.constexpr = 1 if HELD.channels_last else 1 + PACKED
-    shape = held_shape(shape, HELD)
-    rows = rows_of(tile, shape, HELD)
+    rows = rows_of(tile, HELD)
     rows = Rows(sample, rows.first, rows.channel, rows.mask)
     first_pixel = piece * (HELD.tile_pixels // HELD.pieces)
-    return tile_offsets(rows, first_pixel, pixels // PIXELS_IN_ONE, shape, HELD)
+    return tile_offsets(rows, first_pixel, pixels // PIXELS_IN_ONE, HELD)
 
 
 @triton.jit
-def load_pieces(pointer, tile, sample, pixels, shape, HELD: tl.constexpr):
+def load_pieces(pointer, tile, sample, pixels, HELD: tl.constexpr):
     """A tile, as a tuple of its pieces."""
     PIECES: tl.constexpr = HELD.pieces
     if HELD.packed:
         pointer = pointer.to(tl.pointer_type(tl.int32))
     held = ()
     for piece in tl.static_range(PIECES):
-        base, offsets, mask = piece_offsets(piece, tile, sample, pixels, shape, HELD)
+        base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
         held = held + (tl.load(pointer + base + offsets, mask=mask, other=0),)  # noqa: RUF005
     return held
 
@@ -102,8 +92,8 @@ def plus(total, values):
 
 
 @triton.jit
-def store_piece(pointer, values, piece, tile, sample, pixels, shape, HELD: tl.constexpr):
-    base, offsets, mask = piece_offsets(piece, tile, sample, pixels, shape, HELD)
+def store_piece(pointer, values, piece, tile, sample, pixels, HELD: tl.constexpr):
+    base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
     values = values.to(pointer.dtype.element_ty)
     if HELD.packed:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
@@ -118,7 +108,7 @@ def store_piece(pointer, values, piece, tile, sample, pixels, shape, HELD: tl.co
     tl.store(pointer + base + offsets, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["group_channels", "groups", "eps", "zero"])
+@triton.jit(do_not_specialize=["eps", "zero"])
 def group_norm_silu_fwd_kernel(
     y,
     mean,
@@ -126,9 +116,6 @@ def group_norm_silu_fwd_kernel(
     x,
     operands,
     pixels,
-    channels,
-    group_channels,
-    groups,
     eps,
     zero,
     ACTIVATION: tl.constexpr,
@@ -138,21 +125,20 @@ def group_norm_silu_fwd_kernel(
     """y, mean and rstd of one span of whole groups of one sample."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     PIECES: tl.constexpr = TILING.pieces
-    shape = Shape(channels, group_channels, groups)
-    tile = tl.program_id(0)
-    rows = rows_of(tile, shape, TILING)
-    group, group_mask, member = members_of(rows, shape, TILING)
+    tile = tl.program_id(0).to(tl.int64)
+    rows = rows_of(tile, TILING)
+    group, group_mask, member = members_of(rows, TILING)
     channel_bias = load_channel_bias(operands, rows)
     gamma, beta = affine(operands, rows)
-    held = load_pieces(x, tile, rows.sample, pixels, shape, HELD)
+    held = load_pieces(x, tile, rows.sample, pixels, HELD)
 
     pivot, first, first_bias = pivots(
-        x, operands, channel_bias, rows, group, group_mask, member, pixels, shape, TILING
+        x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
     )
-    n = group_channels * 1.0 * pixels
+    n = TILING.group_channels * 1.0 * pixels
     total, square = None, None
     for piece in tl.static_range(PIECES):
-        mask = piece_mask(piece, rows, pixels, shape, TILING)
+        mask = piece_mask(piece, rows, pixels, TILING)
         deviation = unpack(held[piece], 0, DTYPE, HELD) - pivot[:, None]
         total = plus(total, tl.where(mask, deviation, 0.0))
     group_mean = sum_groups(tl.sum(total, axis=1), member) / n
@@ -160,11 +146,11 @@ def group_norm_silu_fwd_kernel(
     group_mean += first + first_bias
 
     for piece in tl.static_range(PIECES):
-        mask = piece_mask(piece, rows, pixels, shape, TILING)
+        mask = piece_mask(piece, rows, pixels, TILING)
         deviation = unpack(held[piece], zero, DTYPE, HELD) - center[:, None]
         square = plus(square, masked(deviation * deviation, mask))
     group_rstd = 1.0 / tl.sqrt(sum_groups(tl.sum(square, axis=1), member) / n + eps)
-    at = rows.sample * (channels // group_channels) + group
+    at = rows.sample * (TILING.channels // TILING.group_channels) + group
     tl.store(mean + at, group_mean, mask=group_mask)
     tl.store(rstd + at, group_rstd, mask=group_mask)
 
@@ -172,87 +158,10 @@ def group_norm_silu_fwd_kernel(
     for piece in tl.static_range(PIECES):
         deviation = unpack(held[piece], 2 * zero, DTYPE, HELD) - center[:, None]
         values = activate(deviation * slope[:, None] + beta[:, None], ACTIVATION)
-        store_piece(y, values, piece, tile, rows.sample, pixels, shape, HELD)
+        store_piece(y, values, piece, tile, rows.sample, pixels, HELD)
 
 
-@triton.jit
-def sample_gradients(
-    grad_x,
-    gradients,
-    grad,
-    x,
-    mean,
-    rstd,
-    operands,
-    pixels,
-    zero,
-    tile,
-    sample,
-    tile_rows,
-    member,
-    shape,
-    ACTIVATION: tl.constexpr,
-    TILING: tl.constexpr,
-    HELD: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
-):
-    """The gradients of one sample in a tile; the shares in those of weight and bias.
-
-    With ONE_SAMPLE the shares are stored before grad_x, which takes the registers.
-    """
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    PIECES: tl.constexpr = TILING.pieces
-    CH: tl.constexpr = TILING.tile_channels
-    ROWS: tl.constexpr = TILING.segments * CH
-    first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)  # each channel once
-    rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
-    held_x = load_pieces(x, tile, sample, pixels, shape, HELD)
-    held_grad = load_pieces(grad, tile, sample, pixels, shape, HELD)
-    center, row_rstd = load_statistics(mean, rstd, operands, rows, shape)
-    gamma, beta = affine(operands, rows)
-
-    s0, s1, s2 = None, None, None
-    for piece in tl.static_range(PIECES):
-        mask = piece_mask(piece, rows, pixels, shape, TILING)
-        x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
-        grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
-        h_hat, dz = normalized(x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION)
-        s0 = plus(s0, dz)
-        s1 = plus(s1, masked(dz * h_hat, mask))
-        s2 = plus(s2, h_hat)
-    row_s0 = tl.sum(s0, axis=1)
-    row_s1 = tl.sum(s1, axis=1)
-    row_s2 = tl.sum(s2, axis=1) if gradients.channel_bias is not None else row_s0
-    scaling = 1.0 / (shape.group_channels * 1.0 * pixels)
-    m0 = spread(sum_groups(gamma * row_s0, member) * scaling, member)
-    m1 = spread(sum_groups(gamma * row_s1, member) * scaling, member)
-    sums = Sums(
-        sum_segments(row_s0, rows, TILING),
-        sum_segments(row_s1, rows, TILING),
-        sum_segments(row_s2, rows, TILING),
-    )
-    first_rows = Rows(sample, rows.first, rows.channel, first_mask)
-    weight_share, bias_share = store_channel_gradients(
-        gradients, operands, sums, m0, m1, row_rstd, gamma, pixels, first_rows, shape.channels
-    )
-    if ONE_SAMPLE:
-        at = sample * shape.channels + tile_rows.channel
-        store_if_wanted(gradients.weight, at, weight_share, first_mask)
-        store_if_wanted(gradients.bias, at, bias_share, first_mask)
-    if grad_x is not None:
-        for piece in tl.static_range(PIECES):
-            mask = piece_mask(piece, rows, pixels, shape, TILING)
-            x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
-            grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
-            h_hat, dz = normalized(
-                x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
-            )
-            dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
-            store_piece(grad_x, dx, piece, tile, sample, pixels, shape, HELD)
-    return weight_share, bias_share
-
-
-@triton.jit(do_not_specialize=["group_channels", "groups", "samples", "zero"])
+@triton.jit(do_not_specialize=["zero"])
 def group_norm_silu_bwd_kernel(
     grad_x,
     gradients,
@@ -262,76 +171,74 @@ def group_norm_silu_bwd_kernel(
     rstd,
     operands,
     pixels,
-    channels,
-    group_channels,
-    groups,
-    samples,
     zero,
     ACTIVATION: tl.constexpr,
     TILING: tl.constexpr,
     HELD: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     """All gradients of one span of whole groups.
 
-    Of `samples` samples one after the other, so that their shares in the gradients of weight and
-    bias are added up here. Their number follows the batch's, so it is not a constant; where it is
-    always one, ONE_SAMPLE, there is no loop.
+    Of SAMPLES samples one after the other, so that their shares in the gradients of weight and bias
+    are added up here.
     """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PIECES: tl.constexpr = TILING.pieces
     CH: tl.constexpr = TILING.tile_channels
     ROWS: tl.constexpr = TILING.segments * CH
-    shape = Shape(channels, group_channels, groups)
-    tile = tl.program_id(0)
-    tile_rows = rows_of(tile, shape, TILING)  # `sample` counts blocks of `samples` samples
-    _, _, member = members_of(tile_rows, shape, TILING)
-    if ONE_SAMPLE:
-        sample_gradients(
-            grad_x,
-            gradients,
-            grad,
-            x,
-            mean,
-            rstd,
-            operands,
-            pixels,
-            zero,
-            tile,
-            tile_rows.sample,
-            tile_rows,
-            member,
-            shape,
-            ACTIVATION,
-            TILING,
-            HELD,
-            ONE_SAMPLE,
-        )
-    else:
-        weight_share = tl.zeros((ROWS,), tl.float32)
-        bias_share = tl.zeros((ROWS,), tl.float32)
-        for k in tl.range(samples, num_stages=1):
-            weight_part, bias_part = sample_gradients(
-                grad_x,
-                gradients,
-                grad,
-                x,
-                mean,
-                rstd,
-                operands,
-                pixels,
-                zero,
-                tile,
-                tile_rows.sample * samples + k,
-                tile_rows,
-                member,
-                shape,
-                ACTIVATION,
-                TILING,
-                HELD,
-                ONE_SAMPLE,
+    tile = tl.program_id(0).to(tl.int64)
+    tile_rows = rows_of(tile, TILING)  # `sample` counts blocks of SAMPLES samples
+    _, _, member = members_of(tile_rows, TILING)
+    first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)  # each channel once
+    weight_share = tl.zeros((ROWS,), tl.float32)
+    bias_share = tl.zeros((ROWS,), tl.float32)
+    for k in tl.static_range(SAMPLES):
+        sample = tile_rows.sample * SAMPLES + k
+        rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
+        held_x = load_pieces(x, tile, sample, pixels, HELD)
+        held_grad = load_pieces(grad, tile, sample, pixels, HELD)
+        center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
+        gamma, beta = affine(operands, rows)
+
+        s0, s1, s2 = None, None, None
+        for piece in tl.static_range(PIECES):
+            mask = piece_mask(piece, rows, pixels, TILING)
+            x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
+            grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
+            h_hat, dz = normalized(
+                x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
             )
-            weight_share += weight_part
-            bias_share += bias_part
-        first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)
-        at = tile_rows.sample * channels + tile_rows.channel
-        store_if_wanted(gradients.weight, at, weight_share, first_mask)
-        store_if_wanted(gradients.bias, at, bias_share, first_mask)
+            s0 = plus(s0, dz)
+            s1 = plus(s1, masked(dz * h_hat, mask))
+            s2 = plus(s2, h_hat)
+        row_s0 = tl.sum(s0, axis=1)
+        row_s1 = tl.sum(s1, axis=1)
+        row_s2 = tl.sum(s2, axis=1) if gradients.channel_bias is not None else row_s0
+        scaling = 1.0 / (TILING.group_channels * 1.0 * pixels)
+        m0 = spread(sum_groups(gamma * row_s0, member) * scaling, member)
+        m1 = spread(sum_groups(gamma * row_s1, member) * scaling, member)
+        sums = Sums(
+            sum_segments(row_s0, rows, TILING),
+            sum_segments(row_s1, rows, TILING),
+            sum_segments(row_s2, rows, TILING),
+        )
+        first_rows = Rows(sample, rows.first, rows.channel, first_mask)
+        weight_part, bias_part = store_channel_gradients(
+            gradients, operands, sums, m0, m1, row_rstd, gamma, pixels, first_rows, TILING.channels
+        )
+        weight_share += weight_part
+        bias_share += bias_part
+        if k == SAMPLES - 1:  # before grad_x, which takes the registers
+            at = tile_rows.sample * TILING.channels + tile_rows.channel
+            store_if_wanted(gradients.weight, at, weight_share, first_mask)
+            store_if_wanted(gradients.bias, at, bias_share, first_mask)
+        if grad_x is not None:
+            for piece in tl.static_range(PIECES):
+                mask = piece_mask(piece, rows, pixels, TILING)
+                x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
+                grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
+                h_hat, dz = normalized(
+                    x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
+                )
+                dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
+                store_piece(grad_x, dx, piece, tile, sample, pixels, HELD)

@@ -34,15 +34,11 @@ class Plan(NamedTuple):
         """Channel tiles of one sample."""
         return num_groups // self.groups * self.parts(channels, num_groups)
 
-    def meta(
-        self, channels: int, num_groups: int, channels_last: bool, itemsize: int
-    ) -> dict[str, Any]:
-        """Of the kernels that work on tiles: arguments that follow the plan, launch options."""
-        group_channels = channels // num_groups
-        meta = {"num_warps": self.num_warps, "num_ctas": self.blocks}
+    def meta(self, channels: int, num_groups: int, channels_last: bool) -> dict[str, Any]:
+        """Of the kernels that work on tiles: compile-time arguments and launch options."""
         tiling = Tiling(
             channels,
-            group_channels,
+            channels // num_groups,
             self.groups,
             self.channels,
             self.pixels,
@@ -51,17 +47,10 @@ class Plan(NamedTuple):
             self.pieces,
             self.packed,
         )
-        if not self.one_pass:
-            return {"TILING": tiling, **meta}
-        few = min(4, self.channels)  # the same for most layers
-        tiling = tiling._replace(
-            slots=max(few, triton.next_power_of_2(self.groups)),
-            # What an access of 16 bytes asks for.
-            align=math.gcd(group_channels * self.groups, 16 // itemsize) if channels_last else 1,
-        )
-        constants = tiling.without_shape()
-        shape = tiling.shape._asdict()
-        return {"TILING": constants, "HELD": constants.as_held(), **shape, **meta}
+        meta = {"TILING": tiling, "num_warps": self.num_warps, "num_ctas": self.blocks}
+        if self.one_pass:
+            meta["HELD"] = tiling.as_held()
+        return meta
 
 
 # Registers in which a block may hold tiles, of the 65536 of a multiprocessor. The rest is for
@@ -75,9 +64,7 @@ HELD_CROWDED = 16384
 # which are eight times as many.
 CLUSTER_CHANNELS = 128
 SECTOR_BYTES = 32
-# Groups of small maps are put together up to so many elements or channels.
-SMALL_TILE = 4096
-SMALL_CHANNELS = 16
+WARP_BYTES = 512  # of one access by a whole warp
 SPLIT_ELEMENTS = 4096  # per tile: 16 bytes for each of 128 threads, 4 times (bfloat16) or 8 times
 # channels_last: two sectors of adjacent channels. Wider tiles would have fewer pixels, so there
 # would be more of them and more partial sums.
@@ -123,10 +110,6 @@ def plan(
 
     padded = triton.next_power_of_2(pixels)
     sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
-
-    def is_small(groups: int) -> bool:
-        return sizes[groups] < SMALL_TILE and sizes[groups] // padded < SMALL_CHANNELS
-
     limit = min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
     held_as = arrays, itemsize, channels_last
     backward_channels = channels_last and arrays > 1
@@ -147,10 +130,10 @@ def plan(
                 if sizes[k] <= held and _pieces(sizes[k] // blocks, *held_as) <= most
             ]
             # The fewest groups, so the most programs, among those that waste nothing; else the
-            # least. But tiles of small maps are filled up, so that layers share kernels.
+            # least. And enough for 16 bytes a thread.
             groups = min(
                 fitting,
-                key=lambda k: (max(waste(k), WASTE), is_small(k), k),
+                key=lambda k: (max(waste(k), WASTE), sizes[k] * itemsize < WARP_BYTES, k),
                 default=0,
             )
             # A second read costs half as much again.
@@ -180,11 +163,6 @@ def plan(
     return Plan(False, groups, tile, tile_pixels, rounds, 4)
 
 
-def may_share(channel_bytes: int) -> bool:
-    """Whether maps are so small that programs of the backward pass may take several samples."""
-    return 3 * channel_bytes < 24 * 16
-
-
 def samples_per_program(
     cut: Plan, batch: int, channels: int, num_groups: int, pixels: int, itemsize: int
 ) -> int:
@@ -193,7 +171,7 @@ def samples_per_program(
     A program writes its shares in the gradients of weight and bias, which are read again: 16 bytes
     per channel. So the number of samples is doubled until that is at most a 24th of x, grad and
     grad_x. It must divide the batch and leave enough programs: enough to fill a device, or to have
-    4 KB each. It is at most four.
+    4 KB each. It is at most four, because the loop over samples is unrolled.
     """
     samples, size = 1, pixels * itemsize
     enough = min(DEVICE_PROGRAMS, max(1, batch * channels * size >> 12))

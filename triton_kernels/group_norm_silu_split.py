@@ -55,18 +55,18 @@ def group_norm_silu_fwd_moments_kernel(
     PIX: tl.constexpr = TILING.tile_pixels
     PARTS: tl.constexpr = (TILING.groups * TILING.group_channels + CH - 1) // CH
     tile, chunk = split_program(chunks, TILING)
-    rows = rows_of(tile, TILING, TILING)
-    group, group_mask, member = members_of(rows, TILING, TILING)
+    rows = rows_of(tile, TILING)
+    group, group_mask, member = members_of(rows, TILING)
     channel_bias = load_channel_bias(operands, rows)
     pivot, first, first_bias = pivots(
-        x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING, TILING
+        x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
     )
 
     n = tl.zeros(group.shape, tl.float32)
     mean = tl.zeros(group.shape, tl.float32)
     square = tl.zeros(group.shape, tl.float32)
     for r in range(rounds):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING, TILING)
+        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         deviation = masked(load_tile(x + base, offsets, mask) - pivot[:, None], mask)
         tile_n, tile_mean, tile_square = tile_moments(deviation, mask, member)
         # Chan, Golub & LeVeque 1979: the moments of a union.
@@ -148,14 +148,14 @@ def group_norm_silu_fwd_apply_kernel(
     """y of a tile of channels and a chunk of pixels, `rounds` tiles, with the moments known."""
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
-    rows = rows_of(tile, TILING, TILING)
+    rows = rows_of(tile, TILING)
     row_mean = load_groups(mean, rows, TILING)
     channel_bias = load_channel_bias(operands, rows)
     gamma, beta = affine(operands, rows)
     slope = load_groups(rstd, rows, TILING) * gamma
 
     for r in range(rounds):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING, TILING)
+        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         h = load_tile(x + base, offsets, mask)
         if operands.channel_bias is not None:
             h += channel_bias[:, None]
@@ -182,7 +182,7 @@ def group_norm_silu_bwd_sums_kernel(
     CH: tl.constexpr = TILING.tile_channels
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
-    rows = rows_of(tile, TILING, TILING)
+    rows = rows_of(tile, TILING)
     center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
     gamma, beta = affine(operands, rows)
 
@@ -190,7 +190,7 @@ def group_norm_silu_bwd_sums_kernel(
     s1 = tl.zeros((CH,), tl.float32)
     s2 = tl.zeros((CH,), tl.float32)
     for r in range(rounds):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING, TILING)
+        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)
         h_hat, dz = normalized(x_tile, grad_tile, mask, center, row_rstd, gamma, beta, ACTIVATION)
@@ -254,7 +254,7 @@ def group_norm_silu_bwd_finish_kernel(
     total0 = tl.zeros((CH,), tl.float32)
     total1 = tl.zeros((CH,), tl.float32)
     for part in range(PARTS):
-        rows = rows_of(group * PARTS + part, TILING, TILING)
+        rows = rows_of(group * PARTS + part, TILING)
         gamma, _ = affine(operands, rows)
         total0 += gamma * add_chunks(sums.s0, rows, chunks, CHANNELS, SPAN, TILE, CH)
         total1 += gamma * add_chunks(sums.s1, rows, chunks, CHANNELS, SPAN, TILE, CH)
@@ -265,7 +265,7 @@ def group_norm_silu_bwd_finish_kernel(
     tl.store(means1 + group, m1)
     group_rstd = tl.load(rstd + group)
     for part in range(PARTS):
-        rows = rows_of(group * PARTS + part, TILING, TILING)
+        rows = rows_of(group * PARTS + part, TILING)
         gamma, _ = affine(operands, rows)
         s0 = add_chunks(sums.s0, rows, chunks, CHANNELS, SPAN, TILE, CH)
         s1 = add_chunks(sums.s1, rows, chunks, CHANNELS, SPAN, TILE, CH)
@@ -300,13 +300,13 @@ def group_norm_silu_bwd_apply_kernel(
     """dx of a tile of channels and a chunk of pixels, `rounds` tiles, with m0 and m1 known."""
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
-    rows = rows_of(tile, TILING, TILING)
+    rows = rows_of(tile, TILING)
     center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
     m0 = load_groups(means0, rows, TILING)
     m1 = load_groups(means1, rows, TILING)
     gamma, beta = affine(operands, rows)
     for r in range(rounds):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING, TILING)
+        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)
         h_hat, dz = normalized(x_tile, grad_tile, mask, center, row_rstd, gamma, beta, ACTIVATION)
@@ -321,18 +321,18 @@ def group_norm_silu_bwd_samples_kernel(
     weight_shares,
     bias_shares,
     rows,
-    channels,
+    CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     CH: tl.constexpr,
 ):
     """dweight and dbias of some channels: the sums of the shares, always in the same order."""
     channel = tl.program_id(0) * CH + tl.arange(0, CH)
-    channel_mask = channel < channels
+    channel_mask = channel < CHANNELS
     weight_sums = tl.zeros((ROWS, CH), tl.float32)
     bias_sums = tl.zeros((ROWS, CH), tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS).to(tl.int64)
-        at = row[:, None] * channels + channel[None, :]
+        at = row[:, None] * CHANNELS + channel[None, :]
         mask = (row < rows)[:, None] & channel_mask[None, :]
         if grad_weight is not None:
             weight_sums += tl.load(weight_shares + at, mask=mask, other=0.0)

@@ -31,21 +31,9 @@ from torch import Tensor
 SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
 
 
-class Shape(NamedTuple):
-    """What a layer's channels are, which kernels of one pass learn at run time.
-
-    So layers whose tiles are alike share what is compiled. The others take these from `Tiling`.
-    """
-
-    channels: int  # of a sample
-    group_channels: int
-    groups: int  # whole groups in a span of channels
-
-
 class Tiling(NamedTuple):
     """How samples are cut into tiles: what the kernels know at compile time.
 
-    `shape` of the functions below is a `Shape` in kernels of one pass, and a Tiling in the others.
     To Triton 3.6 its members are plain numbers. Where Triton asks for a constant, as in
     `tl.static_range`, they need a name first: `PIECES: tl.constexpr = TILING.pieces`.
     """
@@ -59,16 +47,6 @@ class Tiling(NamedTuple):
     segments: int = 1  # of pixels, one for each block of a cluster
     pieces: int = 1  # that a held tile is cut into
     packed: bool = False  # elements of 16 bits are held in pairs
-    slots: int = 0  # a power of two: at most so many groups in a span; 0: as many as there are
-    align: int = 1  # a power of two that the first channel of every tile is a multiple of
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.channels, self.group_channels, self.groups)
-
-    def without_shape(self) -> Tiling:
-        """What kernels of one pass know at compile time."""
-        return self._replace(channels=0, group_channels=0, groups=0)
 
     def as_held(self) -> Tiling:
         """The same tiles in units of what is held: pairs of neighbours in memory if `packed`."""
@@ -80,7 +58,6 @@ class Tiling(NamedTuple):
             channels=self.channels // 2,
             group_channels=self.group_channels // 2,
             tile_channels=self.tile_channels // 2,
-            align=max(1, self.align // 2),
         )
 
 
@@ -141,29 +118,20 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def rows_of(tile, shape, TILING: tl.constexpr):
+def rows_of(tile, TILING: tl.constexpr):
     """The rows of tile number `tile`, counted over all samples."""
     CH: tl.constexpr = TILING.tile_channels
-    span = shape.groups * shape.group_channels
-    if TILING.slots > 0:  # one pass: whole spans
-        tiles = shape.channels // span
-        sample = tile.to(tl.int32) // tiles  # a grid has less than 2^31 programs
-        first = (tile.to(tl.int32) - sample * tiles) * span
-        sample = sample.to(tl.int64)
-        below = 0
-    else:
-        PARTS: tl.constexpr = (TILING.groups * TILING.group_channels + CH - 1) // CH
-        TILES: tl.constexpr = TILING.channels // (TILING.groups * TILING.group_channels) * PARTS
-        sample = tile // TILES
-        tile_of_sample = tile - sample * TILES
-        part = tile_of_sample % PARTS
-        below = part * CH
-        first = tile_of_sample // PARTS * span + below
-    first = tl.multiple_of(first.to(tl.int64), [TILING.align])
+    SPAN: tl.constexpr = TILING.groups * TILING.group_channels
+    PARTS: tl.constexpr = (SPAN + CH - 1) // CH
+    TILES: tl.constexpr = TILING.channels // SPAN * PARTS
+    sample = tile // TILES
+    tile_of_sample = tile - sample * TILES
+    part = tile_of_sample % PARTS
+    first = tile_of_sample // PARTS * SPAN + part * CH
     row = tl.arange(0, TILING.segments * CH)
     if TILING.segments > 1:
         row %= CH
-    return Rows(sample, first, first + row, row + below < span)
+    return Rows(sample, first, first + row, row + part * CH < SPAN)
 
 
 @triton.jit
@@ -184,7 +152,7 @@ def split_program(chunks, TILING: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(rows, first_pixel, pixels, shape, TILING: tl.constexpr):
+def tile_offsets(rows, first_pixel, pixels, TILING: tl.constexpr):
     """Where a tile, or a piece of one, lies.
 
     Its first element, the others relative to it, and which of them exist.
@@ -196,10 +164,10 @@ def tile_offsets(rows, first_pixel, pixels, shape, TILING: tl.constexpr):
         p += c // CH * TILING.tile_pixels
         c %= CH
     if TILING.channels_last:
-        base = (rows.sample * pixels + first_pixel) * shape.channels + rows.first
-        offsets = p.to(tl.int64) * shape.channels + c
+        base = (rows.sample * pixels + first_pixel) * TILING.channels + rows.first
+        offsets = p.to(tl.int64) * TILING.channels + c
     else:
-        base = (rows.sample * shape.channels + rows.first) * pixels + first_pixel
+        base = (rows.sample * TILING.channels + rows.first) * pixels + first_pixel
         offsets = c.to(tl.int64) * pixels + p
     return base, offsets, rows.mask[:, None] & (first_pixel + p < pixels)
 
@@ -221,29 +189,15 @@ def load_channels(pointer, stride, rows, NEUTRAL: tl.constexpr):
 
 
 @triton.jit
-def with_channel_bias(operands, rows):
-    """The rows that have a channel bias: none if its stride is ABSENT."""
-    mask = rows.mask
-    if operands.channel_bias_stride is not None:
-        mask = mask & (operands.channel_bias_stride >= 0)
-    return Rows(rows.sample, rows.first, rows.channel, mask)
-
-
-@triton.jit
 def load_channel_bias(operands, rows):
-    rows = with_channel_bias(operands, rows)
     return load_channels(operands.channel_bias, operands.channel_bias_stride, rows, 0.0)
 
 
 @triton.jit
-def group_of(rows, shape):
-    return rows.channel.to(tl.int32) // shape.group_channels
-
-
-@triton.jit
-def load_groups(pointer, rows, shape):
+def load_groups(pointer, rows, TILING: tl.constexpr):
     """The value of a (B, G) float32 array for every row."""
-    at = rows.sample * (shape.channels // shape.group_channels) + group_of(rows, shape)
+    GROUPS: tl.constexpr = TILING.channels // TILING.group_channels
+    at = rows.sample * GROUPS + rows.channel // TILING.group_channels
     return tl.load(pointer + at, mask=rows.mask, other=0.0)
 
 
@@ -257,32 +211,33 @@ def affine(operands, rows):
 
 
 @triton.jit
-def members_of(rows, shape, TILING: tl.constexpr):
+def members(rows, GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SEGMENTS: tl.constexpr):
     """The groups of the span that a tile begins in, which of them exist, which row is in which.
 
     At least as many as the blocks of a cluster: the compiler cannot give them less than one each.
     """
-    SLOTS: tl.constexpr = (
-        TILING.slots if TILING.slots > 0 else triton.next_power_of_2(TILING.groups)
-    )
-    NUMBER: tl.constexpr = TILING.segments if TILING.segments > SLOTS else SLOTS
-    number = tl.arange(0, NUMBER)
-    group = rows.first.to(tl.int32) // shape.group_channels + number
-    member = (group[:, None] == group_of(rows, shape)[None, :]) & rows.mask[None, :]
-    return group, number < shape.groups, member
+    NUMBER: tl.constexpr = SEGMENTS if SEGMENTS > GROUPS else triton.next_power_of_2(GROUPS)
+    group = rows.first // GROUP_CHANNELS + tl.arange(0, NUMBER)
+    member = (group[:, None] == (rows.channel // GROUP_CHANNELS)[None, :]) & rows.mask[None, :]
+    return group, tl.arange(0, NUMBER) < GROUPS, member
+
+
+@triton.jit
+def members_of(rows, TILING: tl.constexpr):
+    return members(rows, TILING.group_channels, TILING.groups, TILING.segments)
 
 
 @triton.jit
 def pivots(
-    x, operands, channel_bias, rows, group, group_mask, member, pixels, shape, TILING: tl.constexpr
+    x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING: tl.constexpr
 ):
     """What sums subtract from x, for every row; the first element of each group, and its bias.
 
     Sums are relative to a group's first element, so that the mean of equal values is that value,
     not rounded.
     """
-    channel = group.to(tl.int64) * shape.group_channels
-    at = rows.sample * shape.channels * pixels + channel * (1 if TILING.channels_last else pixels)
+    channel = group * TILING.group_channels
+    at = rows.sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
     first = tl.load(x + at, mask=group_mask, other=0.0).to(tl.float32)
     first_bias = load_channel_bias(operands, Rows(rows.sample, rows.first, channel, group_mask))
     pivot = spread(first, member)
@@ -323,11 +278,8 @@ def spread(group_values, member):
 @triton.jit
 def sum_segments(row_values, rows, TILING: tl.constexpr):
     """For every row the sum over all rows of its channel."""
-    CH: tl.constexpr = TILING.tile_channels
     if TILING.segments > 1:
-        NUMBER: tl.constexpr = TILING.segments if TILING.segments > CH else CH
-        channel = rows.first + tl.arange(0, NUMBER)
-        member = (channel[:, None] == rows.channel[None, :]) & rows.mask[None, :]
+        _, _, member = members(rows, 1, TILING.tile_channels, TILING.segments)
         row_values = spread(sum_groups(row_values, member), member)
     return row_values
 
@@ -339,10 +291,10 @@ def store_if_wanted(pointer, offsets, value, mask):
 
 
 @triton.jit
-def load_statistics(mean, rstd, operands, rows, shape):
+def load_statistics(mean, rstd, operands, rows, TILING: tl.constexpr):
     """center and rstd of h_hat = (x - center) rstd, for every row."""
-    center = load_groups(mean, rows, shape) - load_channel_bias(operands, rows)
-    return center, load_groups(rstd, rows, shape)
+    center = load_groups(mean, rows, TILING) - load_channel_bias(operands, rows)
+    return center, load_groups(rstd, rows, TILING)
 
 
 @triton.jit
@@ -360,27 +312,23 @@ def input_gradient(h_hat, dz, m0, m1, rstd, gamma):
 
 
 @triton.jit
-def store_channel_gradients(gradients, operands, sums, m0, m1, rstd, gamma, pixels, rows, channels):
+def store_channel_gradients(
+    gradients, operands, sums, m0, m1, rstd, gamma, pixels, rows, CHANNELS: tl.constexpr
+):
     """Store the gradients of the small operands that need no sum over the batch.
 
     Returns this sample's shares in the others, those of weight and bias.
     """
-    at = rows.sample * channels + rows.channel
+    at = rows.sample * CHANNELS + rows.channel
     weight = load_channels(operands.weight, 0, rows, 1.0)
     bias = load_channels(operands.bias, 0, rows, 0.0)
     by_scale = weight * sums.s1 + bias * sums.s0
     store_if_wanted(gradients.scale, at, by_scale, rows.mask)
     store_if_wanted(gradients.shift, at, sums.s0, rows.mask)
     by_channel_bias = rstd * (gamma * sums.s0 - pixels * m0 - sums.s2 * m1)
-    biased = with_channel_bias(operands, rows).mask
-    store_if_wanted(gradients.channel_bias, at, by_channel_bias, biased)
+    store_if_wanted(gradients.channel_bias, at, by_channel_bias, rows.mask)
     scale = 1.0 + load_channels(operands.scale, operands.scale_stride, rows, 0.0)
     return scale * sums.s1, scale * sums.s0
-
-
-# Stride of a channel bias that does not exist, and whose pointer is another tensor's: one kernel
-# serves layers with and without. A multiple of 16, as others are: Triton compiles for such anew.
-ABSENT = -16
 
 
 def row_stride(operand: Tensor | None) -> int:
@@ -389,10 +337,3 @@ def row_stride(operand: Tensor | None) -> int:
 
 def workspace(like: Tensor, size: int) -> Tensor:
     return torch.empty((max(size, 1),), dtype=torch.float32, device=like.device)
-
-
-def with_pointer(operands: Operands, x: Tensor) -> Operands:
-    """The same, with a pointer in place of a channel bias that is absent."""
-    if operands.channel_bias is not None:
-        return operands
-    return operands._replace(channel_bias=x, channel_bias_stride=ABSENT)

@@ -152,9 +152,9 @@ MUTANTS = [
     Mutant(
         "channels_last addressed as contiguous (Triton)",
         "triton_kernels/group_norm_silu_tiles.py",
-        "        base = (rows.sample * pixels + first_pixel) * shape.channels + rows.first\n"
-        "        offsets = p.to(tl.int64) * shape.channels + c\n",
-        "        base = (rows.sample * shape.channels + rows.first) * pixels + first_pixel\n"
+        "        base = (rows.sample * pixels + first_pixel) * TILING.channels + rows.first\n"
+        "        offsets = p.to(tl.int64) * TILING.channels + c\n",
+        "        base = (rows.sample * TILING.channels + rows.first) * pixels + first_pixel\n"
         "        offsets = c.to(tl.int64) * pixels + p\n",
         triton("group_norm_silu_triton", "test_values and channels_last"),
         "error exceeds the bound",
