@@ -5,6 +5,10 @@ The tests replace `launch` to run the same launchers' kernels as compiled PTX on
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +58,31 @@ def holds_pairs(*arrays: Tensor | None) -> bool:
     return all(array.data_ptr() % 4 == 0 for array in given)
 
 
+# Kernels that have run here, and whether the line below has been said.
+_known: set[Any] = set()
+_told = threading.Event()
+_NOTICE_AFTER = 0.3  # seconds: what is in Triton's cache is loaded in less
+
+
+@contextlib.contextmanager
+def _noticing(kernel: Any) -> Iterator[None]:
+    """Tell a terminal, once in a process, what it waits for while a kernel is compiled."""
+
+    def tell() -> None:
+        if not _told.is_set():
+            _told.set()
+            print("compiling Triton kernels ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_NOTICE_AFTER, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        _known.add(kernel)
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -67,8 +96,23 @@ def launch(
 
     A program is a cluster of `num_ctas` blocks of `num_warps` warps.
     """
+    if kernel not in _known and not _told.is_set() and sys.stderr and sys.stderr.isatty():
+        with _noticing(kernel):
+            return _run(kernel, programs, device, args, num_warps, num_ctas, meta)
+    return _run(kernel, programs, device, args, num_warps, num_ctas, meta)
+
+
+def _run(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_ctas: int,
+    meta: dict[str, Any],
+) -> None:
     options = {"num_warps": num_warps, "num_ctas": num_ctas}
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*args, **options, **meta)
     else:  # the interpreter

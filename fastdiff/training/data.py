@@ -255,7 +255,7 @@ class Batches:
         return np.concatenate(parts)[self.part]
 
     def _start_thread(self) -> None:
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)  # memory is pinned by the current device's context
 
     def _read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -172,7 +172,7 @@ class World:
             ) from error
 
 
-def _mean_in_float32(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_in_float32(size, bucket):  # annotations as text would be refused by torch
     """A hook of DistributedDataParallel: a half-precision mean is rounded once, not per rank."""
     gradients = bucket.buffer()
     total = gradients.float().div_(size)  # itself if it is float32

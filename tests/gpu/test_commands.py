@@ -89,6 +89,10 @@ def tolerance(flags: tuple[str, ...]) -> float:
 )
 def test_training(name: str, run: Callable, tmp_path: Path) -> None:
     flags = TRAININGS[name]
+    # What is not said would be settled by the device.
+    said = () if "--amp" in flags else ("--amp", "off")
+    said += () if "--channels-last" in flags else ("--no-channels-last",)
+    flags = (*flags, *said)
     found = []
     for device in ("cpu", "cuda"):
         run(train, *FLAGS, *flags, "--device", device, "--out", tmp_path / device)
@@ -97,10 +101,26 @@ def test_training(name: str, run: Callable, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[1], found[0], rtol=tolerance(flags))
 
 
+def test_what_a_gpu_defaults_to_trains_alike(run: Callable, tmp_path: Path) -> None:
+    """In bfloat16 within its rounding of float32; --exact and the flags that it stands for as the
+    CPU."""
+    said = {"fast": (), "exact": ("--exact",), "flags": ("--amp", "off", "--no-channels-last")}
+    for name, flags in said.items():
+        run(train, *FLAGS, "--device", "cuda", *flags, "--out", tmp_path / name)
+    run(train, *FLAGS, "--device", "cpu", "--out", tmp_path / "cpu")
+    found = {name: losses(tmp_path / name) for name in (*said, "cpu")}
+    settings = json.loads((tmp_path / "fast/config.json").read_text())
+    assert (settings["amp"], settings["channels_last"]) == ("bf16", True)
+    np.testing.assert_allclose(found["fast"], found["cpu"], rtol=tolerance(("bf16",)))
+    for name in ("exact", "flags"):
+        np.testing.assert_allclose(found[name], found["cpu"], rtol=tolerance(()))
+    assert not np.array_equal(found["fast"], found["exact"])
+
+
 def test_resuming(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two parts as in one, bit for bit; dropout draws from the device's generator."""
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, dropout=0.3))
-    flags = (*FLAGS, "--device", "cuda", "--lr-schedule", "constant")
+    flags = (*FLAGS, "--device", "cuda", "--lr-schedule", "constant", "--exact")
     run(train, *flags, "--out", tmp_path / "one")
     run(train, *flags, "--steps", 2, "--out", tmp_path / "two")
     run(train, "--resume", "--steps", 4, "--device", "cuda", "--out", tmp_path / "two")
