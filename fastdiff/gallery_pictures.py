@@ -23,6 +23,9 @@ from fastdiff.training.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+# As many training images are searched for those nearest to a sample.
+_MOST_SEARCHED = 60_000
+
 # Etas and guidance scales that are compared.
 ETAS = (0.0, 0.2, 0.5, 1.0)
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -304,7 +307,8 @@ def neighbours(scene: Scene) -> Image.Image:
         DDIM(scene.run.diffusion, scene.steps), scene.noise(count), scene.labels(count)
     )
     dataset = scene.dataset
-    all_images = torch.from_numpy(dataset.read(np.arange(min(len(dataset), 20_000))))
+    searched = min(len(dataset), _MOST_SEARCHED)
+    all_images = torch.from_numpy(dataset.read(np.arange(searched)))
     pixels = all_images.flatten(1).float() / 255
     flat = drawn.permute(0, 2, 3, 1).flatten(1).float() / 255
     root = pixels.shape[1] ** 0.5
@@ -320,7 +324,8 @@ def neighbours(scene: Scene) -> Image.Image:
     return sheet(
         rows,
         "Nearest training images",
-        "Left samples, right of them the training images at the least root mean square distance, "
+        f"Left samples, right of them those of {searched:,} training images at the least root mean "
+        "square distance, "
         "pixels in [0, 1]. That of the nearest stands before the row; a training image has its own "
         f"nearest at {usual:.3f} (median): much less would be a copy.",
         row_labels=[f"{float(d[0]) / root:.3f}" for d in distances],
