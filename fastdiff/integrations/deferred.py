@@ -134,15 +134,12 @@ def _is_per_channel(operand: Any, x: Any) -> bool:
     """Whether operand is (B, C, 1, ...) or (1, C, 1, ...) to an image x of its dtype."""
     if not is_plain(type(operand)) or not is_plain(type(x)):
         return False
-    return (
-        operand.dim() == x.dim() > 2
-        and operand.shape[-1] == 1
-        and operand.shape[1] == x.shape[1]
-        and (operand.shape[0] == x.shape[0] or operand.shape[0] == 1)
-        and operand.dtype == x.dtype
-        and operand.shape[2:].numel() == 1
-        and operand.is_floating_point()
-    )
+    shape, image = operand.shape, x.shape
+    if len(shape) != len(image) or len(shape) < 3 or shape[-1] != 1 or shape[1] != image[1]:
+        return False
+    if shape[0] != image[0] and shape[0] != 1:
+        return False
+    return operand.dtype == x.dtype and operand.is_floating_point() and shape[2:].numel() == 1
 
 
 def now(v: Any) -> Any:
