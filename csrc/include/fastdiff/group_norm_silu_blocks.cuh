@@ -88,7 +88,7 @@ struct GradientSums {
 // Merges lanes whose numbers differ in the bits [low, high); the first of them has the result.
 template <typename Sums>
 __device__ __forceinline__ void merge_lanes(Sums& sums, int low, int high) {
-  for (int offset = high / 2; offset >= low; offset /= 2) sums.merge(sums.other_lane(offset));
+  for (int offset = high >> 1; offset >= low; offset >>= 1) sums.merge(sums.other_lane(offset));
 }
 
 // As merge_lanes over a whole block; thread 0 has the result. `warps` is shared memory for one
@@ -191,11 +191,12 @@ struct UnitSums {
  private:
   __device__ __forceinline__ Sums of_item(int c, int segment) const {
     const GroupNormTiling& tiling = plan.tiling;
-    const int strip = tiling.blocks == 1 ? 0 : c / tiling.block_channels;
+    const int width = tiling.block_channels;
+    const int strip = tiling.blocks == 1 ? 0 : width == 1 ? c : c / width;
     const int item = strip * tiling.segments + segment;
     const int rank = plan.cluster == 1 ? 0 : item / plan.items_per_block;
-    const int place = (item - rank * plan.items_per_block) * tiling.block_channels;
-    const float* from = partials + (place + c - strip * tiling.block_channels) * Sums::kFloats;
+    const int place = (item - rank * plan.items_per_block) * width;
+    const float* from = partials + (place + c - strip * width) * Sums::kFloats;
     const float n = static_cast<float>(tiling.pixels_of(segment, layout.pixels));
     return Sums::from(n, [&](int k) {
       return rank == block.rank() ? from[k] : load_from_cluster(from + k, rank);

@@ -96,7 +96,7 @@ class Items {
   __device__ __forceinline__ float lanes_mean(float value) const {
     value *= __int_as_float((127 - tiling.lane_bits) << 23);  // 1 / lanes
 #pragma unroll 1
-    for (int offset = tiling.lanes / 2; offset > 0; offset /= 2) {
+    for (unsigned offset = tiling.lanes >> 1; offset > 0; offset >>= 1) {
       value += __shfl_xor_sync(~0u, value, offset);
     }
     return value;
@@ -218,22 +218,22 @@ template <int Width, int K, int A>
 __device__ __forceinline__ Share halve(float (&sums)[K][A], int high, int low) {
   if constexpr (Width > 1) {
     if (high == low) return {0, Width, true};
-    const bool upper = threadIdx.x & (high / 2);
+    const bool upper = threadIdx.x & (high >> 1);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll
       for (int a = 0; a < Width / 2; ++a) {
         const float given = upper ? sums[k][a] : sums[k][a + Width / 2];
         const float kept = upper ? sums[k][a + Width / 2] : sums[k][a];
-        sums[k][a] = kept + __shfl_xor_sync(~0u, given, high / 2);
+        sums[k][a] = kept + __shfl_xor_sync(~0u, given, high >> 1);
       }
     }
-    Share share = halve<Width / 2>(sums, high / 2, low);
+    Share share = halve<Width / 2>(sums, high >> 1, low);
     share.first += upper ? Width / 2 : 0;
     return share;
   } else {
 #pragma unroll 1
-    for (int offset = high / 2; offset >= low; offset /= 2) {
+    for (int offset = high >> 1; offset >= low; offset >>= 1) {
 #pragma unroll
       for (int k = 0; k < K; ++k) sums[k][0] += __shfl_xor_sync(~0u, sums[k][0], offset);
     }
