@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ FLOATS = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+MODES = ("none", "given", "seed")  # of noise
 INDICES = (0, 3, 40, 333, 700, 999)
 
 
@@ -49,6 +51,32 @@ class Case:
         parts += [f"noise {self.noise}"] if self.noise else []
         names = ("clip", "flag", "two_heads", "guided", "return_pred_x0")
         return ", ".join(parts + [name for name in names if getattr(self, name)])
+
+
+def exhaustive() -> list[Any]:
+    """(prediction, shape, layout, x, modes of noise) as pytest parameters.
+
+    The formula of an element does not depend on where it lies: all predictions come with one shape
+    in both layouts, and every shape and layout with one of them; predictions and modes take turns.
+    """
+    places = [
+        (shape, layout)
+        for shape, sizes in SHAPES.items()
+        for layout in ("contiguous", "channels_last")
+        if layout == "contiguous" or len(sizes) >= 4
+    ]
+    predictions, shifts = itertools.cycle(PREDICTIONS), itertools.cycle(range(len(MODES)))
+    grid = [
+        (prediction, shape, layout, next(shifts))
+        for shape, layout in places
+        for prediction in (PREDICTIONS if shape == "odd" else [next(predictions)])
+    ]
+    return [
+        pytest.param(prediction, shape, layout, x, MODES[k:] + MODES[:k],
+                     id=f"{prediction}-{shape}-{layout}-{x}")
+        for prediction, shape, layout, k in grid
+        for x in ("fp32", "bf16", "fp16")
+    ]  # fmt: skip
 
 
 def table_for(op: str, variance: str = "learned_range", eta: float = 0.7) -> Tensor:

@@ -16,6 +16,7 @@ from op_harness.sampler_step import (
     Case,
     arguments,
     assert_traffic,
+    exhaustive,
     expected,
     forward_params,
     magnitudes,
@@ -144,26 +145,17 @@ def test_float64(prediction: str, layout: str, two_heads: bool, implementation: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("x", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("prediction", "shape", "layout", "x", "modes"), exhaustive())
 def test_forward_exhaustive(
-    prediction: str, shape: str, layout: str, x: str, implementation: str
+    prediction: str, shape: str, layout: str, x: str, modes: tuple[str, ...], implementation: str
 ) -> None:
-    if layout == "channels_last" and len(SHAPES[shape]) < 4:
-        pytest.skip("channels_last is for images and volumes")
-    for clip, flag, two_heads, guided in (
-        (True, True, False, True),
-        (True, False, True, True),
-        (False, False, False, False),
-    ):
-        for mode in ("none", "given", "seed"):
-            check(
-                Case(shape, layout, x, None, prediction, clip, flag, two_heads, guided, mode,
-                     return_pred_x0=True),
-                implementation,
-            )  # fmt: skip
+    flags = ((True, True, False, True), (True, False, True, True), (False, False, False, False))
+    for (clip, flag, two_heads, guided), mode in zip(flags, modes, strict=True):
+        check(
+            Case(shape, layout, x, None, prediction, clip, flag, two_heads, guided, mode,
+                 return_pred_x0=True),
+            implementation,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", implementation_params())

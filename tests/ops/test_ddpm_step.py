@@ -16,6 +16,7 @@ from op_harness.sampler_step import (
     Case,
     arguments,
     assert_traffic,
+    exhaustive,
     expected,
     forward_params,
     magnitudes,
@@ -125,20 +126,16 @@ def test_float64(case: Case, layout: str, implementation: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", implementation_params())
-@pytest.mark.parametrize("x", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("prediction", "shape", "layout", "x", "modes"), exhaustive())
 def test_forward_exhaustive(
-    prediction: str, shape: str, layout: str, x: str, implementation: str
+    prediction: str, shape: str, layout: str, x: str, modes: tuple[str, ...], implementation: str
 ) -> None:
-    if layout == "channels_last" and len(SHAPES[shape]) < 4:
-        pytest.skip("channels_last is for images and volumes")
+    one, other = [mode for mode in modes if mode != "none"]
     for has_variance, clip, guided, mode in (
-        (True, True, True, "seed"),
-        (True, False, False, "given"),
-        (False, True, True, "given"),
-        (False, False, False, "seed"),
+        (True, True, True, one),
+        (True, False, False, other),
+        (False, True, True, other),
+        (False, False, False, one),
     ):
         check(
             Case(shape, layout, x, None, prediction, clip, has_variance, has_variance, guided, mode,

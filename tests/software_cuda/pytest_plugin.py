@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -59,14 +59,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """What is freed with a fixture may still be in use."""
-    return (yield from _watched())
+    return (yield from _watched(device.finish))
 
 
-def _watched() -> Iterator[None]:
+def _watched(afterwards: Callable[[], None] = lambda: None) -> Iterator[None]:
     if not device.active:
         return (yield)
     try:
         result = yield
+        afterwards()
     except BaseException:
         device.take_problems()
         raise

@@ -140,7 +140,7 @@ void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream
   if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second > address)
     --first;
   gone.erase(first, gone.lower_bound(address + size));
-  tensors()[address] = {size, device, MemoryKind::device, false, stream};
+  tensors()[address] = {size, device, MemoryKind::device, false, stream, {}, !!stream->capture};
   // Behind the work that still uses the memory for the tensor before.
   const auto fill = [=] { return memset((void*)address, kFresh, size), cudaSuccess; };
   if (!is_behind(stream) && !stream->capture)
@@ -153,7 +153,9 @@ void tensor_freed(uintptr_t address) {
   auto found = tensors().find(address);
   if (found == tensors().end()) return;
   const Range range{address, address + found->second.size};
-  if (const std::string user = unfinished_use(found->second, range); !user.empty())
+  // Memory of a graph's pool goes to captures only, or back with a cudaFree, which waits.
+  const std::string user = found->second.in_graph ? "" : unfinished_use(found->second, range);
+  if (!user.empty())
     report("freed in use", "memory was freed while " + user +
                                ", on another stream, has not run (Tensor.record_stream)");
   freed_tensors()[address] = found->second.size;

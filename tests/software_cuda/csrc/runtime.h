@@ -67,6 +67,7 @@ struct Allocation {
   bool registered = false;            // cudaHostRegister: not ours to free
   Stream* stream = nullptr;           // of a tensor: the stream that its memory belongs to
   std::vector<Stream*> also_used_by;  // Tensor.record_stream
+  bool in_graph = false;              // of a tensor: allocated in a capture, from the graph's pool
 };
 struct Range {
   uint64_t begin, end;

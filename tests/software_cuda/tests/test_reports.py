@@ -155,6 +155,21 @@ def test_memory_freed_while_another_stream_uses_it(launchers, correct):
     assert (y == 2).all()
 
 
+def test_memory_of_a_graph_may_be_freed_while_it_runs(launchers):
+    """Its pool does not hand it out again: replays are on another stream than the capture was."""
+    x = torch.ones(128, device="cuda")
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=side):
+        y = torch.empty(128, device="cuda")
+        launchers.twice(x, y)
+    with device.lazy():
+        graph.replay()
+        result = y.clone()
+        del graph, y
+        assert device.take_problems() == []
+    assert (result == 2).all()
+
+
 @two_devices
 def test_a_kernel_attribute_holds_for_one_device(launchers):
     on = [torch.arange(128.0, device=f"cuda:{i}") for i in range(2)]
