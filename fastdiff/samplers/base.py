@@ -25,7 +25,6 @@ from fastdiff._models import (
 from fastdiff._types import check_tensors, check_type, checked_shape
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.guidance import Guidance, check_guidance
-from fastdiff.images import not_finite
 from fastdiff.reference.layout import memory_format_of
 from fastdiff.reference.step_columns import StepColumn
 from fastdiff.samplers.cuda_graph import GraphCache, Outputs
@@ -47,8 +46,6 @@ class Run:
     """(R, B): rows[i] is the `step` argument that picks row i for every sample."""
     keys: Tensor | None
     """(B,) noise keys; None where no step draws noise."""
-    bad: Tensor
-    """(B,) bool: samples of which the model has predicted something that is not finite."""
     mean_shift: Callable[[Tensor, int], Tensor] | None = None
     """(x_t, row) -> what guidance adds to the mean, in units of the variance; see `guidance`."""
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -56,9 +53,22 @@ class Run:
     wants_x0: bool = False
     """Whether somebody reads the predicted x0, which is one more tensor to write in every step."""
 
+    def note(self, prediction: Tensor) -> None:
+        """Remember the largest magnitude that the model has predicted of each sample."""
+        if prediction.numel():
+            largest = torch.linalg.vector_norm(prediction.flatten(1), torch.inf, dim=1)
+            before = self.memory.get("largest")  # (B,)
+            self.memory["largest"] = largest if before is None else before.maximum(largest)
+
     def spoiled(self, x: Tensor) -> Tensor:
-        """x with NaN in the samples that are `bad`, where clipping would hide an infinity."""
-        return x.clone().masked_fill_(self.bad.reshape(-1, *[1] * (x.dim() - 1)), torch.nan)
+        """x with NaN in samples of which the model has predicted what is not finite.
+
+        Clipping makes a pixel of an infinity.
+        """
+        if (largest := self.memory.get("largest")) is None:
+            return x
+        bad = ~largest.isfinite()
+        return x.clone().masked_fill_(bad.reshape(-1, *[1] * (x.dim() - 1)), torch.nan)
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -401,7 +411,6 @@ class Sampler(ABC):
         times = times[:, None].repeat(1, batch)
         model_dtype, called = dtype_of(model), sampling_form(model)
         memory: dict[str, Tensor] = {}
-        bad = torch.zeros(batch, dtype=torch.bool, device=device)
 
         def outputs(x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Outputs:
             if guidance is None:
@@ -421,12 +430,13 @@ class Sampler(ABC):
             for part in (output, uncond):
                 if part is not None:
                     self.diffusion.split_output(part, x)
-                    bad.logical_or_(not_finite(part))
+                    run.note(part)
             return output, uncond, scale
 
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
         mean_shift = None if shift is None else lambda x, row: shift(x, times[row])
-        return Run(evaluate, table.to(device), rows, keys, bad, mean_shift, memory)
+        run = Run(evaluate, table.to(device), rows, keys, mean_shift, memory)
+        return run
 
 
 def _names(wanted: Callable[[type[Sampler]], bool]) -> str:
