@@ -122,23 +122,34 @@ class _Counter:
             yield self
 
 
+class _Marking(torch.nn.Module):
+    """The model, which says when it is called."""
+
+    def __init__(self, model: torch.nn.Module, called: Callable[[], None]) -> None:
+        super().__init__()
+        self.model, self.called = model, called
+
+    def forward(self, *arguments: Any) -> Tensor:
+        self.called()
+        return self.model(*arguments)
+
+
 def sampler_step(preset: str, merged: bool, **to: Any) -> Launches:
-    """Of the second step of DDIM, one image."""
+    """Of DDIM, one image: from the second call of the network to the third."""
     unet = UNet.from_preset(preset).eval().requires_grad_(False).to("cuda", **to)
     unet.set_merged(merged)
     config = unet.config
     found: list[Launches] = []
     with _Counter().watching() as counter:
 
-        def after_step(*_: Any) -> None:
+        def called() -> None:
             found.append(counter.stop(trains=False))
             counter.start()
 
-        DDIM(fastdiff.GaussianDiffusion(fastdiff.NoiseSchedule.linear(1000)), 2).sample(
-            unet,
+        DDIM(fastdiff.GaussianDiffusion(fastdiff.NoiseSchedule.linear(1000)), 3).sample(
+            _Marking(unet, called),
             (1, config.in_channels, config.sample_size, config.sample_size),
             progress=False,
-            callback=after_step,
         )
     return found[-1]
 

@@ -53,22 +53,21 @@ class Run:
     wants_x0: bool = False
     """Whether somebody reads the predicted x0, which is one more tensor to write in every step."""
 
-    def note(self, prediction: Tensor) -> None:
-        """Remember the largest magnitude that the model has predicted of each sample."""
+    def note(self, prediction: Tensor, like: Tensor) -> None:
+        """Remember, as a NaN, of which samples the model has predicted what is not finite."""
         if prediction.numel():
-            largest = torch.linalg.vector_norm(prediction.flatten(1), torch.inf, dim=1)
-            before = self.memory.get("largest")  # (B,)
-            self.memory["largest"] = largest if before is None else before.maximum(largest)
+            dtype = torch.promote_types(prediction.dtype, like.dtype)
+            dims = tuple(range(1, prediction.dim()))
+            largest = torch.linalg.vector_norm(prediction, torch.inf, dims, dtype=dtype)
+            before = self.memory.get("zero_or_nan")  # (B,)
+            before = torch.zeros_like(largest) if before is None else before
+            self.memory["zero_or_nan"] = torch.add(before, largest, alpha=0)  # 0 inf is NaN
 
     def spoiled(self, x: Tensor) -> Tensor:
-        """x with NaN in samples of which the model has predicted what is not finite.
-
-        Clipping makes a pixel of an infinity.
-        """
-        if (largest := self.memory.get("largest")) is None:
+        """x with NaN in these samples, where clipping has made pixels of infinities."""
+        if (zero_or_nan := self.memory.get("zero_or_nan")) is None:
             return x
-        bad = ~largest.isfinite()
-        return x.clone().masked_fill_(bad.reshape(-1, *[1] * (x.dim() - 1)), torch.nan)
+        return x + zero_or_nan.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
     def noise(self, x: Tensor, stream: int) -> Tensor:
         """The standard normals of step number `stream`, in x's memory format."""
@@ -422,15 +421,15 @@ class Sampler(ABC):
                 raise ValueError(f"cuda_graph=True needs a CUDA device, the state is on {device}")
             outputs = self._graphs.get(model, guidance, device, outputs)
 
-        def evaluate(x: Tensor, row: int) -> Outputs:
-            x = x.to(model_dtype or x.dtype)
+        def evaluate(x_t: Tensor, row: int) -> Outputs:
+            x = x_t.to(model_dtype or x_t.dtype)
             if "x_self_cond" in memory:
                 kwargs["x_self_cond"] = memory["x_self_cond"].to(x.dtype)
             output, uncond, scale = outputs(x, times[row], kwargs)
             for part in (output, uncond):
                 if part is not None:
                     self.diffusion.split_output(part, x)
-                    run.note(part)
+                    run.note(part, x_t)
             return output, uncond, scale
 
         rows = torch.arange(len(table), device=device)[:, None].repeat(1, batch)
