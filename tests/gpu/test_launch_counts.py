@@ -32,7 +32,7 @@ def test_a_sampler_step_of_ddpm_cifar10() -> None:
     print(found)
     assert found.kernels == 52
     assert found.kernels + found.operators <= 200
-    assert found.total <= 216
+    assert found.total <= 217
 
 
 @pytest.mark.parametrize(
