@@ -49,6 +49,8 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             _check_pytest(arguments)
         case ["pip", "install", *arguments]:
             _check_pip([a for a in arguments if a not in ("-e", "--no-build-isolation")])
+        case ["pip", "wheel", "--no-deps", "-w", _, *arguments]:
+            _check_pip(arguments)
         case ["mkdocs", "build" | "serve", *arguments]:
             assert set(arguments) <= {"--strict"}
             assert (ROOT / "mkdocs.yml").exists()

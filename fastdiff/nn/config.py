@@ -159,7 +159,7 @@ class UNetConfig:
         counts += ["num_groups"] + ([] if self.num_classes is None else ["num_classes"])
         for name in counts:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
         if not self.channel_mult or any(
             not isinstance(mult, int) or mult < 1 for mult in self.channel_mult

@@ -94,13 +94,14 @@ MUTANTS = [
     ),
     Mutant(
         "a pinned buffer that is filled again before its copy has run",
-        "fastdiff/training/trainer.py",
-        "            tensor = tensor.pin_memory()\n",
+        "fastdiff/training/data.py",
+        "            return images.pin_memory(), None if labels is None else labels.pin_memory()\n",
         "            self.pinned = getattr(self, 'pinned', {})\n"
-        "            kind = tuple(tensor.shape), tensor.dtype\n"
-        "            held = torch.empty_like(tensor, pin_memory=True)\n"
+        "            kind = tuple(images.shape), images.dtype\n"
+        "            held = torch.empty_like(images, pin_memory=True)\n"
         "            held = self.pinned.setdefault(kind, held)\n"
-        "            tensor = held.copy_(tensor)\n",
+        "            labels = None if labels is None else labels.pin_memory()\n"
+        "            return held.copy_(images), labels\n",
         ("--software-cuda=lazy", "-m", "gpu", COMMANDS, "-k", "test_training and fp32"),
         "Not equal to tolerance",
     ),
@@ -125,9 +126,9 @@ MUTANTS = [
     Mutant(
         "a graph that captures a value of the host",
         "fastdiff/nn/embedding.py",
-        "    angles = t.to(dtype)[:, None] * frequencies\n",
+        "    angles = t[:, None] * frequencies  #",
         "    math.calls = getattr(math, 'calls', 0) + 1\n"
-        "    angles = t.to(dtype)[:, None] * frequencies + math.calls\n",
+        "    angles = t[:, None] * frequencies + math.calls  #",
         gpu(GRAPHS, "-k", "sampler_loop and cuda"),
         "Tensor-likes are not close",
     ),

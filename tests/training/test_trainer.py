@@ -208,7 +208,7 @@ def test_a_grid_is_drawn_no_more_images_at_a_time_than_are_trained_on(tmp_path, 
         model_kwargs={"y": torch.arange(10) % 3},
         progress=False,
     )
-    grid = np.asarray(image_grid(to_uint8(whole)), int)
+    grid = np.asarray(image_grid(to_uint8(whole), labels=torch.arange(10) % 3), int)
     drawn = np.asarray(Image.open(tmp_path / "samples/step-00000001.png"), int)
     assert np.abs(drawn - grid).max() <= 1
     assert len(np.unique(grid)) > 10
