@@ -41,11 +41,23 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     program = options.command[0]
+    if Path(program).name.startswith("python") and (option := _hides_the_device(options.command)):
+        parser.error(f"python {option} starts without the folder that brings the device")
     path = sys.executable if program in ("python", "python3") else shutil.which(program)
     if path is None:
         parser.error(f"no command {program!r}")
     software_cuda.activate(settings)
     os.execv(path, [path, *options.command[1:]])
+
+
+def _hides_the_device(command: list[str]) -> str | None:
+    """The option of Python, if there is one, under which it reads no PYTHONPATH or no site."""
+    for argument in command[1:]:
+        if not argument.startswith("-") or argument.startswith(("-c", "-m", "-X", "-W", "--")):
+            return None
+        if set(argument) & set("IES"):
+            return argument
+    return None
 
 
 if __name__ == "__main__":

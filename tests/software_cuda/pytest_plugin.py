@@ -9,6 +9,8 @@ import pytest
 
 from . import Settings, activate, device
 
+_PROBLEMS = pytest.StashKey[list]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -21,10 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     # Now, as a conftest.py of a folder that is named on the command line may import torch before
     # pytest has parsed its options.
-    for argument in sys.argv[1:]:
-        name, _, text = argument.partition("=")
+    following = [*sys.argv[2:], "-"]
+    for argument, text in zip(sys.argv[1:], following, strict=True):
+        name, is_given, value = argument.partition("=")
         if name == "--software-cuda":
-            _switch_on(text)
+            # As argparse reads it: the next word, if that is no option.
+            _switch_on(value if is_given or text.startswith("-") else text)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,33 +48,48 @@ def _switch_on(text: str) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Fixtures may use the device too."""
-    return (yield from _watched())
+    return (yield from _watched(item))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fails a test during which the device reported a problem that nobody expected."""
     if device.active:
         device.emulation.launches.clear()
         device.emulation.refused.clear()
-    return (yield from _watched())
+    return (yield from _watched(item))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """What is freed with a fixture may still be in use."""
-    return (yield from _watched(device.finish))
+    return (yield from _watched(item, device.finish))
 
 
-def _watched(afterwards: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _watched(item: pytest.Item, afterwards: Callable[[], None] = lambda: None) -> Iterator[None]:
     if not device.active:
         return (yield)
     try:
-        result = yield
-        afterwards()
-    except BaseException:
-        device.take_problems()
-        raise
-    if problems := device.take_problems():
-        pytest.fail("the software CUDA device reports:\n" + "\n".join(map(str, problems)))
-    return result
+        return (yield)
+    finally:
+        try:
+            afterwards()
+        finally:
+            item.stash[_PROBLEMS] = device.take_problems()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
+    """Fails a test during which the device reported a problem that nobody expected.
+
+    Also one that was skipped then, or was expected to fail.
+    """
+    report = yield
+    if problems := item.stash.get(_PROBLEMS, []):
+        item.stash[_PROBLEMS] = []
+        text = "the software CUDA device reports:\n" + "\n".join(map(str, problems))
+        if report.failed:
+            report.sections.append(("software CUDA device", text))
+        else:
+            report.outcome, report.longrepr = "failed", text
+            vars(report).pop("wasxfail", None)
+    return report

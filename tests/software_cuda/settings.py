@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -33,22 +32,29 @@ class Settings:
     def parse(text: str) -> Settings:
         """Raises ValueError that names the word that is wrong."""
         chosen: dict = {}
-        for word in filter(None, text.replace(" ", "").split(",")):
+        for word in filter(None, map(str.strip, text.split(","))):
             name, _, value = word.partition("=")
-            if name.removeprefix("sm_") in _CAPABILITIES and not value:
-                chosen["capability"] = _CAPABILITIES[name.removeprefix("sm_")]
+            if name.startswith("sm_") and name[3:] in _CAPABILITIES and not value:
+                setting = "capability", _CAPABILITIES[name[3:]]
             elif name == "devices" and value.isascii() and value.isdigit() and 1 <= int(value) <= 8:
-                chosen["devices"] = int(value)
-            elif name == "memory" and _is_positive(value):
-                chosen["memory"] = int(float(value) * GIB)
-            elif name in ("lazy", "rocm") and not value:
-                chosen[name] = True
-            elif word not in ("eager", "1"):
+                setting = "devices", int(value)
+            elif name == "memory" and (size := _bytes_of(value)):
+                setting = "memory", size
+            elif word in ("lazy", "eager"):
+                setting = "lazy", word == "lazy"
+            elif word == "rocm":
+                setting = "rocm", True
+            elif word == "1":
+                continue
+            else:
                 known = ", ".join(f"sm_{number}" for number in _CAPABILITIES)
                 raise ValueError(
                     f"software CUDA device: {word!r} is none of {known}, devices=N, memory=GIB, "
                     "lazy, eager, rocm"
                 )
+            if setting[0] in chosen:
+                raise ValueError(f"software CUDA device: {word!r} comes after another {setting[0]}")
+            chosen[setting[0]] = setting[1]
         return Settings(**chosen)
 
     @property
@@ -66,14 +72,16 @@ class Settings:
         environment["SOFTWARE_CUDA_MODE"] = "lazy" if self.lazy else "eager"
 
 
-def _is_positive(text: str) -> bool:
+def _bytes_of(gib: str) -> int:
+    """0 for what is no size."""
     try:
-        return 0 < float(text) < math.inf
+        size = float(gib) * GIB
     except ValueError:
-        return False
+        return 0
+    return int(size) if 1 <= size < 1 << 50 else 0
 
 
 def chosen() -> Settings | None:
     """What the environment asks for, if it asks for the device at all."""
     text = os.environ.get(SWITCH)
-    return Settings.parse(text) if text else None
+    return None if text in (None, "", "0") else Settings.parse(text)

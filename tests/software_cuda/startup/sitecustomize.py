@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,12 @@ sys.path.append(str(_here.parents[1]))
 
 import software_cuda  # noqa: E402
 
-software_cuda.install()
+try:
+    software_cuda.install()
+except ValueError as error:  # Python would go on without the device
+    sys.stderr.write(f"{error}\n")
+    sys.stderr.flush()
+    os._exit(2)
 
 # Another sitecustomize, which this one hides.
 _others = [folder for folder in sys.path if Path(folder or ".").resolve() != _here]

@@ -80,8 +80,33 @@ def test_settings_survive_the_environment():
 
 @pytest.mark.parametrize(
     "text",
-    ["sm_70", "devices=0", "devices=x", "devices=²", "memory=-1", "memory=inf", "lazy=1", "fast"],
+    [
+        *("sm_70", "80", "devices=0", "devices=x", "devices=²", "dev ices=2", "lazy=1", "fast"),
+        *("memory=-1", "memory=inf", "memory=1e-12", "memory=1e300", "sm_90"),
+    ],
 )
 def test_unknown_settings_are_named(text):
     with pytest.raises(ValueError, match=text):
         Settings.parse(f"sm_80,{text}")
+
+
+@pytest.mark.parametrize("text", ["devices=1,devices=2", "lazy,eager", "memory=1,memory=1"])
+def test_settings_that_contradict_each_other(text):
+    with pytest.raises(ValueError, match="comes after another"):
+        Settings.parse(text)
+
+
+def test_no_process_goes_on_without_the_device_it_was_asked_for():
+    line = [sys.executable, "-m", "tests.software_cuda"]
+    code = "import os, subprocess, sys; os.environ['SOFTWARE_CUDA'] = 'sm_70'; "
+    code += "sys.exit(subprocess.run([sys.executable, '-c', 'print(1)']).returncode)"
+    for command, message in (
+        (["python", "-I", "-c", "print(1)"], "python -I starts without"),
+        (["python", "-c", code], "'sm_70' is none of"),
+    ):
+        done = subprocess.run(
+            [*line, *command], cwd=_PROJECT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert done.stdout == ""

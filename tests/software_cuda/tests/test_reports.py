@@ -313,15 +313,46 @@ def test_with_it(planted):
     pass
 """
     )
+    done = _pytest(tmp_path, "--software-cuda")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 error" in done.stdout
+    assert "the software CUDA device reports" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "ends", ["pytest.skip('x')", "pytest.xfail('x')", "raise KeyError", "assert 1"]
+)
+def test_no_ending_of_a_test_hides_a_report(ends, tmp_path):
+    """The marked one fails, however it ends, and the next test is not blamed."""
+    (tmp_path / "test_planted.py").write_text(
+        f"""
+import pytest
+import torch
+from software_cuda import device
+
+@pytest.mark.xfail({ends == "raise KeyError"}, reason="expected", strict=False)
+def test_planted():
+    torch.zeros(1, device="cuda")
+    device.reports.add("foreign stream", "planted")
+    {ends}
+
+def test_next():
+    assert torch.zeros(1, device="cuda").sum() == 0
+"""
+    )
+    done = _pytest(tmp_path, "--software-cuda", "sm_80")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    assert "foreign stream: planted" in done.stdout
+
+
+def _pytest(folder: Path, *options: str) -> subprocess.CompletedProcess:
     tests = str(Path(__file__).resolve().parents[2])
     line = [sys.executable, "-m", "pytest", "-p", "software_cuda.pytest_plugin", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*line, "--software-cuda", "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)],
+    return subprocess.run(
+        [*line, *options, "-c", "/dev/null", "--rootdir", str(folder), str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ["PYTHONPATH"]])},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 error" in done.stdout
-    assert "the software CUDA device reports" in done.stdout
