@@ -199,8 +199,10 @@ def assert_same_numbers(one: object, other: object, rtol: float, where: str = ""
     if isinstance(one, dict):
         assert set(one) == set(other), where
         for key in one:
+            # Of a solver that chooses its steps, rounding decides whether it needs one more.
+            bound = max(rtol, 0.1) if key == "evaluations" else rtol
             if key not in ("device", "seconds"):
-                assert_same_numbers(one[key], other[key], rtol, f"{where}.{key}")
+                assert_same_numbers(one[key], other[key], bound, f"{where}.{key}")
     elif isinstance(one, list):
         assert len(one) == len(other), where
         for k, (a, b) in enumerate(zip(one, other, strict=True)):
