@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -23,12 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     # Now, as a conftest.py of a folder that is named on the command line may import torch before
     # pytest has parsed its options.
-    following = [*sys.argv[2:], "-"]
-    for argument, text in zip(sys.argv[1:], following, strict=True):
+    arguments = [*sys.argv[1:], "-"]
+    for argument, following in itertools.pairwise(arguments):
         name, is_given, value = argument.partition("=")
         if name == "--software-cuda":
             # As argparse reads it: the next word, if that is no option.
-            _switch_on(value if is_given or text.startswith("-") else text)
+            _switch_on(value if is_given or following.startswith("-") else following)
 
 
 @pytest.hookimpl(tryfirst=True)
