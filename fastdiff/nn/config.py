@@ -161,6 +161,8 @@ class UNetConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
+            if value >= 1 << 63 and name != "sample_size":  # which makes no tensor
+                raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}")
         if not self.channel_mult or any(
             not isinstance(mult, int) or mult < 1 for mult in self.channel_mult
         ):
