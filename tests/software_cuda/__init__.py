@@ -80,7 +80,11 @@ class Device:
                 pass
 
     def end(self) -> None:
-        """At the end of the process: problems that nobody has taken are its exit code."""
+        """At the end of the process: problems that nobody has taken are its exit code.
+
+        Also those of work that nobody has waited for.
+        """
+        self.finish()
         if problems := self.take_problems():
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -44,6 +44,18 @@ print(kept.sum().item(), torch.empty(300 << 20, dtype=torch.uint8, device="cuda"
     assert run("memory=0.4", code).split() == ["out", "of", "memory"] * 2 + ["0", "300"]
 
 
+def test_problems_of_work_that_a_process_leaves_pending():
+    code = """
+import torch
+x, index = torch.ones(9, device="cuda"), torch.tensor([77], device="cuda")
+torch.cuda.synchronize()
+torch.cuda._sleep(9)
+y = x[index]
+"""
+    with pytest.raises(AssertionError, match="operator failed: aten::index.Tensor"):
+        run("sm_90", code)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_100", "sm_120"])
 def test_other_architectures(arch):
