@@ -52,7 +52,7 @@ torch.cuda.synchronize()
 torch.cuda._sleep(9)
 y = x[index]
 """
-    with pytest.raises(AssertionError, match="operator failed: aten::index.Tensor"):
+    with pytest.raises(AssertionError, match=r"operator failed: aten::index\.Tensor"):
         run("sm_90", code)
 
 
