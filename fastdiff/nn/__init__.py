@@ -5,10 +5,12 @@ from fastdiff.nn.group_norm_silu import GroupNormSiLU
 from fastdiff.nn.inference import InferenceUNet
 from fastdiff.nn.noisy_classifier import NoisyClassifier
 from fastdiff.nn.presets import PRESETS, preset_config
+from fastdiff.nn.released import RELEASED
 from fastdiff.nn.unet import UNet
 
 __all__ = [
     "PRESETS",
+    "RELEASED",
     "GroupNormSiLU",
     "InferenceUNet",
     "NoisyClassifier",

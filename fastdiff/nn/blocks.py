@@ -53,12 +53,22 @@ class ResnetBlock(nn.Module):
     `temb` (B, 4 * config.channels) has already gone through SiLU: it is the same in all blocks.
     Or it is what `fastdiff.nn.merging` made of it for this block. With `recompute`, the inputs of
     both convolutions are computed again in the backward pass.
+
+    `resample`, one of `halved` and `doubled`, is applied to the input and to what its first
+    normalization gives: a block that resamples (`UNetConfig.resblock_updown`).
     """
 
     recompute = False
 
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: UNetConfig,
+        resample: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.resample = resample
         self.scale_shift = config.time_conditioning == "scale_shift"
         self.norm1 = GroupNormSiLU(config.num_groups, in_channels, config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -78,7 +88,11 @@ class ResnetBlock(nn.Module):
         merged = isinstance(temb, BlockInputs)
         time = temb.time if merged else self.time_emb_proj(temb)
         conv1 = functools.partial(without_bias, self.conv1) if merged else self.conv1
+        if self.resample is not None:
+            conv1 = _after(self.resample, conv1)
         h = norm_conv(self.norm1, conv1, x, recompute=self.recompute)
+        if self.resample is not None:
+            x = self.resample(x)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             operands = {"scale": scale, "shift": shift}
@@ -95,6 +109,22 @@ class ResnetBlock(nn.Module):
         return shortcut(x) + h
 
 
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """The mean of 2x2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Every pixel repeated, 2x2 times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _after(
+    first: Callable[[torch.Tensor], torch.Tensor], second: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: second(first(x))
+
+
 class Downsample(nn.Module):
     """Halve height and width: a 3x3 convolution of stride 2, or the mean of 2x2 pixels."""
 
@@ -109,7 +139,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is None:
-            return F.avg_pool2d(x, 2)
+            return halved(x)
         if self.pad_right:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
@@ -123,7 +153,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.conv_resample else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = doubled(x)
         return x if self.conv is None else self.conv(x)
 
 
@@ -141,8 +171,24 @@ def _attend(attention: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
     return attention(x)
 
 
+def _resample(module: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
+    return _resnet(module, x, temb) if isinstance(module, ResnetBlock) else module(x)
+
+
 def _attention(channels: int, config: UNetConfig) -> SelfAttention:
-    return SelfAttention(channels, config.num_heads, config.num_groups, config.norm_eps)
+    return SelfAttention(channels, config.heads(channels), config.num_groups, config.norm_eps)
+
+
+def _downsampler(channels: int, config: UNetConfig) -> nn.Module:
+    if config.resblock_updown:
+        return ResnetBlock(channels, channels, config, halved)
+    return Downsample(channels, config)
+
+
+def _upsampler(channels: int, config: UNetConfig) -> nn.Module:
+    if config.resblock_updown:
+        return ResnetBlock(channels, channels, config, doubled)
+    return Upsample(channels, config)
 
 
 class DownBlock(nn.Module):
@@ -161,7 +207,7 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(
             _attention(width, config) if has_attention else nn.Identity() for _ in self.resnets
         )
-        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(width, config)])
+        self.downsamplers = nn.ModuleList([] if is_last else [_downsampler(width, config)])
 
     def forward(self, h: torch.Tensor, temb: Time) -> list[torch.Tensor]:
         outputs = []
@@ -169,7 +215,7 @@ class DownBlock(nn.Module):
             h = _attend(attention, _resnet(resnet, h, temb), temb)
             outputs.append(h)
         for downsample in self.downsamplers:
-            outputs.append(downsample(outputs[-1]))
+            outputs.append(_resample(downsample, outputs[-1], temb))
         return outputs
 
 
@@ -206,12 +252,12 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(
             _attention(width, config) if has_attention else nn.Identity() for _ in self.resnets
         )
-        self.upsamplers = nn.ModuleList([Upsample(width, config)] if level else [])
+        self.upsamplers = nn.ModuleList([_upsampler(width, config)] if level else [])
 
     def forward(self, h: torch.Tensor, skips: list[torch.Tensor], temb: Time) -> torch.Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = torch.cat([h, skips.pop()], dim=1)
             h = _attend(attention, _resnet(resnet, h, temb), temb)
         for upsample in self.upsamplers:
-            h = upsample(h)
+            h = _resample(upsample, h, temb)
         return h

@@ -30,9 +30,9 @@ class UNetConfig:
         Return 2C channels: the prediction, then the interpolation of the log variance
         (IDDPM eq. 15).
     channels : int
-        Width of the first level.
-    channel_mult : tuple of int
-        Width of each level relative to the first; its length is the number L of levels.
+        What `channel_mult` multiplies, and the width of the sinusoidal time embedding.
+    channel_mult : tuple of int or float
+        Width of each level, in `channels`; its length is the number L of levels.
     num_res_blocks : int
         Residual blocks per level on the way down; the way up has one more.
     attention_resolutions : tuple of int
@@ -40,7 +40,9 @@ class UNetConfig:
     mid_attention : bool
         Self-attention between the two residual blocks at the lowest resolution.
     num_heads : int
-        Attention heads.
+        Attention heads of every attention.
+    num_head_channels : int, optional
+        Channels of every attention head, in place of `num_heads`: wider levels have more heads.
     dropout : float
         Probability, inside the residual blocks.
     time_embedding : {"ddpm", "openai"}
@@ -52,6 +54,9 @@ class UNetConfig:
     conv_resample : bool
         Resample with a convolution (stride 2; nearest neighbour and 3x3), or without (2x2 average;
         nearest neighbour).
+    resblock_updown : bool
+        Resample without convolutions inside residual blocks of their own, as BigGAN does (Dhariwal
+        & Nichol 2021, §3), in place of what `conv_resample` says.
     downsample_padding : {"right", "both"}
         Where the stride-2 convolution pads with zeros: below and to the right only (DDPM, from
         TensorFlow's "SAME"), or one pixel all around (OpenAI).
@@ -77,15 +82,17 @@ class UNetConfig:
     in_channels: int = 3
     learned_variance: bool = False
     channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[int | float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     mid_attention: bool = True
     num_heads: int = 1
+    num_head_channels: int | None = None
     dropout: float = 0.0
     time_embedding: str = "ddpm"
     time_conditioning: str = "additive"
     conv_resample: bool = True
+    resblock_updown: bool = False
     downsample_padding: str = "right"
     num_groups: int = 32
     norm_eps: float = 1e-6
@@ -109,12 +116,23 @@ class UNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
+        return tuple(int(self.channels * mult) for mult in self.channel_mult)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Height and width in pixels at each level."""
         return tuple(self.sample_size >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def attention_widths(self) -> tuple[int, ...]:
+        """Channels of the levels with attention, and of the one between the ways down and up."""
+        levels = zip(self.widths, self.resolutions, strict=True)
+        widths = [width for width, size in levels if size in self.attention_resolutions]
+        return (*widths, self.widths[-1]) if self.mid_attention else tuple(widths)
+
+    def heads(self, width: int) -> int:
+        """Attention heads of an attention over `width` channels."""
+        return self.num_heads if self.num_head_channels is None else width // self.num_head_channels
 
     @property
     def size_divisor(self) -> int:
@@ -156,7 +174,8 @@ class UNetConfig:
 
     def _check_numbers(self) -> None:
         counts = ["sample_size", "in_channels", "channels", "num_res_blocks", "num_heads"]
-        counts += ["num_groups"] + ([] if self.num_classes is None else ["num_classes"])
+        counts += ["num_groups"]
+        counts += [n for n in ("num_classes", "num_head_channels") if getattr(self, n) is not None]
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -164,10 +183,20 @@ class UNetConfig:
             if value >= 1 << 63 and name != "sample_size":  # which makes no tensor
                 raise ValueError(f"{name} must be at most 2**63 - 1, got {shown(value)}")
         if not self.channel_mult or any(
-            not isinstance(mult, int) or mult < 1 for mult in self.channel_mult
+            not isinstance(mult, (int, float))
+            or not 0 < mult < 1 << 63
+            or self.channels * mult % 1
+            or self.channels * mult < 1
+            for mult in self.channel_mult
         ):
             raise ValueError(
-                f"channel_mult must be one positive integer per level, got {self.channel_mult}"
+                f"channel_mult must be one positive number per level that makes a whole number of "
+                f"channels of {self.channels}, got {self.channel_mult}"
+            )
+        if self.num_head_channels is not None and self.num_heads != 1:
+            raise ValueError(
+                f"num_heads = {self.num_heads} and num_head_channels = {self.num_head_channels} "
+                "were given, expected one of them"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -214,3 +243,10 @@ class UNetConfig:
                     f"num_heads must divide the width of every level, {self.widths}, "
                     f"got {self.num_heads}"
                 )
+        if self.num_head_channels and any(
+            w % self.num_head_channels for w in self.attention_widths
+        ):
+            raise ValueError(
+                f"num_head_channels must divide the width of every level with attention, "
+                f"{self.attention_widths}, got {self.num_head_channels}"
+            )

@@ -37,10 +37,16 @@ _FIXED_SETTINGS: dict[str, Any] = {
     "time_embedding_dim": None,
     "mid_block_type": "UNetMidBlock2D",
     "mid_block_scale_factor": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
     "act_fn": "silu",
     "class_embed_type": None,
+}
+
+# UNet2DModel's blocks by how they resample and whether they have attention.
+_BLOCKS = {
+    ("conv", False): "{}Block2D",
+    ("conv", True): "Attn{}Block2D",
+    ("resnet", False): "Resnet{}sampleBlock2D",
+    ("resnet", True): "Attn{}Block2D",
 }
 
 # Attention of checkpoints written before diffusers 0.15.
@@ -65,7 +71,8 @@ def unet2d_config(config: UNetConfig) -> dict[str, Any]:
     Raises
     ------
     UnsupportedByDiffusersError
-        Resampling without convolutions, several attention heads on levels of different widths, or
+        Average resampling outside of residual blocks, several attention heads on levels of
+        different widths, a time embedding of another width than the first level's, or
         self-conditioning.
     """
     if config.self_conditioning:
@@ -73,10 +80,16 @@ def unet2d_config(config: UNetConfig) -> dict[str, Any]:
             "self_conditioning=True has no equivalent in diffusers, whose pipelines give a network "
             "no estimate of x0"
         )
-    if not config.conv_resample:
+    if not (config.conv_resample or config.resblock_updown):
         raise UnsupportedByDiffusersError(
             "conv_resample=False has no equivalent in UNet2DModel, which resamples by convolution"
         )
+    if config.widths[0] != config.channels:
+        raise UnsupportedByDiffusersError(
+            f"a first level of {config.widths[0]} channels and a time embedding of "
+            f"{config.channels}: UNet2DModel has one width for both"
+        )
+    kind = "resnet" if config.resblock_updown else "conv"
     has_attention = [size in config.attention_resolutions for size in config.resolutions]
     return {
         **_FIXED_SETTINGS,
@@ -85,10 +98,12 @@ def unet2d_config(config: UNetConfig) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "block_out_channels": list(config.widths),
         "layers_per_block": config.num_res_blocks,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in has_attention],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in has_attention[::-1]],
+        "down_block_types": [_BLOCKS[kind, a].format("Down") for a in has_attention],
+        "up_block_types": [_BLOCKS[kind, a].format("Up") for a in has_attention[::-1]],
+        "downsample_type": kind,
+        "upsample_type": kind,
         "add_attention": config.mid_attention,
-        "attention_head_dim": _head_dim(config, has_attention),
+        "attention_head_dim": _head_dim(config),
         "dropout": config.dropout,
         "flip_sin_to_cos": config.time_embedding == "openai",
         "freq_shift": 1 if config.time_embedding == "ddpm" else 0,
@@ -104,13 +119,13 @@ def unet2d_config(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def _head_dim(config: UNetConfig, has_attention: Sequence[bool]) -> int | None:
-    """UNet2DModel fixes the channels per head, we the number of heads. None: one head."""
+def _head_dim(config: UNetConfig) -> int | None:
+    """UNet2DModel fixes the channels per head. None: one head."""
+    if config.num_head_channels is not None:
+        return config.num_head_channels
     if config.num_heads == 1:
         return None
-    widths = {width for width, a in zip(config.widths, has_attention, strict=True) if a}
-    if config.mid_attention:
-        widths.add(config.widths[-1])
+    widths = set(config.attention_widths)
     if len(widths) > 1:
         raise UnsupportedByDiffusersError(
             f"num_heads = {config.num_heads} on attention levels of different widths, "
@@ -141,17 +156,20 @@ def config_from_unet2d(settings: Mapping[str, Any]) -> UNetConfig:
         raise UnsupportedByDiffusersError(
             f"UNet2DModel with sample_size = {size!r}; only one integer is supported"
         )
-    if any(width % widths[0] for width in widths):
-        raise UnsupportedByDiffusersError(
-            f"UNet2DModel with block_out_channels = {widths}, which are not multiples of the first"
-        )
     down, up = settings["down_block_types"], settings["up_block_types"]
-    types = {"DownBlock2D": False, "AttnDownBlock2D": True}
+    kind = settings.get("downsample_type", "conv")
+    types = {_BLOCKS.get((kind, a), "").format("Down"): a for a in (False, True)}
     mirrored = [name.replace("Up", "Down") for name in reversed(up)]
-    if not set(down) <= set(types) or list(down) != mirrored:
+    if (
+        not set(down) <= set(types)
+        or list(down) != mirrored
+        or settings.get("upsample_type", "conv") != kind
+    ):
         raise UnsupportedByDiffusersError(
-            f"UNet2DModel with down_block_types = {down} and up_block_types = {up}; supported are "
-            "(Attn)DownBlock2D, and (Attn)UpBlock2D in the reverse order"
+            f"UNet2DModel with down_block_types = {down}, up_block_types = {up}, downsample_type = "
+            f"{kind!r} and upsample_type = {settings.get('upsample_type', 'conv')!r}; supported "
+            'are (Attn)DownBlock2D and (Attn)UpBlock2D in the reverse order with "conv", and '
+            'AttnDownBlock2D, ResnetDownsampleBlock2D and their reverse with "resnet"'
         )
     freq_shift = settings.get("freq_shift", 0)
     embedding = {(False, 1): "ddpm", (True, 0): "openai"}.get(
@@ -175,11 +193,13 @@ def config_from_unet2d(settings: Mapping[str, Any]) -> UNetConfig:
         in_channels=in_channels,
         learned_variance=out_channels == 2 * in_channels,
         channels=widths[0],
-        channel_mult=tuple(width // widths[0] for width in widths),
+        channel_mult=tuple(
+            width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths
+        ),
         num_res_blocks=settings.get("layers_per_block", 2),
         attention_resolutions=tuple(attention),
         mid_attention=mid_attention,
-        num_heads=_num_heads(settings, [w for w, n in zip(widths, down, strict=True) if types[n]]),
+        **_heads(settings, [w for w, n in zip(widths, down, strict=True) if types[n]]),
         dropout=settings.get("dropout", 0.0),
         time_embedding=embedding,
         time_conditioning=(
@@ -187,6 +207,7 @@ def config_from_unet2d(settings: Mapping[str, Any]) -> UNetConfig:
             if settings.get("resnet_time_scale_shift") == "scale_shift"
             else "additive"
         ),
+        resblock_updown=kind == "resnet",
         downsample_padding="both" if settings.get("downsample_padding", 1) else "right",
         num_groups=settings.get("norm_num_groups", 32),
         norm_eps=settings.get("norm_eps", 1e-5),
@@ -204,20 +225,21 @@ def config_from_unet2d(settings: Mapping[str, Any]) -> UNetConfig:
     return config
 
 
-def _num_heads(settings: Mapping[str, Any], attention_widths: list[int]) -> int:
+def _heads(settings: Mapping[str, Any], attention_widths: list[int]) -> dict[str, int]:
+    """`num_heads`, or `num_head_channels` where levels differ in their heads."""
     head_dim = settings.get("attention_head_dim", 8)
     widths = set(attention_widths)
     if settings.get("add_attention", True):
         widths.add(settings["block_out_channels"][-1])
     if head_dim is None or not widths:
-        return 1
+        return {"num_heads": 1}
     heads = {width // head_dim for width in widths}
-    if len(heads) > 1 or any(width % head_dim for width in widths):
+    if any(width % head_dim for width in widths):
         raise UnsupportedByDiffusersError(
             f"UNet2DModel with attention_head_dim = {head_dim} on levels of "
-            f"{sorted(widths)} channels; the number of heads must be one for all levels"
+            f"{sorted(widths)} channels, which it does not divide"
         )
-    return heads.pop()
+    return {"num_heads": heads.pop()} if len(heads) == 1 else {"num_head_channels": head_dim}
 
 
 def ddpm_scheduler_config(

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.blocks import DownBlock, Downsample, MidBlock, ResnetBlock, UpBlock, Upsample
+from fastdiff.nn.blocks import (
+    DownBlock,
+    Downsample,
+    MidBlock,
+    ResnetBlock,
+    UpBlock,
+    Upsample,
+    doubled,
+    halved,
+)
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 from fastdiff.nn.packed_conv import PackedConv
@@ -85,7 +94,7 @@ class InferenceUNet:
                 h = self._attend(attention, self._residual(resnet, h, time))
                 skips.append(h)
             for downsample in block.downsamplers:
-                h = self._downsample(downsample, h)
+                h = self._downsample(downsample, h, time)
                 skips.append(h)
         first, last = unet.mid_block.resnets
         h = self._attend(unet.mid_block.attentions[0], self._residual(first, h, time))
@@ -95,7 +104,7 @@ class InferenceUNet:
                 h = torch.cat([h, skips.pop()], dim=1)
                 h = self._attend(attention, self._residual(resnet, h, time))
             for upsample in block.upsamplers:
-                h = self._upsample(upsample, h)
+                h = self._upsample(upsample, h, time)
         h = self._convs[unet.conv_out](unet.conv_norm_out(h))
         return h.to(x_t.dtype, memory_format=memory_format_of(x_t))
 
@@ -138,7 +147,13 @@ class InferenceUNet:
         return dict(zip(self._resnets, joined.split(self._time_sizes, dim=1), strict=True))
 
     def _residual(self, block: ResnetBlock, x: Tensor, times: dict[nn.Module, Tensor]) -> Tensor:
-        h = self._convs[block.conv1](block.norm1(x))
+        h = block.norm1(x)
+        if block.resample is doubled:
+            h, x = self._convs[block.conv1](h, upsample=True), doubled(x)
+        elif block.resample is halved:
+            h, x = self._convs[block.conv1](halved(h)), halved(x)
+        else:
+            h = self._convs[block.conv1](h)
         time = times[block]
         if block.scale_shift:
             scale, shift = time.chunk(2, dim=1)
@@ -160,14 +175,22 @@ class InferenceUNet:
         h = F.linear(h, *self._linears[attention.to_out])
         return x + h.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def _downsample(self, module: Downsample, h: Tensor) -> Tensor:
+    def _downsample(
+        self, module: Downsample | ResnetBlock, h: Tensor, times: dict[nn.Module, Tensor]
+    ) -> Tensor:
+        if isinstance(module, ResnetBlock):
+            return self._residual(module, h, times)
         if module.conv is None:
-            return F.avg_pool2d(h, 2)
+            return halved(h)
         return self._convs[module.conv](F.pad(h, (0, 1, 0, 1)) if module.pad_right else h)
 
-    def _upsample(self, module: Upsample, h: Tensor) -> Tensor:
+    def _upsample(
+        self, module: Upsample | ResnetBlock, h: Tensor, times: dict[nn.Module, Tensor]
+    ) -> Tensor:
+        if isinstance(module, ResnetBlock):
+            return self._residual(module, h, times)
         if module.conv is None:
-            return F.interpolate(h, scale_factor=2.0, mode="nearest")
+            return doubled(h)
         return self._convs[module.conv](h, upsample=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdiff.nn.config import UNetConfig
+from fastdiff.nn.released import RELEASED
 from fastdiff.reference.checks import shown
 
 PRESETS: dict[str, UNetConfig] = {
@@ -71,15 +72,17 @@ PRESETS: dict[str, UNetConfig] = {
 
 
 def preset_config(name: str, **overrides: Any) -> UNetConfig:
-    """The configuration called `name`, with some fields changed.
+    """The configuration called `name` in PRESETS or RELEASED, with some fields changed.
 
     Raises
     ------
     ValueError
         The name is unknown (the message lists the known ones), or the overrides do not fit.
     """
-    if not isinstance(name, str) or name not in PRESETS:
+    known = PRESETS | RELEASED
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"unknown U-Net preset {shown(name)}; the presets are {', '.join(PRESETS)}"
+            f"unknown U-Net preset {shown(name)}; the presets are {', '.join(PRESETS)}, and the "
+            f"released networks {', '.join(RELEASED)}"
         )
-    return PRESETS[name].replace(**overrides)
+    return known[name].replace(**overrides)

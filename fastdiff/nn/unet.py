@@ -145,7 +145,7 @@ class UNet(nn.Module):
         source: str | os.PathLike[str] | Mapping[str, torch.Tensor],
         config: str | UNetConfig,
         *,
-        new_attention_order: bool = False,
+        new_attention_order: bool | None = None,
     ) -> UNet:
         """Load a checkpoint of DDPM's or DDIM's PyTorch code, or of improved- or guided-diffusion.
 
@@ -155,15 +155,23 @@ class UNet(nn.Module):
             A .pt, .pth, .ckpt or .safetensors file, or the state dict itself. Of DDIM's training
             checkpoints the averaged weights are taken. Files are read without running code.
         config : str or UNetConfig
-            The network's architecture: a preset's name or a configuration.
-        new_attention_order : bool
-            guided-diffusion's flag of that name.
+            The network's architecture: the name of a preset or of a released network
+            (`fastdiff.nn.RELEASED`), or a configuration.
+        new_attention_order : bool, optional
+            guided-diffusion's flag of that name; None: that of the released network of the
+            configuration's shapes, False for others.
 
         Raises
         ------
         FileNotFoundError
         fastdiff.nn.original_formats.UnknownCheckpointError
-            No such format, or names or shapes do not fit the configuration.
+            No such format, or names or shapes do not fit the configuration. Or the configuration
+            has the shapes of a released network of OpenAI's and other heads: tensors do not tell
+            them, so that the weights would load and compute something else.
+
+        Notes
+        -----
+        The released upsamplers take the small image, enlarged (bilinear), as `x_self_cond`.
         """
         unet = cls._without_weights(preset_config(config) if isinstance(config, str) else config)
         original_formats.load_into(unet, source, new_attention_order=new_attention_order)

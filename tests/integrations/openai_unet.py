@@ -110,9 +110,9 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    def __init__(self, channels, num_heads, groups):
+    def __init__(self, channels, num_heads, groups, new_order=False):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.new_order = num_heads, new_order
         self.norm = GroupNorm32(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -120,11 +120,32 @@ class AttentionBlock(nn.Module):
     def forward(self, x):
         batch, channels, *spatial = x.shape
         x = x.reshape(batch, channels, -1)
-        qkv = self.qkv(self.norm(x)).reshape(batch * self.num_heads, -1, x.shape[2])
-        q, k, v = qkv.chunk(3, dim=1)
-        weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(q.shape[1]), -1)
-        h = torch.einsum("bts,bcs->bct", weight, v).reshape(batch, channels, -1)
+        h = attend(self.qkv(self.norm(x)), self.num_heads, self.new_order)
         return (x + self.proj_out(h)).reshape(batch, channels, *spatial)
+
+
+def attend(qkv, num_heads, new_order):
+    batch, channels, pixels = len(qkv), qkv.shape[1] // 3, qkv.shape[2]
+    if new_order:  # all heads' q, then all heads' k, then all heads' v
+        q, k, v = (part.reshape(batch * num_heads, -1, pixels) for part in qkv.chunk(3, dim=1))
+    else:
+        q, k, v = qkv.reshape(batch * num_heads, -1, pixels).chunk(3, dim=1)
+    weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(q.shape[1]), -1)
+    return torch.einsum("bts,bcs->bct", weight, v).reshape(batch, channels, pixels)
+
+
+class AttentionPool2d(nn.Module):
+    def __init__(self, size, channels, num_heads, outputs):
+        super().__init__()
+        self.num_heads = num_heads
+        self.positional_embedding = nn.Parameter(torch.randn(channels, size**2 + 1))
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, outputs, 1)
+
+    def forward(self, x):
+        x = x.flatten(2)
+        x = torch.cat([x.mean(2, keepdim=True), x], 2) + self.positional_embedding
+        return self.c_proj(attend(self.qkv_proj(x), self.num_heads, True))[:, :, 0]
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -141,28 +162,42 @@ def timestep_embedding(t, dim):
 
 
 class UNetModel(nn.Module):
-    """From our configuration (groups and embedding width are fixed in the originals)."""
+    """From our configuration (groups and embedding width are fixed in the originals).
 
-    def __init__(self, config, silu=nn.SiLU):
+    With `pool` and `num_classes` EncoderUNetModel, the classifier: no way up, logits.
+    """
+
+    def __init__(self, config, silu=nn.SiLU, new_order=False, pool=None, num_classes=0):
         super().__init__()
-        self.channels = ch = config.channels
-        emb = 4 * ch
+        self.channels = config.channels
+        emb = 4 * config.channels
+        ch = config.widths[0]
+        inputs = config.in_channels * (2 if config.self_conditioning else 1)
 
-        def res(a, b):
+        def res(a, b, **updown):
             return ResBlock(
                 a, b and emb, b, config.num_groups, config.time_conditioning == "scale_shift",
-                silu=silu,
+                silu=silu, **updown,
             )  # fmt: skip
+
+        def attention_block(width):
+            if config.num_head_channels is None:
+                heads = config.num_heads
+            else:
+                heads = width // config.num_head_channels
+            return AttentionBlock(width, heads, config.num_groups, new_order)
 
         def attention(level, width):
             has = config.resolutions[level] in config.attention_resolutions
-            return [AttentionBlock(width, config.num_heads, config.num_groups)] if has else []
+            return [attention_block(width)] if has else []
 
-        self.time_embed = nn.Sequential(nn.Linear(ch, emb), silu(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.channels, emb), silu(), nn.Linear(emb, emb)
+        )
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_class_embeddings, emb)
         self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(nn.Conv2d(config.in_channels, ch, 3, padding=1))]
+            [TimestepEmbedSequential(nn.Conv2d(inputs, ch, 3, padding=1))]
         )
         skips = [ch]
         last = len(config.widths) - 1
@@ -173,11 +208,19 @@ class UNetModel(nn.Module):
                 ch = width
                 skips.append(ch)
             if level != last:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch)))
+                down = res(ch, ch, down=True) if config.resblock_updown else Downsample(ch)
+                self.input_blocks.append(TimestepEmbedSequential(down))
                 skips.append(ch)
-        self.middle_block = TimestepEmbedSequential(
-            res(ch, ch), AttentionBlock(ch, config.num_heads, config.num_groups), res(ch, ch)
-        )
+        self.middle_block = TimestepEmbedSequential(res(ch, ch), attention_block(ch), res(ch, ch))
+        if pool is not None:
+            heads = ch // config.num_head_channels
+            tail = {
+                "attention": [AttentionPool2d(config.resolutions[-1], ch, heads, num_classes)],
+                "adaptive": [nn.AdaptiveAvgPool2d(1), nn.Conv2d(ch, num_classes, 1), nn.Flatten()],
+            }[pool]
+            self.out = nn.Sequential(GroupNorm32(config.num_groups, ch), silu(), *tail)
+            self.output_blocks = None
+            return
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(last + 1)):
             width = config.widths[level]
@@ -185,7 +228,7 @@ class UNetModel(nn.Module):
                 layers = [res(ch + skips.pop(), width), *attention(level, width)]
                 ch = width
                 if level and i == config.num_res_blocks:
-                    layers.append(Upsample(ch))
+                    layers.append(res(ch, ch, up=True) if config.resblock_updown else Upsample(ch))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(
             GroupNorm32(config.num_groups, ch),
@@ -202,6 +245,8 @@ class UNetModel(nn.Module):
             h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
+        if self.output_blocks is None:
+            return self.out(h)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)

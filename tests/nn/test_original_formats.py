@@ -8,7 +8,7 @@ from integrations.openai_unet import AttentionBlock, UNetModel
 from nn.networks import SMALL, inputs, unzero
 from nn.original_ddpm import Model
 
-from fastdiff.nn import PRESETS, UNet
+from fastdiff.nn import PRESETS, RELEASED, NoisyClassifier, UNet
 from fastdiff.nn.original_formats import UnknownCheckpointError
 
 ORIGINALS = {
@@ -56,6 +56,113 @@ def test_classes_and_heads_of_guided_diffusion():
                 by_head = state[key].unflatten(0, (config.num_heads, 3, -1))
                 state[key] = by_head.transpose(0, 1).flatten(0, 2)
     same(theirs, UNet.from_original(state, config, new_attention_order=True))
+
+
+# guided-diffusion's features together, in a small network of levels of different widths.
+ADM = RELEASED["adm_imagenet512"].replace(
+    sample_size=16, channels=32, channel_mult=(0.5, 1, 2), attention_resolutions=(8, 4),
+    num_head_channels=8, num_groups=4, num_classes=5,
+)  # fmt: skip
+SIZES = {  # parameters of the released networks, counted with the repositories' own code
+    "adm_imagenet64": 295_904_454,
+    "adm_imagenet128": 421_529_606,
+    "adm_imagenet256": 553_838_086,
+    "adm_256": 552_814_086,
+    "adm_imagenet512": 558_997_638,
+    "adm_upsampler256": 311_795_910,
+    "adm_upsampler512": 308_835_270,
+    "adm_classifier64": 65_438_568,
+    "adm_classifier128": 42_568_040,
+    "adm_classifier256": 54_096_360,
+    "adm_classifier512": 54_448_360,
+    "iddpm_imagenet64": 121_063_942,
+    "iddpm_imagenet64_cond": 273_049_350,
+    "iddpm_upsampler256": 279_792_390,
+    "iddpm_bedroom256": 113_676_678,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_released_networks(name):
+    assert SIZES.keys() == RELEASED.keys()
+    config, order = RELEASED[name], name == "adm_imagenet64"
+    with torch.device("meta"):
+        if "classifier" in name:
+            theirs = UNetModel(config, pool="attention", num_classes=1000)
+            ours = NoisyClassifier.from_original(theirs.state_dict(), name)
+        else:
+            theirs = UNetModel(config, new_order=order)
+            ours = UNet.from_original(theirs.state_dict(), name)
+    assert ours.config == config
+    counts = [sum(p.numel() for p in network.parameters()) for network in (theirs, ours)]
+    assert counts == [SIZES[name]] * 2
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_head_channels": None, "num_heads": 4},
+        {"resblock_updown": False},
+        {"time_conditioning": "additive", "channel_mult": (1, 1.5, 2)},
+    ],
+)
+def test_features_of_guided_diffusion(changes, new_order):
+    config = ADM.replace(**changes)
+    theirs = unzero(UNetModel(config, new_order=new_order))
+    ours = UNet.from_original(theirs.state_dict(), config, new_attention_order=new_order)
+    same(theirs, ours)
+    same(theirs, ours.set_merged(True))
+    same(theirs, ours.set_merged(None).set_recompute())
+    x, t, y = inputs(ours)
+    with torch.no_grad():
+        expected, actual = theirs(x, t, y), ours.for_inference()(x, t, y)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    theirs(x, t, y).square().sum().backward()
+    ours(x, t, y).square().sum().backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, part in (("conv_in", "input_blocks.0.0"), ("conv_out", "out.2")):
+        expected = theirs.get_parameter(f"{part}.weight").grad
+        error = (gradients[f"{name}.weight"] - expected).abs().max()
+        assert error <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("attention", "attention"), ("adaptive", "mean")])
+def test_classifiers_of_guided_diffusion(theirs, ours):
+    config = ADM.replace(num_classes=None, learned_variance=False)
+    original = unzero(UNetModel(config, pool=theirs, num_classes=7)).eval()
+    loaded = NoisyClassifier.from_original(original.state_dict(), config, 7, ours)
+    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 10, 999])
+    expected, actual = original(x_t, t), loaded(x_t, t)
+    assert expected.std() > 0.01
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    wanted = "mean" if ours == "attention" else "attention"
+    with pytest.raises(UnknownCheckpointError, match=f'use pool="{ours}"'):
+        NoisyClassifier.from_original(original.state_dict(), config, 7, wanted)
+    if ours == "attention":
+        with pytest.raises(ValueError, match=r"16 x 16 pixels for pooling .* got 8 x 8"):
+            loaded(x_t[..., :8, :8], t)
+
+
+def test_heads_that_tensors_do_not_tell_are_those_of_the_released_network():
+    name = "adm_imagenet64"
+    with torch.device("meta"):
+        state = UNetModel(RELEASED[name], new_order=True).state_dict()
+    for changes, order in (
+        ({"num_head_channels": 32}, None),
+        ({"num_head_channels": None, "num_heads": 4}, None),
+        ({}, False),
+    ):
+        config = RELEASED[name].replace(**changes)
+        with pytest.raises(UnknownCheckpointError, match=f"'{name}'"):
+            UNet.from_original(state, config, new_attention_order=order)
+    UNet.from_original(state, RELEASED[name], new_attention_order=True)
+    with torch.device("meta"):
+        classifier = UNetModel(RELEASED["adm_classifier64"], pool="attention", num_classes=1000)
+    config = RELEASED["adm_classifier64"].replace(num_head_channels=32)
+    with pytest.raises(UnknownCheckpointError, match="'adm_classifier64'"):
+        NoisyClassifier.from_original(classifier.state_dict(), config)
 
 
 def test_files(tmp_path):
