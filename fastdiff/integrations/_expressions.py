@@ -301,7 +301,8 @@ class Expressions(ast.NodeTransformer):
         self._note(x, e.func)  # a Sequential that goes on where this one stopped
         if not self._is_functional(e):
             return self._helper("call", self.visit(e.func), inner)
-        made = self._fuse("group_norm", e.func, inner, *map(self.visit, rest))
+        owner = ast.Name(self.owner, ast.Load())
+        made = self._fuse("group_norm", owner, e.func, inner, *map(self.visit, rest))
         made.keywords = [ast.keyword(k.arg, self.visit(k.value)) for k in e.keywords]
         return made
 

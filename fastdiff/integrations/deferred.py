@@ -30,8 +30,8 @@ from fastdiff.ops import group_norm_silu
 class Norm(NamedTuple):
     """A normalization, with its parameters at the time of its call."""
 
-    module: nn.Module | None
-    """None for F.group_norm."""
+    module: nn.Module
+    """The normalization, or the owner of a method that calls F.group_norm."""
     num_groups: int
     weight: Tensor | None
     bias: Tensor | None
@@ -92,7 +92,7 @@ def normalized(
     """The op; small operands are (B, C, 1, ...), or (1, C, 1, ...) for the whole batch."""
     module, num_groups, weight, bias, eps = norm
     compiling = torch.compiler.is_compiling()
-    if not compiling and module is not None and "_fastdiff_ran" not in module.__dict__:
+    if not compiling and "_fastdiff_ran" not in module.__dict__:
         _note(module, x, activation, channel_bias, scale, shift)
     if channel_bias is not None:
         channel_bias = _per_sample(channel_bias, x)
@@ -214,8 +214,8 @@ def sequential(f: nn.Sequential, v: Any) -> Any:
     return now(v)
 
 
-def group_norm(f: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """f(x, *args, **kwargs), deferred if f is torch's functional group_norm."""
+def group_norm(owner: Any, f: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """f(x, *args, **kwargs), deferred if f is torch's functional group_norm; called in `owner`."""
     if not is_group_norm(f):
         return f(now(x), *args, **kwargs)
     channel_bias = None
@@ -223,14 +223,14 @@ def group_norm(f: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
         x, channel_bias, whole = x.x, x.channel_bias, x
     else:
         x = whole = now(x)
-    norm = _functional(*args, **kwargs)
+    norm = _functional(owner, *args, **kwargs)
     if not is_image(x) or not all(t is None or is_plain(type(t)) for t in norm[2:4]):
         return f(now(whole), *args, **kwargs)
     return Deferred(x, channel_bias, norm)
 
 
-def _functional(num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True) -> Norm:
-    return Norm(None, num_groups, weight, bias, eps)
+def _functional(owner, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True) -> Norm:
+    return Norm(owner, num_groups, weight, bias, eps)
 
 
 def is_image(x: Any) -> bool:

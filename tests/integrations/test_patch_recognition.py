@@ -271,6 +271,32 @@ def test_the_report_counts_accesses_after_a_call():
     assert type(again) is Block
 
 
+class Functional(nn.Module):
+    """A class of one's own, as physicsnemo's: another function outside of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.rand(4)) for _ in range(2))
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return F.silu(F.group_norm(x, 2, self.weight, self.bias))
+
+
+def test_the_report_counts_what_functions_normalize():
+    module, x = Functional(), torch.randn(2, 4, 5, 5)
+    expected = module(x)
+    report = fastdiff.patch(module)
+    assert torch.equal(module.eval()(x), x)
+    assert report.bytes_saved == 0
+    torch.testing.assert_close(module.train()(x), expected, rtol=1e-5, atol=1e-5)
+    assert report.bytes_saved == 2 * 4 * 2 * 4 * 5 * 5
+    assert report.replaced == {"": "group_norm + silu"}
+    fastdiff.unpatch(module)
+    assert "_fastdiff_ran" not in vars(module)
+
+
 class Attention(nn.Module):
     """guided-diffusion's block: tokens, and a checkpoint around everything."""
 
