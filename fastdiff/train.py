@@ -16,7 +16,7 @@ import signal
 from typing import Any
 
 from fastdiff import _cli
-from fastdiff.training import hub, precision, watchers
+from fastdiff.training import fit, hub, precision, watchers
 from fastdiff.training.config import BUILT_IN_DATA, TrainConfig
 from fastdiff.training.config_file import read_config_file
 from fastdiff.training.distributed import World
@@ -72,6 +72,8 @@ def main(argv: list[str]) -> int:
         newest = newest_checkpoint(folder, say) if config.resume else None
         if newest is not None:
             check_data(newest, dataset, config.data)
+        if not config.resume and world.size == 1:
+            config = fit.fit(config, settings_given(argv), dataset, device, say)
         trainer = Trainer(config, dataset, folder, device, world)
         if config.resume:
             if newest is None:
@@ -173,6 +175,17 @@ def parse(argv: list[str]) -> TrainConfig:
             )
     config.validate()
     return config
+
+
+def settings_given(argv: list[str]) -> set[str]:
+    """The names of settings that stand on the command line or in the file of --config."""
+    flags = {argument.partition("=")[0] for argument in argv}
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name for name in names if f"--{name.replace('_', '-')}" in flags}
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(argv)[0].config
+    return given | set(read_config_file(path) if path else {})
 
 
 def _has_gone(config: TrainConfig) -> bool:
