@@ -40,6 +40,7 @@ _PRESETS: dict[int, tuple[str, ...]] = {
 }
 
 FITTED = ("preset", "batch_size", "steps", "warmup", "sample_every", "checkpoint_every")
+_CHOSEN = {"preset", "batch_size", "steps"}  # the others follow from these
 
 
 def fit(
@@ -60,7 +61,7 @@ def fit(
     if "batch_size" in free:
         changes["batch_size"] = _batch_size(max(dataset.shape[:2]))
     names = _candidates(dataset.shape) if "preset" in free else (config.preset,)
-    if names and {"preset", "steps"} & free:
+    if names and not {"preset", "steps"} <= set(given):
         steps = None if "steps" in free else config.steps
         found = _largest(dataclasses.replace(config, **changes), names, steps, dataset, device)
         changes |= {n: v for n, v in found.items() if n in free}
@@ -72,6 +73,8 @@ def fit(
         "checkpoint_every": max(100, tenth),
     }
     config = dataclasses.replace(config, **{n: v for n, v in changes.items() if n in free})
+    if not _CHOSEN & free:
+        return config
     height, width, _ = dataset.shape
     flags = " ".join(f"--{n.replace('_', '-')} {getattr(config, n)}" for n in FITTED if n in free)
     count = f"{len(dataset):,} image{'s' * (len(dataset) > 1)} of {height}x{width}"
