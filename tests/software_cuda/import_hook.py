@@ -55,6 +55,10 @@ def load_runtime(settings: Settings) -> None:
     atexit.register(device.end)
 
 
+def _no_jiterator(*_: Any) -> None:
+    raise NotImplementedError("torch.cuda.jiterator: not on the software CUDA device")
+
+
 def load_fallback(settings: Settings) -> None:
     import torch
 
@@ -72,6 +76,7 @@ def load_fallback(settings: Settings) -> None:
         load_library(build.cuda_library(settings.arch) if ours else path)
 
     torch.ops.load_library = load_ours
+    torch._C._cuda_jiterator_compile_and_launch_kernel = _no_jiterator  # NVRTC would crash
     if settings.rocm:
         from .rocm import look_like_rocm
 

@@ -78,3 +78,9 @@ def test_new_memory_is_filled_for_deterministic_algorithms():
         assert torch.empty(5, device="cuda").isnan().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_what_the_device_lacks_is_named():
+    double = torch.cuda.jiterator._create_jit_fn("template <typename T> T f(T x) { return x + x; }")
+    with pytest.raises(NotImplementedError, match="jiterator"):
+        double(torch.ones(3, device="cuda"))
