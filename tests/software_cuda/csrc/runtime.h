@@ -64,10 +64,9 @@ struct Allocation {
   size_t size;
   int device;
   MemoryKind kind;
-  bool registered = false;            // cudaHostRegister: not ours to free
-  Stream* stream = nullptr;           // of a tensor: the stream that its memory belongs to
-  std::vector<Stream*> also_used_by;  // Tensor.record_stream
-  bool in_graph = false;              // of a tensor: allocated in a capture, from the graph's pool
+  bool registered = false;   // cudaHostRegister: not ours to free
+  Stream* stream = nullptr;  // of a tensor: the stream that its memory belongs to
+  bool in_graph = false;     // of a tensor: allocated in a capture, from the graph's pool
 };
 struct Range {
   uint64_t begin, end;
@@ -208,7 +207,9 @@ SC_API bool forbidden_in_capture();  // for calls that a global capture forbids;
 SC_API const std::pair<const uintptr_t, Allocation>* find_allocation(const void* address);
 SC_API void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream);
 SC_API void tensor_freed(uintptr_t address);
-SC_API void tensor_used_on(uintptr_t address, Stream* stream);
+// torch's allocator may hand it out again: the streams that were recorded, by Tensor.record_stream
+// or by torch itself, have used it.
+SC_API void memory_reusable(uintptr_t address);
 // The memory that these numbers point to, if they are addresses; says what is wrong with it.
 SC_API std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,
                                     const std::string& user);

@@ -232,9 +232,8 @@ static void order_before(Stream* stream, size_t items, std::map<Stream*, size_t>
 std::string unfinished_use(const Allocation& allocation, Range range) {
   std::map<Stream*, size_t> ordered;
   if (allocation.stream) order_before(allocation.stream, allocation.stream->queue.size(), ordered);
-  const auto& also = allocation.also_used_by;
   for (Stream* stream : streams()) {
-    if (stream == allocation.stream || std::count(also.begin(), also.end(), stream)) continue;
+    if (stream == allocation.stream) continue;
     for (size_t i = ordered.count(stream) ? ordered[stream] : 0; i < stream->queue.size(); i++)
       for (const Range& used : stream->queue[i].uses)
         if (used.begin < range.end && range.begin < used.end) return stream->queue[i].what;

@@ -131,12 +131,18 @@ def test_freed_memory_in_a_triton_kernel():
 
 
 @pytest.mark.parametrize("correct", ["record_stream", "wait", None])
-def test_memory_freed_while_another_stream_uses_it(launchers, correct):
-    side = torch.cuda.Stream()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_memory_freed_while_another_stream_uses_it(launchers, correct, recorded):
+    """Also where some other stream is recorded."""
+    side, third = torch.cuda.Stream(), torch.cuda.Stream()
     y = torch.zeros(128, device="cuda")
 
     def use() -> None:
         temporary = torch.ones(128, device="cuda")
+        if recorded:
+            with torch.cuda.stream(third):
+                y.clone()
+            temporary.record_stream(third)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             launchers.twice(temporary, y)
@@ -148,11 +154,33 @@ def test_memory_freed_while_another_stream_uses_it(launchers, correct):
     with device.lazy():
         if correct:
             use()
-            torch.cuda.synchronize()
+            device.finish()
         else:
             with device.expect("freed in use"):
                 use()
+                device.finish()
     assert (y == 2).all()
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_autograd_records_the_streams_of_its_nodes():
+    """A gradient is accumulated, and freed, on other streams than it was made on."""
+    side = torch.cuda.Stream()
+    x = torch.arange(1000.0, device="cuda", requires_grad=True)
+    with device.lazy():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            accumulate = x.expand_as(x).grad_fn.next_functions[0][0]  # a node of this stream
+            half = x / 2
+        torch.cuda.current_stream().wait_stream(side)
+        half.record_stream(torch.cuda.current_stream())
+        (half * x).sum().backward()
+        del half
+        for _ in range(3):
+            (x * x).sum().backward()
+        device.finish()
+    assert accumulate is not None
+    assert torch.equal(x.grad, 7 * x.detach())
 
 
 def test_memory_of_a_graph_may_be_freed_while_it_runs(launchers):
