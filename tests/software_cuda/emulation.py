@@ -192,9 +192,14 @@ class Emulation(base.KernelState):
         self._prepared.pop(identity, None)
 
     def _load_module(self, data: int, image: Any) -> None:
+        if ctypes.string_at(data, 4) != b"\x7fELF":  # PTX itself
+            image[0] = self.programs.add(ctypes.string_at(data).decode())
+            return
         ptx = self._triton.find(ctypes.string_at(data, _elf_size(data)))
         if ptx is None:
-            raise EmulatorError("cuModuleLoadData: no PTX of this cubin in Triton's cache")
+            raise EmulatorError(
+                "cuModuleLoadData: machine code whose PTX is not in Triton's cache, such as NVRTC's"
+            )
         image[0] = self.programs.add(ptx)
 
     def _report(self, kind: bytes, what: bytes) -> None:

@@ -439,8 +439,9 @@ void watch_allocator() {
     if (entry.action_ == Entry::ALLOC) {
       const c10::cuda::CUDAGuard guard(
           entry.device_);  // of the default stream, whose handle is null
+      const bool own_pool = entry.mempool_ != c10::MempoolId_t{0, 0};
       sc::tensor_allocated(entry.addr_, entry.size_, entry.device_,
-                           sc::find_stream((cudaStream_t)entry.stream_));
+                           sc::find_stream((cudaStream_t)entry.stream_), own_pool);
     } else if (entry.action_ == Entry::FREE_REQUESTED) {
       sc::tensor_freed(entry.addr_);
     } else if (entry.action_ == Entry::FREE_COMPLETED) {  // after the streams that were recorded

@@ -134,15 +134,26 @@ const std::pair<const uintptr_t, Allocation>* find_allocation(const void* addres
   return holder(allocations(), (uintptr_t)address);
 }
 
+static void report_unfinished_use(uintptr_t address, const Allocation& memory) {
+  const std::string user = unfinished_use(memory, {address, address + memory.size});
+  if (!user.empty())
+    report("freed in use", "memory was freed while " + user +
+                               ", on another stream, has not run (Tensor.record_stream)");
+}
+
 // ---- what torch's allocator hands out ----
-void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream) {
+void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream, bool own_pool) {
   Lock lock;
   auto& gone = freed_tensors();
   auto first = gone.upper_bound(address);
   if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second.size > address)
     --first;
-  gone.erase(first, gone.lower_bound(address + size));
-  tensors()[address] = {size, device, MemoryKind::device, false, stream, !!stream->capture};
+  const auto end = gone.lower_bound(address + size);
+  if (own_pool && !stream->capture)
+    for (auto old = first; old != end; ++old) report_unfinished_use(old->first, old->second);
+  gone.erase(first, end);
+  static uint64_t serial = 0;
+  tensors()[address] = {size, device, MemoryKind::device, false, stream, own_pool, ++serial};
   // Behind the work that still uses the memory for the tensor before.
   const auto fill = [=] { return memset((void*)address, kFresh, size), cudaSuccess; };
   if (!is_behind(stream) && !stream->capture)
@@ -162,13 +173,15 @@ void memory_reusable(uintptr_t address) {
   Lock lock;
   awaiting_streams().erase(address);
   auto found = freed_tensors().find(address);
-  // Memory of a graph's pool goes to captures only, or back with a cudaFree, which waits.
-  if (found == freed_tensors().end() || found->second.in_graph) return;
-  const Range range{address, address + found->second.size};
-  const std::string user = unfinished_use(found->second, range);
-  if (!user.empty())
-    report("freed in use", "memory was freed while " + user +
-                               ", on another stream, has not run (Tensor.record_stream)");
+  // Memory of a pool goes to those who use the pool only, such as captures, or back with a cudaFree,
+  // which waits. They may order the streams before they take it again.
+  if (found != freed_tensors().end() && !found->second.own_pool)
+    report_unfinished_use(address, found->second);
+}
+uint64_t serial_of(uint64_t address) {
+  Lock lock;
+  auto* found = holder(tensors(), address);
+  return found && !found->second.own_pool ? found->second.serial : 0;
 }
 
 std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,

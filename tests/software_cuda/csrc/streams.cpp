@@ -186,7 +186,7 @@ cudaError_t push(Stream* stream, Item item) {
   if (stream->capture) {
     if (stream->capture->invalid) return cudaErrorStreamCaptureInvalidated;
     if (stream != stream->capture->origin) stream->capture->unjoined[stream] = true;
-    stream->capture->items.push_back(std::move(item));
+    stream->capture->take(std::move(item));
     return cudaSuccess;
   }
   // The legacy stream and blocking streams wait for each other.
@@ -211,7 +211,7 @@ cudaError_t enqueue(Stream* stream, std::string what, Work work, std::vector<Ran
 void enqueue_later(Stream* stream, std::string what, Work work) {
   Lock lock;
   if (stream->capture)
-    stream->capture->items.push_back({std::move(what), std::move(work)});
+    stream->capture->take({std::move(what), std::move(work)});
   else
     stream->queue.push_back({std::move(what), std::move(work)});
 }

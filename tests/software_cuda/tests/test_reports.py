@@ -198,6 +198,52 @@ def test_memory_of_a_graph_may_be_freed_while_it_runs(launchers):
     assert (result == 2).all()
 
 
+@pytest.mark.parametrize("instead", [False, True])
+def test_a_graph_that_outlives_its_input(instead):
+    """It would read what another tensor has written there, or what nobody has."""
+    x = torch.ones(128, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2  # its memory, and that of temporaries, is the graph's
+        z = (y + 1) * y
+    graph.replay()
+    assert device.take_problems() == []
+    assert (z == 6).all()
+    address = x.data_ptr()
+    del x
+    if instead:
+        x = torch.ones(128, device="cuda")
+        assert x.data_ptr() == address
+    with device.expect("freed memory") as reports:
+        graph.replay()
+    assert "aten::mul" in reports[0].what
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_of_a_pool_is_taken_again_while_it_is_in_use(launchers, waits):
+    """Who has a pool of memory, such as torch.compile, may order streams as late as that."""
+    pool, side = torch.cuda.MemPool(), torch.cuda.Stream()
+    y = torch.zeros(128, device="cuda")
+
+    def taken() -> torch.Tensor:
+        with torch.cuda.stream(side), torch.cuda.use_mem_pool(pool):
+            return torch.ones(128, device="cuda")
+
+    with device.lazy():
+        x = taken()
+        torch.cuda.current_stream().wait_stream(side)
+        launchers.twice(x, y)
+        del x
+        if waits:
+            side.wait_stream(torch.cuda.current_stream())
+            x = taken()
+        else:
+            with device.expect("freed in use"):
+                x = taken()
+        device.finish()
+    assert (y == 2).all()
+
+
 @two_devices
 def test_a_kernel_attribute_holds_for_one_device(launchers):
     on = [torch.arange(128.0, device=f"cuda:{i}") for i in range(2)]
@@ -222,6 +268,15 @@ def test_a_function_that_is_not_implemented_says_so(capfd):
         assert function(None, None) == 801  # cudaErrorNotSupported
     assert "cudaIpcGetMemHandle" in reports[0].what
     assert "cudaIpcGetMemHandle" in capfd.readouterr().err
+
+
+@two_devices
+def test_nccl_says_that_it_is_not_implemented(capfd):
+    x = torch.ones(3, device="cuda")
+    with device.expect("not implemented") as reports, pytest.raises(RuntimeError):
+        torch.nn.parallel.comm.broadcast(x, [0, 1])
+    assert "nccl" in reports[0].what
+    assert "nccl" in capfd.readouterr().err
 
 
 def test_an_operator_that_fails_after_its_call():

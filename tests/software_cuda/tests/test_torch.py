@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory
 from torch import nn
 from torch.nn import functional
+
+from software_cuda import device
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +83,27 @@ def test_new_memory_is_filled_for_deterministic_algorithms():
         torch.use_deterministic_algorithms(False)
 
 
-def test_what_the_device_lacks_is_named():
-    double = torch.cuda.jiterator._create_jit_fn("template <typename T> T f(T x) { return x + x; }")
-    with pytest.raises(NotImplementedError, match="jiterator"):
-        double(torch.ones(3, device="cuda"))
+@pytest.mark.parametrize("compiler", ["jiterator", "_compile_kernel"])
+def test_what_nvrtc_has_compiled_is_refused(compiler):
+    """Its machine code has no PTX beside it."""
+    x = torch.ones(3, device="cuda")
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        if compiler == "jiterator":
+            double = "template <typename T> T f(T x) { return x + x; }"
+            torch.cuda.jiterator._create_jit_fn(double)(x)
+        else:
+            torch.cuda._compile_kernel("__global__ void f(float* x) { x[0] = 1; }", "f")
+    assert "NVRTC" in reports[0].what
+
+
+def test_symmetric_memory_is_refused():
+    with pytest.raises(NotImplementedError, match="symmetric memory"):
+        torch.distributed._symmetric_memory.empty(3, device="cuda")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_not_fused():
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
+    x = torch.linspace(-1, 1, 5, device="cuda")
+    for _ in range(4):  # from the third on it would compile a kernel
+        torch.testing.assert_close(scripted(x), x.relu().tanh())
