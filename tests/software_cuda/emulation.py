@@ -18,7 +18,7 @@ from ptx_emulator.cuda_runtime import runtime as base
 from ptx_emulator.cuda_runtime.fatbin import extract_ptx, read_image
 from ptx_emulator.devices import find_device
 from ptx_emulator.errors import EmulatorError, LaunchError
-from ptx_emulator.launch import Program
+from ptx_emulator.launch import LaunchOptions, Program
 
 from .reports import Reports
 
@@ -120,6 +120,7 @@ class Emulation(base.KernelState):
 
     def __init__(self, library: ctypes.CDLL, capability: tuple[int, int], reports: Reports):
         super().__init__(find_device(capability))
+        self.options = LaunchOptions(racecheck=True)
         self.reports = reports
         self._library = library
         self.programs = _Programs(library, capability)

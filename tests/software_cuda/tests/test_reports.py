@@ -16,7 +16,7 @@ import torch
 
 from software_cuda import PROBLEMS, REPORTED, device
 
-from .triton_kernels import fill_with_ones
+from .triton_kernels import fill_with_ones, write_number_of_block
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -40,6 +40,13 @@ def test_an_access_behind_a_tensor_is_a_fault_that_lasts(launchers, elements):
             x.add_(1)  # a device is of no use after a fault
     assert "OutOfBounds" in reports[0].what
     assert x.add_(1).sum() >= elements  # but works again when its problems have been taken
+
+
+def test_blocks_that_write_to_the_same_place_are_a_fault():
+    x = torch.zeros(128, device="cuda")
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        write_number_of_block[(4,)](x)
+    assert "RaceError" in reports[0].what
 
 
 def test_an_access_to_a_tensor_that_was_not_given_is_a_fault(launchers):
@@ -236,10 +243,10 @@ def test_memory_of_a_pool_is_taken_again_while_it_is_in_use(launchers, waits):
         del x
         if waits:
             side.wait_stream(torch.cuda.current_stream())
-            x = taken()
+            taken()
         else:
             with device.expect("freed in use"):
-                x = taken()
+                taken()
         device.finish()
     assert (y == 2).all()
 
