@@ -101,6 +101,10 @@ cudaError_t release(void* pointer) {
 }
 
 bool pageable(const void* address) { return !find_allocation(address); }
+bool is_pinned(const void* address) {
+  const auto* found = find_allocation(address);
+  return found && found->second.kind == MemoryKind::pinned;
+}
 
 cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) {
   Lock lock;
@@ -123,6 +127,11 @@ cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) 
     const auto copy = [=] { return memcpy(to, staged->data(), size), cudaSuccess; };
     return enqueue(stream, "copy", copy, {target});
   }
+  // What the host reads too early is NaN, not what an earlier copy has left there.
+  const bool is_later = lazy() || is_behind(stream);
+  if (is_later && !stream->capture && is_pinned(to) && !is_pinned(from) &&
+      unfinished_use({}, target).empty())
+    memset(to, kFresh, size);
   const auto copy = [=] { return memmove(to, from, size), cudaSuccess; };
   return enqueue(stream, "copy", copy, {target, {(uint64_t)from, (uint64_t)from + size}});
 }
@@ -173,8 +182,8 @@ void memory_reusable(uintptr_t address) {
   Lock lock;
   awaiting_streams().erase(address);
   auto found = freed_tensors().find(address);
-  // Memory of a pool goes to those who use the pool only, such as captures, or back with a cudaFree,
-  // which waits. They may order the streams before they take it again.
+  // Memory of a pool goes to those who use the pool only, such as captures, or back with a
+  // cudaFree, which waits. They may order the streams before they take it again.
   if (found != freed_tensors().end() && !found->second.own_pool)
     report_unfinished_use(address, found->second);
 }
