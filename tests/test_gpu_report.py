@@ -86,6 +86,9 @@ def test_fewer_tests_than_expected_fail_a_whole_run(run) -> None:
     assert run("False", None, 2)[0] == 1
     assert run("False", None, 2, "-k", "q_sample")[0] == 0
     assert run("False", None, 2, "test_q_sample.py")[0] == 0
+    # Spelled otherwise, it has no numbers to compare with.
+    assert run("False", None, 1, "-m", "gpu and not other")[0] == 1
+    assert run("False", None, 1, "-m", "gpu and not other", "test_q_sample.py")[0] == 0
 
 
 def report(op: str, backend: str, *, skipped: str | None = None, when: str = "call") -> object:

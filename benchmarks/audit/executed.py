@@ -256,10 +256,9 @@ def short_name(entry: str) -> str:
     return re.sub(r"_kernel\b", "", name)
 
 
-def launches(call: Any, backend: str, arch: str, last_blocks: int | None = None) -> list[Launch]:
+def emulate(call: Any, backend: str, arch: str, last_blocks: int | None = None) -> Any:
     """Run a `traffic_cases.Call` in the emulator, or of each launch only so many blocks."""
-    harness = tests_package("op_harness")
-    result = harness.evaluate(
+    return tests_package("op_harness").evaluate(
         call.op,
         f"{backend}-ptx",
         call.arguments,
@@ -271,6 +270,11 @@ def launches(call: Any, backend: str, arch: str, last_blocks: int | None = None)
         racecheck=False,
         last_blocks=last_blocks,
     )
+
+
+def launches(call: Any, backend: str, arch: str, last_blocks: int | None = None) -> list[Launch]:
+    """What the launches of a call execute; of a call with gradients those of its backward pass."""
+    result = emulate(call, backend, arch, last_blocks)
     done = result.launches[result.forward_launches if call.gradients else 0 :]
     return [describe(r, call.tensor_bytes, call.scale) for r in done]
 

@@ -130,25 +130,13 @@ def _apart(call: traffic_cases.Call) -> traffic_cases.Call:
 
 def count(memory: Memory, call: traffic_cases.Call, backend: str, gpu: Gpu, arch: str) -> Row:
     call = _apart(call)
-    harness = executed.tests_package("op_harness")
     launcher = executed.tests_package("op_harness.cuda_ptx.launcher")
     with contextlib.ExitStack() as stack:
         if backend == "cuda" and call.op == "group_norm_silu":
             library = launcher.library(call.op, arch)
             stack.enter_context(library.device(emulated_device(gpu)))
         found = stack.enter_context(memory.counting(call))
-        result = harness.evaluate(
-            call.op,
-            f"{backend}-ptx",
-            call.arguments,
-            gradients=call.gradients,
-            grad_output=call.grad_output,
-            arch=arch,
-            count=True,
-            profile=True,
-            racecheck=False,
-            last_blocks=BLOCKS,
-        )
+        result = executed.emulate(call, backend, arch, last_blocks=BLOCKS)
     keys = tuple(found[result.forward_launches if call.gradients else 0 :])
     return Row(
         *(call.op, call.mode, *call.labels.values(), backend, gpu.name),

@@ -76,6 +76,9 @@ class Device:
         """
         if self.runtime.sc_pending():
             gc.collect()
+            if self.runtime.sc_awaiting_streams():
+                # Waits for the recorded streams, which may not be all that use the memory.
+                sys.modules["torch"].cuda.empty_cache()
             with self.lazy(False):  # which runs everything
                 pass
 

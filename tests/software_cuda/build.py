@@ -93,14 +93,16 @@ def _stubs(objects: Sequence[Path], wanted: set[str], soname: str) -> Path:
 
 
 @functools.cache
+def _undefined_in_torch() -> set[str]:
+    paths = [torch_folder() / f"lib/{library}.so" for library in _USERS]
+    names = [_symbols(path, "-D", "--undefined-only") for path in paths if path.exists()]
+    return set().union(*names)
+
+
+@functools.cache
 def fake_runtime() -> Path:
     """libcudart.so.13 with every function that torch's libraries import."""
-    torch = torch_folder()
-    wanted: set[str] = set()
-    for library in _USERS:
-        path = torch / f"lib/{library}.so"
-        used = _symbols(path, "-D", "--undefined-only") if path.exists() else set()
-        wanted |= {name for name in used if re.match(r"(__)?cuda[A-Z]", name)}
+    wanted = {name for name in _undefined_in_torch() if re.match(r"(__)?cuda[A-Z]", name)}
     objects = [_compiled(_SOURCES / f"{part}.cpp", *cuda_include()) for part in _RUNTIME_PARTS]
     objects.append(_stubs(objects, wanted, "cudart"))
     script = cache_directory() / "software-cuda-version.map"
@@ -124,6 +126,17 @@ def fake_driver() -> Path:
     objects.append(_stubs(objects, wanted, "cuda"))
     flags = ["-Wl,-soname,libcuda.so.1", "-Wl,-z,defs"]
     return _linked("libcuda.so.1", [*objects, fake_runtime()], *flags)
+
+
+@functools.cache
+def fake_nccl() -> Path | None:
+    """libnccl.so.2 without anything in it, if torch's libraries want one."""
+    wanted = {name for name in _undefined_in_torch() if re.match(r"nccl[A-Z]", name)}
+    if not wanted:
+        return None
+    objects = [_compiled(_SOURCES / "nccl.cpp", *cuda_include())]
+    objects.append(_stubs(objects, wanted, "nccl"))
+    return _linked("libnccl.so.2", [*objects, fake_runtime()], "-Wl,-soname,libnccl.so.2")
 
 
 @functools.cache
@@ -195,6 +208,6 @@ def cuda_library(arch: str) -> Path:
 
 def all_libraries(arch: str) -> None:
     """Build what is missing, so that no child process has to."""
-    for build in (fake_runtime, fake_driver, fallback):
+    for build in (fake_runtime, fake_driver, fake_nccl, fallback):
         build()
     cuda_library(arch)

@@ -18,7 +18,7 @@ from ptx_emulator.cuda_runtime import runtime as base
 from ptx_emulator.cuda_runtime.fatbin import extract_ptx, read_image
 from ptx_emulator.devices import find_device
 from ptx_emulator.errors import EmulatorError, LaunchError
-from ptx_emulator.launch import Program
+from ptx_emulator.launch import LaunchOptions, Program
 
 from .reports import Reports
 
@@ -120,6 +120,7 @@ class Emulation(base.KernelState):
 
     def __init__(self, library: ctypes.CDLL, capability: tuple[int, int], reports: Reports):
         super().__init__(find_device(capability))
+        self.options = LaunchOptions(racecheck=True)
         self.reports = reports
         self._library = library
         self.programs = _Programs(library, capability)
@@ -192,9 +193,14 @@ class Emulation(base.KernelState):
         self._prepared.pop(identity, None)
 
     def _load_module(self, data: int, image: Any) -> None:
+        if ctypes.string_at(data, 4) != b"\x7fELF":  # PTX itself
+            image[0] = self.programs.add(ctypes.string_at(data).decode())
+            return
         ptx = self._triton.find(ctypes.string_at(data, _elf_size(data)))
         if ptx is None:
-            raise EmulatorError("cuModuleLoadData: no PTX of this cubin in Triton's cache")
+            raise EmulatorError(
+                "cuModuleLoadData: machine code whose PTX is not in Triton's cache, such as NVRTC's"
+            )
         image[0] = self.programs.add(ptx)
 
     def _report(self, kind: bytes, what: bytes) -> None:

@@ -47,12 +47,17 @@ def load_runtime(settings: Settings) -> None:
     runtime, driver = build.fake_runtime(), build.fake_driver()
     # The dynamic loader goes by DT_SONAME: what torch's libraries need is there already.
     library = ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)
+    for other in filter(None, (driver, build.fake_nccl())):
+        ctypes.CDLL(str(other), mode=ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(driver.parent)
     device = software_cuda.device
     device.settings, device.runtime = settings, library
     device.emulation = Emulation(library, settings.capability, device.reports)
     atexit.register(device.end)
+
+
+def _no_symmetric_memory(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("symmetric memory: not on the software CUDA device")
 
 
 def load_fallback(settings: Settings) -> None:
@@ -72,6 +77,9 @@ def load_fallback(settings: Settings) -> None:
         load_library(build.cuda_library(settings.arch) if ours else path)
 
     torch.ops.load_library = load_ours
+    if torch.distributed.is_available():  # would crash without NVML
+        torch._C._distributed_c10d._SymmetricMemory.empty_strided_p2p = _no_symmetric_memory
+    torch._C._jit_set_texpr_fuser_enabled(False)  # TorchScript's kernels are machine code
     if settings.rocm:
         from .rocm import look_like_rocm
 

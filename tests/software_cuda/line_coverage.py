@@ -3,9 +3,11 @@
     python -m tests.software_cuda.line_coverage --out FOLDER [PYTEST ARGUMENT ...]
 
 gcov counts the lines of csrc/bindings and of the host code in csrc/cuda, coverage.py (`pip install
-coverage`) those of fastdiff/ and triton_kernels/. Prints a table with the lines that were not
-reached. FOLDER keeps a copy of the project and the counts: two runs with different arguments add
-up.
+coverage`, 7.10 or newer) those lines of fastdiff/ and triton_kernels/ that run only where there is
+a device (device_lines.py). Tests with made-up devices, which need none, count too. Prints tables
+with the lines that were not reached; the exit code is 1 if a test fails or fewer than 98 % of the
+lines are reached. FOLDER keeps a copy of the project and the counts: two runs with different
+arguments add up.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from mutations.project_copy import ROOT as PROJECT
 from mutations.project_copy import ProjectCopy
 from ptx_emulator.compile import host_compiler
 
+from software_cuda.device_lines import device_lines
+
 _COMPILED = ("csrc/bindings/", "csrc/cuda/")
-# Python files that hold the CUDA branches; the others run the same lines on a CPU.
-_PYTHON = ("fastdiff/ops/", "fastdiff/_backends", "fastdiff/_native", "triton_kernels/")
+LEAST = 0.98
 # The copy of the project has no docs, which other tests read.
 WITH_GPU_TESTS = ["tests/gpu", "tests/ops", "tests/samplers", "tests/test_out_of_memory.py"]
+MADE_UP_DEVICES = ["tests/test_backends.py", "tests/training/test_precision.py"]
 Lines = dict[str, dict[int, bool]]  # by file: whether a line ran
 
 
@@ -59,17 +63,22 @@ def compiled_lines(folder: Path, root: Path) -> Lines:
     return found
 
 
-def python_lines(data: Path, root: Path) -> Lines:
-    command = [sys.executable, "-m", "coverage", "json", "--data-file", str(data), "-q", "-o", "-"]
+def python_lines(settings: Path, root: Path) -> Lines:
+    """Those that need a device."""
+    coverage = [sys.executable, "-m", "coverage"]
+    rcfile = f"--rcfile={settings}"
+    subprocess.run([*coverage, "combine", "-q", "--append", rcfile], cwd=root, check=True)
+    command = [*coverage, "json", rcfile, "-q", "-o", "-"]
     text = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     found: Lines = {}
     for name, file in json.loads(text)["files"].items():
-        path = Path(name)
-        path = path.relative_to(root) if path.is_absolute() else path
-        found[str(path)] = {
-            **dict.fromkeys(file["missing_lines"], False),
-            **dict.fromkeys(file["executed_lines"], True),
-        }
+        path = root / name
+        name = str(path.relative_to(root))
+        ran = dict.fromkeys(file["missing_lines"], False)
+        ran |= dict.fromkeys(file["executed_lines"], True)
+        wanted = device_lines(name, path.read_text())
+        if kept := {number: ran[number] for number in ran if number in wanted}:
+            found[name] = kept
     return found
 
 
@@ -84,13 +93,19 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
+def share(lines: Lines) -> tuple[int, int]:
+    """Lines that were reached, and all."""
+    ran = [reached for seen in lines.values() for reached in seen.values()]
+    return sum(ran), len(ran)
+
+
 def table(lines: Lines) -> str:
     rows = ["| file | lines | reached | not reached |", "|---|---|---|---|"]
-    for name, seen in sorted(lines.items()):
-        missing = [number for number, ran in seen.items() if not ran]
-        share = 1 - len(missing) / len(seen) if seen else 1
-        rows.append(f"| `{name}` | {len(seen)} | {share:.1%} | {ranges(missing)} |")
-    return "\n".join(rows)
+    for name, seen in [*sorted(lines.items()), ("together", {})]:
+        reached, number = share({name: seen} if seen else lines)
+        missing = ranges([line for line, ran in seen.items() if not ran])
+        rows.append(f"| `{name}` | {number} | {reached / number:.1%} | {missing} |")
+    return "\n".join(rows).replace("`together`", "together")
 
 
 def main() -> int:
@@ -102,7 +117,7 @@ def main() -> int:
     options, tests = parser.parse_known_args()
     folder = options.out.resolve()
     root = folder / "project"
-    data = folder / "python.coverage"
+    settings = folder / "coverage.ini"
     if not root.exists():
         root.mkdir(parents=True)
         ProjectCopy(root)
@@ -119,22 +134,28 @@ def main() -> int:
         for library in PROJECT.glob("fastdiff/_C_cuda.so"):  # replaced when it is loaded
             shutil.copy(library, root / "fastdiff")
     (folder / "objects").mkdir(exist_ok=True)
+    settings.write_text(
+        f"[run]\nsource = {root}/fastdiff, {root}/triton_kernels\n"
+        f"data_file = {folder}/python.coverage\nparallel = true\npatch = subprocess\n"
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
         "SOFTWARE_CUDA_COVERAGE": str(folder / "objects"),
-        "COVERAGE_FILE": str(data),
     }
-    command = [sys.executable, "-m", "coverage", "run", "--append"]
-    command += ["--source=fastdiff,triton_kernels", "-m", "pytest", "-n", "0", "-q", "-m", "gpu"]
-    command += [f"--software-cuda={options.device}", *tests]
+    pytest = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}"]
+    pytest += ["-m", "pytest", "-n", "0", "-q"]
     if not any(Path(argument.partition("::")[0]).exists() for argument in tests):
-        command += WITH_GPU_TESTS
-    code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
-    lines = compiled_lines(folder, root)
-    lines |= {n: s for n, s in python_lines(data, root).items() if n.startswith(_PYTHON)}
-    print(table(lines))
-    return code
+        tests += WITH_GPU_TESTS
+    code = 0
+    for arguments in (["-m", "gpu", f"--software-cuda={options.device}", *tests], MADE_UP_DEVICES):
+        command = [*pytest, *arguments]
+        code |= subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    parts = compiled_lines(folder, root), python_lines(settings, root)
+    for lines in parts:
+        print(table(lines))
+    too_few = any(reached < LEAST * number for reached, number in map(share, parts))
+    return code or too_few
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ const std::set<std::string> kNative = {"aten::empty.memory_format",
                                        "aten::resize_",
                                        "aten::_local_scalar_dense",
                                        "aten::is_pinned",
+                                       "aten::record_stream",
                                        "aten::_pin_memory",
                                        "aten::_efficientzerotensor",
                                        "aten::is_set_to",
@@ -427,13 +428,6 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   return self;
 }
 
-void record_stream(Tensor& self, c10::Stream stream) {
-  const auto used_on =
-      c10::cuda::CUDAStream::unpack3(stream.id(), stream.device_index(), stream.device_type());
-  sc::tensor_used_on((uintptr_t)self.storage().data(), sc::find_stream(used_on.stream()));
-  c10::cuda::CUDACachingAllocator::recordStream(self.storage().data_ptr(), used_on);
-}
-
 // ---- what torch knows and the runtime asks ----
 cudaStream_t current_stream(int device) {
   return c10::cuda::getCurrentCUDAStream((c10::DeviceIndex)device).stream();
@@ -445,10 +439,13 @@ void watch_allocator() {
     if (entry.action_ == Entry::ALLOC) {
       const c10::cuda::CUDAGuard guard(
           entry.device_);  // of the default stream, whose handle is null
+      const bool own_pool = entry.mempool_ != c10::MempoolId_t{0, 0};
       sc::tensor_allocated(entry.addr_, entry.size_, entry.device_,
-                           sc::find_stream((cudaStream_t)entry.stream_));
+                           sc::find_stream((cudaStream_t)entry.stream_), own_pool);
     } else if (entry.action_ == Entry::FREE_REQUESTED) {
       sc::tensor_freed(entry.addr_);
+    } else if (entry.action_ == Entry::FREE_COMPLETED) {  // after the streams that were recorded
+      sc::memory_reusable(entry.addr_);
     }
     sc::in_allocator = false;
   });
@@ -484,8 +481,6 @@ EXPORTED int sc_install_fallback() {
     install({std::string("aten::") + name, ""},
             c10::KernelFunction::makeFromBoxedFunction<&cpu_kernel>());
   install({"aten::copy_", ""}, c10::KernelFunction::makeFromUnboxedRuntimeFunction(&copy_));
-  install({"aten::record_stream", ""},
-          c10::KernelFunction::makeFromUnboxedRuntimeFunction(&record_stream));
   sc::torch_hooks.current_stream = &current_stream;
   sc::torch_hooks.watch_allocator = &watch_allocator;
   at::globalContext().setSDPUseFlash(false);

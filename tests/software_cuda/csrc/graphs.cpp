@@ -25,6 +25,13 @@ bool forbidden_in_capture() {
   return false;
 }
 
+void Capture::take(Item item) {
+  auto& known = serials.emplace_back();
+  for (const Range& used : item.uses)
+    if (const uint64_t serial = serial_of(used.begin)) known[used.begin] = serial;
+  items.push_back(std::move(item));
+}
+
 }  // namespace sc
 
 using namespace sc;
@@ -57,7 +64,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   if (capture->invalid) return record(cudaErrorStreamCaptureInvalidated);
   for (const auto& [member, unjoined] : capture->unjoined)
     if (unjoined && member != stream) return record(cudaErrorStreamCaptureUnjoined);
-  *graph = (cudaGraph_t) new Graph{std::move(capture->items)};
+  *graph = (cudaGraph_t) new Graph{std::move(capture->items), std::move(capture->serials)};
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
@@ -93,8 +100,16 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t gra
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle) {
   FIND_STREAM(handle);
-  for (const Item& item : ((Graph*)exec)->items)
-    if (const cudaError_t error = push(stream, item)) return record(error);
+  const auto& [items, serials] = *(Graph*)exec;
+  for (size_t i = 0; i < items.size(); i++) {
+    for (const auto& [address, serial] : serials[i])
+      if (serial_of(address) != serial) {
+        report("freed memory", "a graph was launched in which " + items[i].what +
+                                   " was given memory that has been freed since");
+        break;
+      }
+    if (const cudaError_t error = push(stream, items[i])) return record(error);
+  }
   return cudaSuccess;
 }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {

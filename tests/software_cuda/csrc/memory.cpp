@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 
 namespace sc {
 
@@ -24,22 +25,23 @@ std::map<uintptr_t, Allocation>& tensors() {  // parts of them
   static auto* value = new std::map<uintptr_t, Allocation>;
   return *value;
 }
-std::map<uintptr_t, size_t>& freed_tensors() {  // until their memory is handed out again
-  static auto* value = new std::map<uintptr_t, size_t>;
+std::map<uintptr_t, Allocation>& freed_tensors() {  // until their memory is handed out again
+  static auto* value = new std::map<uintptr_t, Allocation>;
+  return *value;
+}
+std::set<uintptr_t>& awaiting_streams() {  // freed tensors that recorded streams still use
+  static auto* value = new std::set<uintptr_t>;
   return *value;
 }
 size_t used[kMaxDevices];
 
-template <typename Map>
-auto* holder(Map& map, uintptr_t address, size_t (*size)(const typename Map::mapped_type&)) {
+const std::pair<const uintptr_t, Allocation>* holder(const std::map<uintptr_t, Allocation>& map,
+                                                     uintptr_t address) {
   auto after = map.upper_bound(address);
-  using Found = decltype(&*after);
-  if (after == map.begin()) return (Found) nullptr;
-  auto& found = *std::prev(after);
-  return address < found.first + std::max<size_t>(size(found.second), 1) ? &found : (Found) nullptr;
+  if (after == map.begin()) return nullptr;
+  const auto& found = *std::prev(after);
+  return address < found.first + std::max<size_t>(found.second.size, 1) ? &found : nullptr;
 }
-size_t size_of(const Allocation& allocation) { return allocation.size; }
-size_t size_of_freed(const size_t& size) { return size; }
 
 size_t total_memory() {
   static const size_t bytes = [] {
@@ -99,6 +101,10 @@ cudaError_t release(void* pointer) {
 }
 
 bool pageable(const void* address) { return !find_allocation(address); }
+bool is_pinned(const void* address) {
+  const auto* found = find_allocation(address);
+  return found && found->second.kind == MemoryKind::pinned;
+}
 
 cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) {
   Lock lock;
@@ -121,6 +127,11 @@ cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) 
     const auto copy = [=] { return memcpy(to, staged->data(), size), cudaSuccess; };
     return enqueue(stream, "copy", copy, {target});
   }
+  // What the host reads too early is NaN, not what an earlier copy has left there.
+  const bool is_later = lazy() || is_behind(stream);
+  if (is_later && !stream->capture && is_pinned(to) && !is_pinned(from) &&
+      unfinished_use({}, target).empty())
+    memset(to, kFresh, size);
   const auto copy = [=] { return memmove(to, from, size), cudaSuccess; };
   return enqueue(stream, "copy", copy, {target, {(uint64_t)from, (uint64_t)from + size}});
 }
@@ -128,19 +139,30 @@ cudaError_t copy_async(void* to, const void* from, size_t size, Stream* stream) 
 }  // namespace
 
 const std::pair<const uintptr_t, Allocation>* find_allocation(const void* address) {
-  if (auto* found = holder(tensors(), (uintptr_t)address, size_of)) return found;
-  return holder(allocations(), (uintptr_t)address, size_of);
+  if (auto* found = holder(tensors(), (uintptr_t)address)) return found;
+  return holder(allocations(), (uintptr_t)address);
+}
+
+static void report_unfinished_use(uintptr_t address, const Allocation& memory) {
+  const std::string user = unfinished_use(memory, {address, address + memory.size});
+  if (!user.empty())
+    report("freed in use", "memory was freed while " + user +
+                               ", on another stream, has not run (Tensor.record_stream)");
 }
 
 // ---- what torch's allocator hands out ----
-void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream) {
+void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream, bool own_pool) {
   Lock lock;
   auto& gone = freed_tensors();
   auto first = gone.upper_bound(address);
-  if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second > address)
+  if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second.size > address)
     --first;
-  gone.erase(first, gone.lower_bound(address + size));
-  tensors()[address] = {size, device, MemoryKind::device, false, stream, {}, !!stream->capture};
+  const auto end = gone.lower_bound(address + size);
+  if (own_pool && !stream->capture)
+    for (auto old = first; old != end; ++old) report_unfinished_use(old->first, old->second);
+  gone.erase(first, end);
+  static uint64_t serial = 0;
+  tensors()[address] = {size, device, MemoryKind::device, false, stream, own_pool, ++serial};
   // Behind the work that still uses the memory for the tensor before.
   const auto fill = [=] { return memset((void*)address, kFresh, size), cudaSuccess; };
   if (!is_behind(stream) && !stream->capture)
@@ -152,19 +174,23 @@ void tensor_freed(uintptr_t address) {
   Lock lock;
   auto found = tensors().find(address);
   if (found == tensors().end()) return;
-  const Range range{address, address + found->second.size};
-  // Memory of a graph's pool goes to captures only, or back with a cudaFree, which waits.
-  const std::string user = found->second.in_graph ? "" : unfinished_use(found->second, range);
-  if (!user.empty())
-    report("freed in use", "memory was freed while " + user +
-                               ", on another stream, has not run (Tensor.record_stream)");
-  freed_tensors()[address] = found->second.size;
+  freed_tensors().insert_or_assign(address, found->second);
   tensors().erase(found);
+  awaiting_streams().insert(address);
 }
-void tensor_used_on(uintptr_t address, Stream* stream) {
+void memory_reusable(uintptr_t address) {
   Lock lock;
-  if (auto* found = holder(tensors(), address, size_of))
-    found->second.also_used_by.push_back(stream);
+  awaiting_streams().erase(address);
+  auto found = freed_tensors().find(address);
+  // Memory of a pool goes to those who use the pool only, such as captures, or back with a
+  // cudaFree, which waits. They may order the streams before they take it again.
+  if (found != freed_tensors().end() && !found->second.own_pool)
+    report_unfinished_use(address, found->second);
+}
+uint64_t serial_of(uint64_t address) {
+  Lock lock;
+  auto* found = holder(tensors(), address);
+  return found && !found->second.own_pool ? found->second.serial : 0;
 }
 
 std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,
@@ -181,7 +207,7 @@ std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device
       else
         found.push_back({allocation->first, allocation->first + memory.size});
     }
-    if (holder(freed_tensors(), address, size_of_freed))
+    if (holder(freed_tensors(), address))
       report("freed memory", user + " was given memory that has been freed");
   }
   return found;
@@ -190,6 +216,11 @@ std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device
 }  // namespace sc
 
 using namespace sc;
+
+EXPORTED int sc_awaiting_streams() {
+  Lock lock;
+  return !awaiting_streams().empty();
+}
 
 extern "C" {
 

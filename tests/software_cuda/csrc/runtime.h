@@ -64,10 +64,10 @@ struct Allocation {
   size_t size;
   int device;
   MemoryKind kind;
-  bool registered = false;            // cudaHostRegister: not ours to free
-  Stream* stream = nullptr;           // of a tensor: the stream that its memory belongs to
-  std::vector<Stream*> also_used_by;  // Tensor.record_stream
-  bool in_graph = false;              // of a tensor: allocated in a capture, from the graph's pool
+  bool registered = false;   // cudaHostRegister: not ours to free
+  Stream* stream = nullptr;  // of a tensor: the stream that its memory belongs to
+  bool own_pool = false;     // of a tensor: from a graph's pool or a torch.cuda.MemPool
+  uint64_t serial = 0;       // of a tensor: tells it from those that had its address before
 };
 struct Range {
   uint64_t begin, end;
@@ -99,12 +99,17 @@ struct Capture {
   Stream* origin;
   bool invalid = false;
   std::vector<Item> items;
+  std::vector<std::map<uint64_t, uint64_t>> serials;  // see Graph
   std::vector<Stream*> streams;
   std::map<Stream*, bool> unjoined;  // forked streams with work that the origin has not waited for
+
+  void take(Item item);
 };
 
 struct Graph {
   std::vector<Item> items;
+  // By item: its tensors that it does not keep alive, as the pool of a graph does.
+  std::vector<std::map<uint64_t, uint64_t>> serials;  // by address
 };
 
 struct Stream {
@@ -206,9 +211,14 @@ SC_API bool forbidden_in_capture();  // for calls that a global capture forbids;
 
 // ---- memory ----
 SC_API const std::pair<const uintptr_t, Allocation>* find_allocation(const void* address);
-SC_API void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream);
+SC_API void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream,
+                             bool own_pool);
 SC_API void tensor_freed(uintptr_t address);
-SC_API void tensor_used_on(uintptr_t address, Stream* stream);
+// torch's allocator may hand it out again: the streams that were recorded, by Tensor.record_stream
+// or by torch itself, have used it.
+SC_API void memory_reusable(uintptr_t address);
+// Of the tensor that holds this address, if there is one and it is of no pool; else 0.
+SC_API uint64_t serial_of(uint64_t address);
 // The memory that these numbers point to, if they are addresses; says what is wrong with it.
 SC_API std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device,
                                     const std::string& user);

@@ -186,7 +186,7 @@ cudaError_t push(Stream* stream, Item item) {
   if (stream->capture) {
     if (stream->capture->invalid) return cudaErrorStreamCaptureInvalidated;
     if (stream != stream->capture->origin) stream->capture->unjoined[stream] = true;
-    stream->capture->items.push_back(std::move(item));
+    stream->capture->take(std::move(item));
     return cudaSuccess;
   }
   // The legacy stream and blocking streams wait for each other.
@@ -211,7 +211,7 @@ cudaError_t enqueue(Stream* stream, std::string what, Work work, std::vector<Ran
 void enqueue_later(Stream* stream, std::string what, Work work) {
   Lock lock;
   if (stream->capture)
-    stream->capture->items.push_back({std::move(what), std::move(work)});
+    stream->capture->take({std::move(what), std::move(work)});
   else
     stream->queue.push_back({std::move(what), std::move(work)});
 }
@@ -232,9 +232,8 @@ static void order_before(Stream* stream, size_t items, std::map<Stream*, size_t>
 std::string unfinished_use(const Allocation& allocation, Range range) {
   std::map<Stream*, size_t> ordered;
   if (allocation.stream) order_before(allocation.stream, allocation.stream->queue.size(), ordered);
-  const auto& also = allocation.also_used_by;
   for (Stream* stream : streams()) {
-    if (stream == allocation.stream || std::count(also.begin(), also.end(), stream)) continue;
+    if (stream == allocation.stream) continue;
     for (size_t i = ordered.count(stream) ? ordered[stream] : 0; i < stream->queue.size(); i++)
       for (const Range& used : stream->queue[i].uses)
         if (used.begin < range.end && range.begin < used.end) return stream->queue[i].what;

@@ -16,7 +16,7 @@ import torch
 
 from software_cuda import PROBLEMS, REPORTED, device
 
-from .triton_kernels import fill_with_ones
+from .triton_kernels import fill_with_ones, write_number_of_block
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -40,6 +40,13 @@ def test_an_access_behind_a_tensor_is_a_fault_that_lasts(launchers, elements):
             x.add_(1)  # a device is of no use after a fault
     assert "OutOfBounds" in reports[0].what
     assert x.add_(1).sum() >= elements  # but works again when its problems have been taken
+
+
+def test_blocks_that_write_to_the_same_place_are_a_fault():
+    x = torch.zeros(128, device="cuda")
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        write_number_of_block[(4,)](x)
+    assert "RaceError" in reports[0].what
 
 
 def test_an_access_to_a_tensor_that_was_not_given_is_a_fault(launchers):
@@ -131,12 +138,18 @@ def test_freed_memory_in_a_triton_kernel():
 
 
 @pytest.mark.parametrize("correct", ["record_stream", "wait", None])
-def test_memory_freed_while_another_stream_uses_it(launchers, correct):
-    side = torch.cuda.Stream()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_memory_freed_while_another_stream_uses_it(launchers, correct, recorded):
+    """Also where some other stream is recorded."""
+    side, third = torch.cuda.Stream(), torch.cuda.Stream()
     y = torch.zeros(128, device="cuda")
 
     def use() -> None:
         temporary = torch.ones(128, device="cuda")
+        if recorded:
+            with torch.cuda.stream(third):
+                y.clone()
+            temporary.record_stream(third)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             launchers.twice(temporary, y)
@@ -148,11 +161,33 @@ def test_memory_freed_while_another_stream_uses_it(launchers, correct):
     with device.lazy():
         if correct:
             use()
-            torch.cuda.synchronize()
+            device.finish()
         else:
             with device.expect("freed in use"):
                 use()
+                device.finish()
     assert (y == 2).all()
+
+
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
+def test_autograd_records_the_streams_of_its_nodes():
+    """A gradient is accumulated, and freed, on other streams than it was made on."""
+    side = torch.cuda.Stream()
+    x = torch.arange(1000.0, device="cuda", requires_grad=True)
+    with device.lazy():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            accumulate = x.expand_as(x).grad_fn.next_functions[0][0]  # a node of this stream
+            half = x / 2
+        torch.cuda.current_stream().wait_stream(side)
+        half.record_stream(torch.cuda.current_stream())
+        (half * x).sum().backward()
+        del half
+        for _ in range(3):
+            (x * x).sum().backward()
+        device.finish()
+    assert accumulate is not None
+    assert torch.equal(x.grad, 7 * x.detach())
 
 
 def test_memory_of_a_graph_may_be_freed_while_it_runs(launchers):
@@ -168,6 +203,52 @@ def test_memory_of_a_graph_may_be_freed_while_it_runs(launchers):
         del graph, y
         assert device.take_problems() == []
     assert (result == 2).all()
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_a_graph_that_outlives_its_input(instead):
+    """It would read what another tensor has written there, or what nobody has."""
+    x = torch.ones(128, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2  # its memory, and that of temporaries, is the graph's
+        z = (y + 1) * y
+    graph.replay()
+    assert device.take_problems() == []
+    assert (z == 6).all()
+    address = x.data_ptr()
+    del x
+    if instead:
+        x = torch.ones(128, device="cuda")
+        assert x.data_ptr() == address
+    with device.expect("freed memory") as reports:
+        graph.replay()
+    assert "aten::mul" in reports[0].what
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_of_a_pool_is_taken_again_while_it_is_in_use(launchers, waits):
+    """Who has a pool of memory, such as torch.compile, may order streams as late as that."""
+    pool, side = torch.cuda.MemPool(), torch.cuda.Stream()
+    y = torch.zeros(128, device="cuda")
+
+    def taken() -> torch.Tensor:
+        with torch.cuda.stream(side), torch.cuda.use_mem_pool(pool):
+            return torch.ones(128, device="cuda")
+
+    with device.lazy():
+        x = taken()
+        torch.cuda.current_stream().wait_stream(side)
+        launchers.twice(x, y)
+        del x
+        if waits:
+            side.wait_stream(torch.cuda.current_stream())
+            taken()
+        else:
+            with device.expect("freed in use"):
+                taken()
+        device.finish()
+    assert (y == 2).all()
 
 
 @two_devices
@@ -194,6 +275,15 @@ def test_a_function_that_is_not_implemented_says_so(capfd):
         assert function(None, None) == 801  # cudaErrorNotSupported
     assert "cudaIpcGetMemHandle" in reports[0].what
     assert "cudaIpcGetMemHandle" in capfd.readouterr().err
+
+
+@two_devices
+def test_nccl_says_that_it_is_not_implemented(capfd):
+    x = torch.ones(3, device="cuda")
+    with device.expect("not implemented") as reports, pytest.raises(RuntimeError):
+        torch.nn.parallel.comm.broadcast(x, [0, 1])
+    assert "nccl" in reports[0].what
+    assert "nccl" in capfd.readouterr().err
 
 
 def test_an_operator_that_fails_after_its_call():

@@ -34,6 +34,23 @@ def test_work_of_another_stream_is_seen_only_after_a_wait(lazy):
     assert early.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_copy_to_the_host_is_there_after_a_wait(lazy):
+    """Until then the host reads NaN, whatever was there; a copy from there still finds it."""
+    x, pinned = torch.ones(4, device="cuda"), torch.ones(4).pin_memory()
+    with device.lazy(lazy):
+        torch.cuda._sleep(1000)
+        pinned.copy_(x, non_blocking=True)
+        assert pinned.isnan().all()
+        torch.cuda.synchronize()
+        assert pinned.tolist() == [1] * 4
+        torch.cuda._sleep(1000)
+        y = pinned.to("cuda", non_blocking=True)
+        pinned.copy_(x * 2, non_blocking=True)
+        assert y.tolist() == [1] * 4
+        assert pinned.tolist() == [2] * 4
+
+
 def test_events_order_streams_and_can_be_timed():
     side, begin, end = (
         torch.cuda.Stream(),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory
 from torch import nn
 from torch.nn import functional
+
+from software_cuda import device
 
 pytestmark = pytest.mark.gpu
 
@@ -27,10 +30,10 @@ def network() -> nn.Module:
 def test_a_network_and_its_gradients(dtype, memory_format):
     x = torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
     found = []
-    for device in ("cpu", "cuda"):
-        model = network().to(device, dtype, memory_format=memory_format)
+    for place in ("cpu", "cuda"):
+        model = network().to(place, dtype, memory_format=memory_format)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-        model(x.to(device, dtype)).float().square().mean().backward()
+        model(x.to(place, dtype)).float().square().mean().backward()
         optimizer.step()
         found.append([p.detach().float().cpu() for p in model.parameters()])
         found[-1] += [p.grad.float().cpu() for p in model.parameters()]
@@ -56,8 +59,6 @@ def test_a_network_and_its_gradients(dtype, memory_format):
 )
 @pytest.mark.parametrize("lazy", [False, True])
 def test_operators(function, lazy):
-    from software_cuda import device
-
     x = torch.linspace(-1, 1, 36).view(6, 6)
     with device.lazy(lazy):
         found = function(x.cuda())
@@ -78,3 +79,32 @@ def test_new_memory_is_filled_for_deterministic_algorithms():
         assert torch.empty(5, device="cuda").isnan().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def _by_jiterator(x: torch.Tensor) -> None:
+    torch.cuda.jiterator._create_jit_fn("template <typename T> T f(T x) { return x + x; }")(x)
+
+
+def _by_nvrtc(x: torch.Tensor) -> None:
+    torch.cuda._compile_kernel("__global__ void f(float* x) { x[0] = 1; }", "f")
+
+
+@pytest.mark.parametrize("compiled", [_by_jiterator, _by_nvrtc])
+def test_what_nvrtc_has_compiled_is_refused(compiled):
+    """Its machine code has no PTX beside it."""
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        compiled(torch.ones(3, device="cuda"))
+    assert "NVRTC" in reports[0].what
+
+
+def test_symmetric_memory_is_refused():
+    with pytest.raises(NotImplementedError, match="symmetric memory"):
+        torch.distributed._symmetric_memory.empty(3, device="cuda")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_not_fused():
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
+    x = torch.linspace(-1, 1, 5, device="cuda")
+    for _ in range(4):  # from the third on it would compile a kernel
+        torch.testing.assert_close(scripted(x), x.relu().tanh())
