@@ -1,43 +1,72 @@
 #!/usr/bin/env bash
-# Every torch that fastdiff promises to run with, with the Triton that it brings: built with it and
-# run, eager and compiled, and the oldest build run under each. Prints a table; fails if a cell does.
+# Every torch that fastdiff promises to run with, with the Triton that it brings: the CPU library
+# and the calls in C++ built with it and run, eager, compiled and exported, and the libraries of the
+# first one run under each of the others. Then every Triton under the last torch, in the interpreter
+# and the emulator. Prints a table; fails if a cell does. The GPU suite (`pytest -m gpu`) runs with
+# one torch only; what depends on torch's version is in the calls and the graphs, which run here.
 #
-#   tests/torch_matrix.sh                 # 2.10 to 2.14, one after the other: 5 GB of disk at a time
+#   tests/torch_matrix.sh                 # 2.10 to 2.14, one after the other: 6 GB of disk at a time
 #   tests/torch_matrix.sh 2.11 2.14
+#   TORCH_MATRIX_TRITONS="3.4 3.5" tests/torch_matrix.sh 2.10
 #
-# TORCH_MATRIX_TESTS: what is run of each, default the op tests and the backends'.
+# A torch takes the time of its download and about ten minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=(2.10 2.11 2.12 2.13 2.14)
-tests=${TORCH_MATRIX_TESTS:-"tests/ops tests/test_backends.py tests/test_out_of_memory.py"}
+read -ra tritons <<< "${TORCH_MATRIX_TRITONS-3.4 3.5 3.6 3.7}"
+
+ops=tests/ops
+# What a call passes through before it reaches a kernel, which one torch may do otherwise than another.
+calls="$ops/test_dispatch.py $ops/test_not_tensors.py $ops/test_operand_dtypes.py
+  $ops/test_flexible_layouts.py $ops/test_empty_samples.py $ops/test_eps_loss_with_gradient.py
+  $ops/test_group_norm_silu_nodes.py $ops/test_transforms.py tests/test_out_of_memory.py
+  tests/test_backend_contexts.py tests/test_backends.py tests/nn/test_unet.py
+  tests/integrations/test_transforms.py tests/integrations/test_patch_owners.py"
+graphs="$ops tests/nn/test_unet.py tests/test_losses.py tests/test_gaussian.py tests/test_backends.py
+  tests/test_backend_contexts.py tests/test_build.py tests/integrations/test_compile_pass.py
+  tests/integrations/test_patch.py tests/integrations/test_patch_owners.py
+  tests/integrations/test_patch_recognition.py"
+exports=tests/integrations/test_patch_exports.py
+triton_tests="$ops/test_group_norm_silu_triton.py $ops/test_triton_launch.py $ops/test_q_sample.py
+  $ops/test_ddpm_step.py $ops/test_eps_loss.py $ops/test_philox_normal.py"
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # A copy: builds in place of several torches would replace the libraries of this checkout.
 mkdir "$work/source"
 git ls-files -z | xargs -0 tar c | tar x -C "$work/source"
-cd "$work/source"
+cd "$work/source" || exit 1
 
 table=()
 failed=0
 # note NAME COMMAND...: runs it, with its output in a file that is shown if it fails
 note() {
-  local name=$1 log="$work/log"
+  local name=$1 log="$work/log" start=$SECONDS
   shift
   if "$@" > "$log" 2>&1; then
     row+="  $name: ok"
   else
     row+="  $name: FAILED"
     failed=1
-    printf '\n== torch %s, %s\n' "$version" "$name"
-    tail -40 "$log"
+    printf '\n== %s, %s\n' "$(head -c 7 <<< "$row")" "$name"
+    tail -60 "$log"
   fi
+  printf '%s: %ss; %s\n' "$name" $((SECONDS - start)) "$(tail -1 "$log")"
+}
+# run PATHS ARGUMENTS...: pytest, one path a word
+run() {
+  local paths=$1
+  shift
+  # shellcheck disable=SC2086
+  "$work/venv/bin/python" -m pytest -q -p no:cacheprovider --timeout=600 $paths "$@"
 }
 
 for version in "${versions[@]}"; do
   printf '\n== torch %s (%ss)\n' "$version" "$SECONDS"
   row=$(printf '%-6s' "$version")
+  rm -rf "$work/venv"
   python3 -m venv "$work/venv"
   python="$work/venv/bin/python"
   export PATH="$work/venv/bin:$PATH"
@@ -47,21 +76,29 @@ for version in "${versions[@]}"; do
   triton=$("$python" -c "import triton; print(triton.__version__)" 2>/dev/null || echo none)
   case $found in "$version".*) ;; *) row+="  torch: FAILED ($found)"; failed=1 ;; esac
   note "calls in C++" "$python" -c "from fastdiff import _native; assert _native.dispatch()[1] == 'C++'"
-  # shellcheck disable=SC2086
-  note eager "$python" -m pytest -q -p no:cacheprovider $tests -k "not compile"
-  # shellcheck disable=SC2086
-  note compiled "$python" -m pytest -q -p no:cacheprovider $tests -k compile
-  if [ -e "$work/oldest" ]; then
-    # The stable ABI's promise: libraries of the oldest torch under this one.
-    cp "$work"/oldest/_C_*.so fastdiff/
-    # shellcheck disable=SC2086
-    note "libraries of the first" "$python" -m pytest -q -p no:cacheprovider $tests
+  note calls run "$calls" -k "not compile"
+  note fuzz env FASTDIFF_FUZZ_SECONDS=60 "$python" -m pytest -q -p no:cacheprovider -n 0 tests/fuzz/test_ops.py
+  note compiled run "$graphs" -k compile
+  note exported run "$exports"
+  if [ -e "$work/first" ]; then
+    # The stable ABI's promise: libraries of the first torch under this one.
+    cp "$work"/first/_C_*.so fastdiff/
+    note "libraries of ${versions[0]}" run "$calls $ops/test_philox_normal.py" -k "not compile and not not_tensors"
   else
-    mkdir "$work/oldest"
-    cp fastdiff/_C_*.so "$work/oldest/"
+    mkdir "$work/first"
+    cp fastdiff/_C_*.so "$work/first/"
   fi
-  table+=("$row  (torch $found, Triton $triton)")
-  rm -rf "$work/venv"
+  if [ "$triton" != none ]; then
+    note "Triton $triton" run "$triton_tests" -k triton
+  fi
+  table+=("$row  (torch $found)")
+done
+for version in "${tritons[@]}"; do
+  printf '\n== Triton %s (%ss)\n' "$version" "$SECONDS"
+  row="Triton $version"
+  note install "$python" -m pip install --quiet --no-deps "triton==$version.*"
+  note tests run "$triton_tests" -k triton
+  table+=("$row  (torch $found)")
 done
 
 printf '\n'

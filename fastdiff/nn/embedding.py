@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdiff._device_cache import DeviceCache, is_plain_eager
 from fastdiff.nn.config import TIME_EMBEDDINGS
-from fastdiff.nn.group_norm_silu import is_dtensor
+from fastdiff.ops._library import is_dtensor
 
 _cache = DeviceCache(None)
 

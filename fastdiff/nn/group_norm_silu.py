@@ -7,15 +7,11 @@ from torch import nn
 
 from fastdiff import reference
 from fastdiff.ops import group_norm_silu
+from fastdiff.ops._library import is_dtensor
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
 
 # torch.fx's tracer puts a call of it into the graph.
 torch.fx.wrap("group_norm_silu")
-
-
-def is_dtensor(x: torch.Tensor) -> bool:
-    """Whether it is a torch.distributed.tensor.DTensor."""
-    return type(x) is not torch.Tensor and type(x).__module__.startswith("torch.distributed.tensor")
 
 
 class GroupNormSiLU(nn.Module):

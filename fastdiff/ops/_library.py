@@ -36,6 +36,28 @@ def in_functorch_transform() -> bool:
     )
 
 
+def is_dtensor(x: torch.Tensor) -> bool:
+    """Whether it is a torch.distributed.tensor.DTensor."""
+    return type(x) is not torch.Tensor and type(x).__module__.startswith("torch.distributed.tensor")
+
+
+def why_reference(x: torch.Tensor, *, has_jvp: bool = False) -> str | None:
+    """Why calls with x run in plain PyTorch here, whatever their dtypes and shapes; or None.
+
+    `has_jvp`: the op's node differentiates in forward mode too.
+    """
+    if is_dtensor(x):
+        return "only the reference takes DTensors"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "only the reference runs under torch.func's transforms"
+    if forward_ad._current_level >= 0 and not has_jvp:
+        return "only the reference differentiates in forward mode"
+    # Of what torch.jit.trace records ONNX export and processes without fastdiff know only torch's.
+    return "torch.jit.trace records the reference" if torch._C._is_tracing() else None
+
+
 def _needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
     for x in inputs:
         if x is not None and x.requires_grad:

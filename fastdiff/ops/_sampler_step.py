@@ -101,8 +101,8 @@ def unsupported(
         return "only the reference takes float64 tables"
     if table.requires_grad and torch.is_grad_enabled():
         return "only the reference differentiates the table"
-    if _library.in_functorch_transform():
-        return "only the reference runs under torch.func's transforms"
+    if (reason := _library.why_reference(x_t)) is not None:
+        return reason
     if x_t.dtype == torch.float64 and (x_t.device.type != "cpu" or seed is not None):
         return "float64 kernels exist on the CPU only, and not with generated noise"
     return None

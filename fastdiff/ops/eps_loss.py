@@ -138,8 +138,8 @@ def _unsupported(prediction: Tensor, noise: Tensor | None) -> str | None:
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
     if prediction.dtype == torch.float64 and (prediction.device.type != "cpu" or noise is None):
         return "float64 kernels exist on the CPU only, and for given noise only"
-    if _library.in_functorch_transform():
-        return "only the reference runs under torch.func's transforms"
+    if (reason := _library.why_reference(prediction)) is not None:
+        return reason
     return None
 
 
@@ -377,8 +377,12 @@ def _computes_gradient(op: Callable, a: Arguments) -> bool:
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether a gradient on the CPU is 1; under vmap it has no value to look at."""
-    return torch._C._functorch.peek_interpreter_stack() is None and grad.item() == 1
+    """Whether a gradient on the CPU is 1; under vmap and for make_fx it has no value to look at."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and grad.item() == 1
+    )
 
 
 def _autograd(op: Callable, *arguments: object, backward: Callable | None = None) -> Tensor:

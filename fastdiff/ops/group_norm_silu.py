@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastdiff._backends import select_backend
 from fastdiff.ops import _library
@@ -179,11 +178,7 @@ def _unsupported(x: Tensor) -> str | None:
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
     if x.dtype == torch.float64 and x.device.type != "cpu":
         return "float64 kernels exist on the CPU only"
-    if _library.in_functorch_transform():
-        return "only the reference runs under torch.func's transforms"
-    if forward_ad._current_level >= 0:
-        return "only the reference differentiates in forward mode"
-    return None
+    return _library.why_reference(x)
 
 
 def _check(a: Arguments, *, check_range: bool) -> None:

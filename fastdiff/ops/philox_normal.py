@@ -99,8 +99,8 @@ def philox_normal(
     unsupported = None
     if dtype == torch.float64:
         unsupported = "float64 runs on the reference backend only"
-    elif keys is not None and _library.in_functorch_transform():
-        unsupported = "only the reference runs under torch.func's transforms"
+    elif keys is not None or torch.jit.is_tracing():
+        unsupported = _library.why_reference(out if keys is None else keys, has_jvp=True)
     backend = select_backend(op, out, unsupported)
     if backend == "reference":
         return reference.philox_normal(

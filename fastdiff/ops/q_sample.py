@@ -135,8 +135,8 @@ def _unsupported(
             return "only the reference takes float64 tables"
         if table.requires_grad and torch.is_grad_enabled():
             return "only the reference differentiates the tables"
-    if _library.in_functorch_transform():
-        return "only the reference runs under torch.func's transforms"
+    if (reason := _library.why_reference(x0, has_jvp=True)) is not None:
+        return reason
     if x0.dtype == torch.float64 or dtype is torch.float64:
         if x0.device.type != "cpu" or noise is None:
             return "float64 kernels exist on the CPU only, and for given noise only"

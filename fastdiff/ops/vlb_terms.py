@@ -177,8 +177,8 @@ def _unsupported(
     """The one capability predicate of the kernels: why they cannot run this input, or None."""
     if torch.float64 in (x0.dtype, x_t.dtype, model_output.dtype, table.dtype):
         return "there are no float64 kernels"
-    if _library.in_functorch_transform():
-        return "only the reference runs under torch.func's transforms"
+    if (reason := _library.why_reference(x0)) is not None:
+        return reason
     if torch.is_grad_enabled() and _needs_more_gradients(x0, x_t, table, noise):
         return "kernels differentiate in model_output alone"
     return None

@@ -77,8 +77,9 @@ def check_tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         given = "None" if x is None else f"a {type(x).__name__}"
         raise TypeError(f"{op}: {name} is {given}, expected a torch.Tensor")
-    if x.layout != torch.strided:
-        raise TypeError(f"{op}: {name} has layout {x.layout}, expected a dense tensor")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"{op}: {name} {layout}, expected a dense tensor")
 
 
 def check_flags(op: str, **flags: object) -> None:

@@ -123,3 +123,30 @@ def test_wrong_type(op: str, name: str, wrong: object, backend: str | None) -> N
     errors = (TypeError, ValueError) if name in (*CHOICES, "variance", "shape") else TypeError
     with pytest.raises(errors, match=name):
         call()
+
+
+# Of a tensor in place of another one; nested ones may call their layout strided.
+LAYOUTS = {
+    "sparse": (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
+    "mkldnn": (lambda x: x.float().to_mkldnn(), "layout torch._mkldnn"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x.reshape(-1)], layout=torch.jagged),
+        "nested",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_layouts_that_are_not_dense(op: str, layout: str, backend: str | None) -> None:
+    make, message = LAYOUTS[layout]
+    for name, x in CALLS[op].items():
+        if not isinstance(x, torch.Tensor):
+            continue
+        given = CALLS[op] | {name: make(x)}
+        function: Callable = getattr(ops, op)
+        with fastdiff.use_backend(backend or "cpu"), pytest.raises(TypeError, match=message):
+            function(**given)
