@@ -25,8 +25,14 @@ void register_operators(Library& library) {
   library.impl("eps_loss_backward", TORCH_BOX(&eps_loss_backward<Device>));
   library.impl("group_norm_silu", TORCH_BOX(&group_norm_silu<Device>));
   library.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward<Device>));
+  library.impl("group_norm_silu_dropout", TORCH_BOX(&group_norm_silu_dropout<Device>));
+  library.impl("group_norm_silu_dropout_backward",
+               TORCH_BOX(&group_norm_silu_dropout_backward<Device>));
   library.impl("philox_normal_", TORCH_BOX(&philox_normal<Device>));
   library.impl("q_sample", TORCH_BOX(&q_sample<Device>));
+  library.impl("residual_group_norm_silu", TORCH_BOX(&residual_group_norm_silu<Device>));
+  library.impl("residual_group_norm_silu_backward",
+               TORCH_BOX(&residual_group_norm_silu_backward<Device>));
   library.impl("vlb_terms", TORCH_BOX(&vlb_terms<Device>));
   library.impl("vlb_terms_backward", TORCH_BOX(&vlb_terms_backward<Device>));
 }

@@ -27,8 +27,13 @@ class Forward {
       : args_(args),
         layout_(args.layout),
         size_(size_of(args.x_type)),
+        x_(static_cast<const char*>(args.residual ? args.sum : args.x)),
         stream_(is_streamed(layout_, 2 * size_)),
-        kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {}
+        kernels_(group_norm_kernels<F>(args.x_type, args.activation)) {
+    if (!args.residual) return;
+    sum_bias_memory_.resize(layout_.channels);
+    sum_bias_ = read_channels(args.sum_bias, 0, layout_.channels, F(0), sum_bias_memory_.data());
+  }
 
   void run() const { layout_.channels_last ? run_pixels() : run_rows(); }
 
@@ -46,7 +51,11 @@ class Forward {
         F* memory = thread_scratch<F>(block * (2 * in_count + kPerChannel * depth + 1));
         F *sums = memory + kPerChannel * depth * block, *squares = sums + in_count * block;
         F* centers = squares + in_count * block;
+        DropoutBits bits(args_.dropout, layout_);
+        Gains<F> gains(bits, kernels_.evens_first);
         for_each_block(layout_, begin, end, [&](int64_t unit, int64_t count) {
+          if (args_.residual) add_rows(unit, out, 0, out_count * count);
+          if (bits.any()) make_bits(bits, unit, count, false);
           const Operands<F> operands = group_operands(unit, count, memory);
           F* coefficients = memory + Operands<F>::kCount * depth * count;
           find_centers(unit, count, in, rows, operands, centers, squares, coefficients);
@@ -55,14 +64,21 @@ class Forward {
             finish(unit + g, operands.channel_bias[g * depth], centers + g, in_count,
                    sums + g * in_count, squares + g * in_count);
           }
-          apply_pieces(unit, count, out, 0, out_count * count, operands, centers, coefficients);
+          apply_pieces(unit, count, out, 0, out_count * count, operands, centers, coefficients,
+                       gains);
         });
         finish_streaming();
       });
       return;
     }
     std::vector<F> sums(2 * in_count);
+    DropoutBits bits(args_.dropout, layout_);
     for (int64_t unit = 0; unit < units; ++unit) {
+      if (args_.residual) {
+        parallel_items(out_count, out.length,
+                       [&](int64_t begin, int64_t end) { add_rows(unit, out, begin, end); });
+      }
+      if (bits.any()) make_bits(bits, unit, 1, true);
       F center = 0, added = 0;  // of the first channel
       parallel_items(in_count, in.length, [&](int64_t begin, int64_t end) {
         F* memory = thread_scratch<F>(kPerChannel * depth);
@@ -76,8 +92,9 @@ class Forward {
       finish(unit, added, &center, in_count, sums.data(), sums.data() + in_count);
       parallel_items(out_count, out.length, [&](int64_t begin, int64_t end) {
         F* memory = thread_scratch<F>(kPerChannel * depth);
+        Gains<F> gains(bits, kernels_.evens_first);
         apply_pieces(unit, 1, out, begin, end, group_operands(unit, 1, memory), &center,
-                     memory + Operands<F>::kCount * depth);
+                     memory + Operands<F>::kCount * depth, gains);
         finish_streaming();
       });
     }
@@ -91,9 +108,47 @@ class Forward {
     return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth * count, memory};
   }
 
-  const char* x_of(int64_t element) const {
-    return static_cast<const char*>(args_.x) + element * size_;
+  int64_t first_channel(int64_t unit) const {
+    return unit % layout_.groups * layout_.group_channels();
   }
+
+  // The mask of `count` groups.
+  void make_bits(DropoutBits& bits, int64_t unit, int64_t count, bool shared) const {
+    bits.make(unit / layout_.groups, first_channel(unit), count * layout_.group_channels(), shared);
+  }
+
+  // Writes the sum, which takes the place of x, in the pieces [begin, end) of the rows from a
+  // group's first on.
+  void add_rows(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end) const {
+    const int64_t base = unit * layout_.group_numel();
+    const F* bias = sum_bias_ + first_channel(unit);
+    if (pieces.per_run == 1) {
+      return add(kernels_.row_add, base + begin * pieces.run, end - begin, pieces.run,
+                 bias + begin);
+    }
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / pieces.per_run;
+      add(kernels_.row_add, base + row * pieces.run + pieces.begin(piece), 1, pieces.size(piece),
+          bias + row);
+    }
+  }
+
+  void add_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end) const {
+    const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      add(kernels_.pixel_add, base + pieces.begin(piece) * channels, pieces.size(piece), channels,
+          sum_bias_);
+    }
+  }
+
+  template <typename Loop>
+  void add(const Loop& loop, int64_t first, int64_t lines, int64_t n, const F* bias) const {
+    const int64_t at = first * size_;
+    loop(static_cast<const char*>(args_.x) + at, static_cast<const char*>(args_.residual) + at,
+         static_cast<char*>(args_.sum) + at, lines, n, bias);
+  }
+
+  const char* x_of(int64_t element) const { return x_ + element * size_; }
   char* y_of(int64_t element) const { return static_cast<char*>(args_.y) + element * size_; }
 
   // The centers of `count` groups, and what to subtract from x in each of their rows. `squares`:
@@ -160,7 +215,8 @@ class Forward {
 
   // The pieces [begin, end) of the rows of `count` groups. `memory`: 3 per channel.
   void apply_pieces(int64_t unit, int64_t count, const Pieces& pieces, int64_t begin, int64_t end,
-                    const Operands<F>& operands, const F* bases, F* memory) const {
+                    const Operands<F>& operands, const F* bases, F* memory, Gains<F>& gains) const {
+    const int64_t channel = first_channel(unit);
     const int64_t first = unit * layout_.group_numel(), depth = layout_.group_channels();
     F *k = memory, *slope = k + depth * count, *offset = slope + depth * count;
     set_affine(operands, unit, count, bases, k, slope, offset);
@@ -168,9 +224,14 @@ class Forward {
       const int64_t start = first + begin * pieces.run;
       write_parts(y_of(start), end - begin, pieces.run, size_, stream_, kernels_.streams,
                   [&](char* y, int64_t row, int64_t rows, bool stream) {
-                    const int64_t c = begin + row;
-                    kernels_.row_apply(x_of(start + row * pieces.run), y, rows, pieces.run, k + c,
-                                       slope + c, offset + c, stream);
+                    gains.for_parts(channel + begin + row, rows, 0, pieces.run,
+                                    [&](int64_t part, int64_t count, const F* gain) {
+                                      const int64_t at = row + part, c = begin + at;
+                                      kernels_.row_apply(x_of(start + at * pieces.run),
+                                                         y + part * pieces.run * size_, count,
+                                                         pieces.run, k + c, slope + c, offset + c,
+                                                         gain, stream);
+                                    });
                   });
       return;
     }
@@ -179,8 +240,10 @@ class Forward {
       const int64_t start = first + row * pieces.run + pieces.begin(piece);
       write_parts(y_of(start), 1, pieces.size(piece), size_, stream_, kernels_.streams,
                   [&](char* y, int64_t, int64_t, bool stream) {
+                    const F* gain =
+                        gains.of(channel + row, 1, pieces.begin(piece), pieces.size(piece));
                     kernels_.row_apply(x_of(start), y, 1, pieces.size(piece), k + row, slope + row,
-                                       offset + row, stream);
+                                       offset + row, gain, stream);
                   });
     }
   }
@@ -192,19 +255,28 @@ class Forward {
     if (one_thread_each(layout_.batch, numel)) {
       parallel_items(layout_.batch, numel, [&](int64_t begin, int64_t end) {
         std::vector<F> sums(2 * channels * pieces.per_run);
+        DropoutBits bits(args_.dropout, layout_);
         for (int64_t sample = begin; sample < end; ++sample) {
+          if (args_.residual) add_pixels(sample, pieces, 0, pieces.per_run);
+          if (bits.any()) bits.make(sample, 0, layout_.pixels, false);
           F* memory = thread_scratch<F>(10 * channels);
           F* centers = memory + 8 * channels;
           sum_pixels(sample, pieces, 0, pieces.per_run, memory, centers, sums.data());
           finish_pixels(sample, centers, pieces.per_run, sums.data());
-          apply_pixels(sample, pieces, 0, pieces.per_run, centers, memory);
+          apply_pixels(sample, pieces, 0, pieces.per_run, centers, memory, bits);
         }
       });
       return;
     }
     std::vector<F> sums(2 * channels * pieces.per_run), centers(2 * layout_.groups);
     const int64_t elements = pieces.length * channels;
+    DropoutBits bits(args_.dropout, layout_);
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
+      if (args_.residual) {
+        parallel_items(pieces.per_run, elements,
+                       [&](int64_t begin, int64_t end) { add_pixels(sample, pieces, begin, end); });
+      }
+      if (bits.any()) bits.make(sample, 0, layout_.pixels, true);
       parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
         F* memory = thread_scratch<F>(10 * channels);
         F* found = memory + 8 * channels;
@@ -213,7 +285,8 @@ class Forward {
       });
       finish_pixels(sample, centers.data(), pieces.per_run, sums.data());
       parallel_items(pieces.per_run, elements, [&](int64_t begin, int64_t end) {
-        apply_pixels(sample, pieces, begin, end, centers.data(), thread_scratch<F>(8 * channels));
+        apply_pixels(sample, pieces, begin, end, centers.data(), thread_scratch<F>(8 * channels),
+                     bits);
       });
     }
   }
@@ -266,19 +339,25 @@ class Forward {
   }
 
   void apply_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
-                    const F* bases, F* memory) const {
+                    const F* bases, F* memory, const DropoutBits& bits) const {
     const int64_t channels = layout_.channels, first = sample * channels * layout_.pixels;
     const Operands<F> operands(args_, sample, 0, channels, memory);
     F* k = memory + Operands<F>::kCount * channels;
     F *slope = k + channels, *offset = slope + channels;
     set_affine(operands, sample * layout_.groups, layout_.groups, bases, k, slope, offset);
+    Gains<F> gains(bits, false);
     // Backwards: what the sums read last is still in the cache.
     for (int64_t piece = end - 1; piece >= begin; --piece) {
       const int64_t start = first + pieces.begin(piece) * channels;
       write_parts(y_of(start), pieces.size(piece), channels, size_, stream_, kernels_.streams,
                   [&](char* y, int64_t pixel, int64_t pixels, bool stream) {
-                    kernels_.pixel_apply(x_of(start + pixel * channels), y, pixels, channels, k,
-                                         slope, offset, stream);
+                    gains.for_parts(pieces.begin(piece) + pixel, pixels, 0, channels,
+                                    [&](int64_t part, int64_t count, const F* gain) {
+                                      kernels_.pixel_apply(x_of(start + (pixel + part) * channels),
+                                                           y + part * channels * size_, count,
+                                                           channels, k, slope, offset, gain,
+                                                           stream);
+                                    });
                   });
     }
     finish_streaming();
@@ -286,9 +365,12 @@ class Forward {
 
   const GroupNormSiluArgs& args_;
   const GroupNormLayout& layout_;
-  const int64_t size_;  // bytes of an element
+  const int64_t size_;   // bytes of an element
+  const char* const x_;  // what is normalized
   const bool stream_;
   const GroupNormKernels<F> kernels_;
+  const F* sum_bias_ = nullptr;  // with a residual: of all channels
+  std::vector<F> sum_bias_memory_;
 };
 
 }  // namespace

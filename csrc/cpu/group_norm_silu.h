@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "dropout.h"
 #include "elementwise.h"
 #include "fastdiff/group_norm_silu.h"
 #include "parallel.h"
@@ -29,27 +30,38 @@ struct GroupNormKernels {
                    F* square);
   void (*pixel_sums)(const void* x, int64_t pixels, int64_t channels, const F* k, F* sum,
                      F* square);
-  // y = act(slope d + offset)
+  // y = act(slope d + offset), times `gain` if it is not null: dropout's multipliers.
   void (*row_apply)(const void* x, void* y, int64_t rows, int64_t n, const F* k, const F* slope,
-                    const F* offset, bool stream);
+                    const F* offset, const F* gain, bool stream);
   void (*pixel_apply)(const void* x, void* y, int64_t pixels, int64_t channels, const F* k,
-                      const F* slope, const F* offset, bool stream);
-  // z = slope d + offset, dz = grad act'(z): sums of dz, dz d and d. Keeps dz in `kept` if not
+                      const F* slope, const F* offset, const F* gain, bool stream);
+  // z = slope d + offset, dz = grad act'(z) gain: sums of dz, dz d and d. Keeps dz in `kept` if not
   // null. The sums s2 of rows are left out if it is null.
   void (*row_grad_sums)(const void* x, const void* grad, int64_t rows, int64_t n, const F* k,
-                        const F* slope, const F* offset, F* kept, F* s0, F* s1, F* s2);
+                        const F* slope, const F* offset, const F* gain, F* kept, F* s0, F* s1,
+                        F* s2);
   void (*pixel_grad_sums)(const void* x, const void* grad, int64_t pixels, int64_t channels,
-                          const F* k, const F* slope, const F* offset, F* kept, F* s0, F* s1,
-                          F* s2);
-  // grad_x = a dz + b d + c; dz from `kept` if not null.
+                          const F* k, const F* slope, const F* offset, const F* gain, F* kept,
+                          F* s0, F* s1, F* s2);
+  // grad_x = a dz + b d + c; dz from `kept` if not null. With `total`, grad_sum (or nothing, if it
+  // is null) is added, and the sums of the unrounded results go there, per row or channel.
   void (*row_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t rows,
-                     int64_t n, const F* k, const F* slope, const F* offset, const F* a, const F* b,
-                     const F* c, bool stream);
+                     int64_t n, const F* k, const F* slope, const F* offset, const F* gain,
+                     const F* a, const F* b, const F* c, const void* grad_sum, F* total,
+                     bool stream);
   void (*pixel_grad_x)(const void* x, const void* grad, const F* kept, void* grad_x, int64_t pixels,
-                       int64_t channels, const F* k, const F* slope, const F* offset, const F* a,
-                       const F* b, const F* c, bool stream);
+                       int64_t channels, const F* k, const F* slope, const F* offset, const F* gain,
+                       const F* a, const F* b, const F* c, const void* grad_sum, F* total,
+                       bool stream);
+  // sum = (x + residual) + bias, per row or channel.
+  void (*row_add)(const void* x, const void* residual, void* sum, int64_t rows, int64_t n,
+                  const F* bias);
+  void (*pixel_add)(const void* x, const void* residual, void* sum, int64_t pixels,
+                    int64_t channels, const F* bias);
   // Whether the loops that write tensors do so past the caches if `stream`; others ignore it.
   bool streams;
+  // Whether the rows' elements of `gain` are those with even numbers first, in runs of 16.
+  bool evens_first;
 };
 
 template <typename F>
@@ -141,6 +153,21 @@ void write_parts(char* out, int64_t count, int64_t length, int64_t size, bool st
   }
 }
 
+// n values of a small operand from index `first` on, as F; `memory` has n elements.
+template <typename F>
+const F* read_channels(const ChannelVector& vector, int64_t first, int64_t n, F neutral,
+                       F* memory) {
+  if (!vector.data) {
+    std::fill(memory, memory + n, neutral);
+    return memory;
+  }
+  if constexpr (sizeof(F) == 8) {
+    return static_cast<const double*>(vector.data) + first;
+  } else {
+    return load_tile(vector.type, vector.data, first, n, memory);
+  }
+}
+
 // The small operands of channels [first, first + n) of a sample, as F; absent ones are neutral.
 template <typename F>
 struct Operands {
@@ -160,16 +187,7 @@ struct Operands {
  private:
   static const F* read(const ChannelVector& vector, int64_t sample, int64_t first, int64_t n,
                        F neutral, F* memory) {
-    if (!vector.data) {
-      std::fill(memory, memory + n, neutral);
-      return memory;
-    }
-    const int64_t offset = sample * vector.row_stride + first;
-    if constexpr (sizeof(F) == 8) {
-      return static_cast<const double*>(vector.data) + offset;
-    } else {
-      return load_tile(vector.type, vector.data, offset, n, memory);
-    }
+    return read_channels(vector, sample * vector.row_stride + first, n, neutral, memory);
   }
 };
 

@@ -92,7 +92,7 @@ class Backward {
     const int64_t count = layout_.batch * layout_.channels;
     for (const ChannelGradient* gradient :
          {&args.grad_weight, &args.grad_bias, &args.grad_channel_bias, &args.grad_scale,
-          &args.grad_shift}) {
+          &args.grad_shift, &args.grad_sum_bias}) {
       rows_.push_back(std::make_unique_for_overwrite<double[]>(gradient->data ? count : 0));
     }
   }
@@ -104,6 +104,7 @@ class Backward {
     store_rows(args_.grad_channel_bias, rows_[2].get());
     store_rows(args_.grad_scale, rows_[3].get());
     store_rows(args_.grad_shift, rows_[4].get());
+    sum_over_batch(args_.grad_sum_bias, rows_[5].get());
   }
 
  private:
@@ -201,38 +202,80 @@ class Backward {
         F* sums = memory + per_channel * block;
         F* kept = keep ? sums + 3 * count * block : nullptr;
         std::vector<double> totals(3 * depth * block);
+        DropoutBits bits(args_.dropout, layout_);
+        Gains<F> gains(bits, kernels_.evens_first);
         for_each_block(layout_, begin, end, [&](int64_t unit, int64_t groups) {
           const int64_t channels = depth * groups, all = count * groups;
+          if (bits.any()) make_bits(bits, unit, groups, false);
           const Coefficients coefficients = group_coefficients(unit, groups, memory);
           prepare(unit, groups, coefficients);
-          sum_pieces(unit, pieces, 0, all, coefficients, kept, sums, all);
+          sum_pieces(unit, pieces, 0, all, coefficients, gains, kept, sums, all);
           add_pieces(pieces, sums, channels, totals.data());
           finish(unit, groups, totals.data(), coefficients);
-          if (args_.grad_x) write_pieces(unit, pieces, 0, all, coefficients, kept);
+          if (!args_.grad_x) return;
+          F* of_sum_bias = adds() ? sums : nullptr;  // in the place of what is used up
+          write_pieces(unit, pieces, 0, all, coefficients, gains, kept, of_sum_bias);
+          finish_sum_bias(unit, channels, pieces, of_sum_bias);
         });
       });
       return;
     }
     std::vector<F> memory(per_channel), sums(3 * count);
     std::vector<double> totals(3 * depth);
+    DropoutBits bits(args_.dropout, layout_);
     for (int64_t unit = 0; unit < units; ++unit) {
+      if (bits.any()) make_bits(bits, unit, 1, true);
       const Coefficients coefficients = group_coefficients(unit, 1, memory.data());
       prepare(unit, 1, coefficients);
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
-        sum_pieces(unit, pieces, begin, end, coefficients, nullptr, sums.data() + begin, count);
+        Gains<F> gains(bits, kernels_.evens_first);
+        sum_pieces(unit, pieces, begin, end, coefficients, gains, nullptr, sums.data() + begin,
+                   count);
       });
       add_pieces(pieces, sums.data(), depth, totals.data());
       finish(unit, 1, totals.data(), coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, pieces.length, [&](int64_t begin, int64_t end) {
-        write_pieces(unit, pieces, begin, end, coefficients, nullptr);
+        Gains<F> gains(bits, kernels_.evens_first);
+        write_pieces(unit, pieces, begin, end, coefficients, gains, nullptr,
+                     adds() ? sums.data() + begin : nullptr);
       });
+      finish_sum_bias(unit, depth, pieces, adds() ? sums.data() : nullptr);
     }
   }
 
+  int64_t first_channel(int64_t unit) const {
+    return unit % layout_.groups * layout_.group_channels();
+  }
+
   Coefficients group_coefficients(int64_t unit, int64_t groups, F* memory) const {
-    const int64_t depth = layout_.group_channels();
-    return {args_, unit / layout_.groups, unit % layout_.groups * depth, depth * groups, memory};
+    return {args_, unit / layout_.groups, first_channel(unit), layout_.group_channels() * groups,
+            memory};
+  }
+
+  // The mask of some groups.
+  void make_bits(DropoutBits& bits, int64_t unit, int64_t groups, bool shared) const {
+    bits.make(unit / layout_.groups, first_channel(unit), groups * layout_.group_channels(),
+              shared);
+  }
+
+  // Whether x is the sum of a residual connection.
+  bool adds() const { return args_.grad_sum || args_.grad_sum_bias.data; }
+
+  const char* grad_sum_of(int64_t i) const {
+    return args_.grad_sum ? static_cast<const char*>(args_.grad_sum) + i * size_ : nullptr;
+  }
+
+  // From sums of grad_x per piece to what some groups of a sample add to the gradient of sum_bias.
+  void finish_sum_bias(int64_t unit, int64_t channels, const Pieces& pieces, const F* sums) {
+    if (!args_.grad_sum_bias.data) return;
+    double* to = rows_[5].get() + unit * layout_.group_channels();
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c] = 0;
+      for (int64_t piece = 0; piece < pieces.per_run; ++piece) {
+        to[c] += sums[c * pieces.per_run + piece];
+      }
+    }
   }
 
   // Calls body(first element within the group, row, rows, elements per row, piece) for the pieces
@@ -250,15 +293,21 @@ class Backward {
   }
 
   void sum_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
-                  const Coefficients& from, F* kept, F* sums, int64_t stride) const {
+                  const Coefficients& from, Gains<F>& gains, F* kept, F* sums,
+                  int64_t stride) const {
     const int64_t base = unit * layout_.group_numel();
     for_each_run(pieces, begin, end,
                  [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t piece) {
-                   F* to = sums + (piece - begin);
-                   kernels_.row_grad_sums(x_of(base + first), grad_of(base + first), rows, n,
-                                          from.k + row, from.slope + row, from.offset + row,
-                                          kept ? kept + first : nullptr, to, to + stride,
-                                          sums_per_channel() == 3 ? to + 2 * stride : nullptr);
+                   gains.for_parts(first_channel(unit) + row, rows, first - row * pieces.run, n,
+                                   [&](int64_t part, int64_t count, const F* gain) {
+                                     const int64_t i = first + part * n, c = row + part;
+                                     F* to = sums + (piece - begin + part);
+                                     kernels_.row_grad_sums(
+                                         x_of(base + i), grad_of(base + i), count, n, from.k + c,
+                                         from.slope + c, from.offset + c, gain,
+                                         kept ? kept + i : nullptr, to, to + stride,
+                                         sums_per_channel() == 3 ? to + 2 * stride : nullptr);
+                                   });
                  });
   }
 
@@ -278,19 +327,32 @@ class Backward {
     }
   }
 
+  // `totals`: for the sums of grad_x per piece, if it is not null.
   void write_pieces(int64_t unit, const Pieces& pieces, int64_t begin, int64_t end,
-                    const Coefficients& from, const F* kept) const {
+                    const Coefficients& from, Gains<F>& gains, const F* kept, F* totals) const {
     const int64_t base = unit * layout_.group_numel();
+    const auto write = [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t piece,
+                           const F* gain, char* out, bool stream) {
+      kernels_.row_grad_x(x_of(base + first), grad_of(base + first), kept ? kept + first : nullptr,
+                          out, rows, n, from.k + row, from.slope + row, from.offset + row, gain,
+                          from.a + row, from.b + row, from.c + row, grad_sum_of(base + first),
+                          totals ? totals + (piece - begin) : nullptr, stream);
+    };
     for_each_run(pieces, begin, end,
-                 [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t) {
-                   write_parts(out_of(base + first), rows, n, size_, stream_, kernels_.streams,
-                               [&](char* out, int64_t part, int64_t parts, bool stream) {
-                                 const int64_t i = first + part * n, c = row + part;
-                                 kernels_.row_grad_x(x_of(base + i), grad_of(base + i),
-                                                     kept ? kept + i : nullptr, out, parts, n,
-                                                     from.k + c, from.slope + c, from.offset + c,
-                                                     from.a + c, from.b + c, from.c + c, stream);
-                               });
+                 [&](int64_t first, int64_t row, int64_t rows, int64_t n, int64_t piece) {
+                   write_parts(
+                       out_of(base + first), rows, n, size_, stream_, kernels_.streams,
+                       [&](char* out, int64_t part, int64_t parts, bool stream) {
+                         const int64_t at = first + part * n, c = row + part;
+                         if (kept) {
+                           return write(at, c, parts, n, piece + part, nullptr, out, stream);
+                         }
+                         gains.for_parts(first_channel(unit) + c, parts, first - row * pieces.run,
+                                         n, [&](int64_t i, int64_t count, const F* gain) {
+                                           write(at + i * n, c + i, count, n, piece + part + i,
+                                                 gain, out + i * n * size_, stream);
+                                         });
+                       });
                  });
     finish_streaming();
   }
@@ -306,12 +368,16 @@ class Backward {
         F* memory = thread_scratch<F>(per_channel + 3 * channels * count + (keep ? numel : 0));
         F* sums = memory + per_channel;
         F* kept = keep ? sums + 3 * channels * count : nullptr;
+        DropoutBits bits(args_.dropout, layout_);
         for (int64_t sample = begin; sample < end; ++sample) {
+          if (bits.any()) bits.make(sample, 0, layout_.pixels, false);
           const Coefficients coefficients(args_, sample, 0, channels, memory);
           prepare(sample * layout_.groups, layout_.groups, coefficients);
-          sum_pixels(sample, pieces, 0, count, coefficients, kept, sums);
+          sum_pixels(sample, pieces, 0, count, coefficients, bits, kept, sums);
           finish_sample(sample, count, sums, coefficients);
-          if (args_.grad_x) write_pixels(sample, pieces, 0, count, coefficients, kept);
+          if (!args_.grad_x) continue;
+          write_pixels(sample, pieces, 0, count, coefficients, bits, kept, sums);
+          finish_sum_bias_of_pixels(sample, count, sums);
         }
       });
       return;
@@ -320,17 +386,20 @@ class Backward {
     const int64_t elements = pieces.length * channels;
     // The caller's memory: the threads that share a sample use none of their own.
     F* kept = numel <= kKeptElements && args_.grad_x ? thread_scratch<F>(numel) : nullptr;
+    DropoutBits bits(args_.dropout, layout_);
     for (int64_t sample = 0; sample < layout_.batch; ++sample) {
+      if (bits.any()) bits.make(sample, 0, layout_.pixels, true);
       const Coefficients coefficients(args_, sample, 0, channels, memory.data());
       prepare(sample * layout_.groups, layout_.groups, coefficients);
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        sum_pixels(sample, pieces, begin, end, coefficients, kept, sums.data());
+        sum_pixels(sample, pieces, begin, end, coefficients, bits, kept, sums.data());
       });
       finish_sample(sample, count, sums.data(), coefficients);
       if (!args_.grad_x) continue;
       parallel_items(count, elements, [&](int64_t begin, int64_t end) {
-        write_pixels(sample, pieces, begin, end, coefficients, kept);
+        write_pixels(sample, pieces, begin, end, coefficients, bits, kept, sums.data());
       });
+      finish_sum_bias_of_pixels(sample, count, sums.data());
     }
   }
 
@@ -344,30 +413,59 @@ class Backward {
     finish(sample * layout_.groups, layout_.groups, totals.data(), to);
   }
 
+  void finish_sum_bias_of_pixels(int64_t sample, int64_t count, const F* sums) {
+    if (!args_.grad_sum_bias.data) return;
+    const int64_t channels = layout_.channels;
+    double* to = rows_[5].get() + sample * channels;
+    std::fill(to, to + channels, 0.0);
+    for (int64_t piece = 0; piece < count; ++piece) {
+      for (int64_t c = 0; c < channels; ++c) to[c] += sums[3 * channels * piece + c];
+    }
+  }
+
   void sum_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
-                  const Coefficients& from, F* kept, F* sums) const {
+                  const Coefficients& from, const DropoutBits& bits, F* kept, F* sums) const {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
+    Gains<F> gains(bits, false);
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = pieces.begin(piece) * channels;
       F* to = sums + 3 * channels * piece;
+      const F* gain = gains.of(pieces.begin(piece), pieces.size(piece), 0, channels);
       kernels_.pixel_grad_sums(x_of(base + first), grad_of(base + first), pieces.size(piece),
-                               channels, from.k, from.slope, from.offset,
+                               channels, from.k, from.slope, from.offset, gain,
                                kept ? kept + first : nullptr, to, to + channels, to + 2 * channels);
     }
   }
 
-  // Backwards: what the sums read last is still in the cache.
+  // Backwards: what the sums read last is still in the cache. The sums of grad_x per channel, if
+  // they are asked for, take the place of those of the first pass.
   void write_pixels(int64_t sample, const Pieces& pieces, int64_t begin, int64_t end,
-                    const Coefficients& from, const F* kept) const {
+                    const Coefficients& from, const DropoutBits& bits, const F* kept,
+                    F* sums) const {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
+    Gains<F> gains(bits, false);
+    std::vector<F> of_part(adds() ? channels : 0);
     for (int64_t piece = end - 1; piece >= begin; --piece) {
-      const int64_t first = pieces.begin(piece) * channels;
-      write_parts(out_of(base + first), pieces.size(piece), channels, size_, stream_,
-                  kernels_.streams, [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
-                    const int64_t i = first + pixel * channels;
-                    kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i),
-                                          kept ? kept + i : nullptr, out, pixels, channels, from.k,
-                                          from.slope, from.offset, from.a, from.b, from.c, stream);
+      const int64_t begin_pixel = pieces.begin(piece);
+      F* total = sums + 3 * channels * piece;
+      if (adds()) std::fill(total, total + channels, F(0));
+      const auto write = [&](int64_t pixel, int64_t pixels, const F* gain, char* out, bool stream) {
+        const int64_t i = (begin_pixel + pixel) * channels;
+        kernels_.pixel_grad_x(x_of(base + i), grad_of(base + i), kept ? kept + i : nullptr, out,
+                              pixels, channels, from.k, from.slope, from.offset, gain, from.a,
+                              from.b, from.c, grad_sum_of(base + i),
+                              adds() ? of_part.data() : nullptr, stream);
+        for (size_t c = 0; c < of_part.size(); ++c) total[c] += of_part[c];
+      };
+      write_parts(out_of(base + begin_pixel * channels), pieces.size(piece), channels, size_,
+                  stream_, kernels_.streams,
+                  [&](char* out, int64_t pixel, int64_t pixels, bool stream) {
+                    if (kept) return write(pixel, pixels, nullptr, out, stream);
+                    gains.for_parts(begin_pixel + pixel, pixels, 0, channels,
+                                    [&](int64_t part, int64_t count, const F* gain) {
+                                      write(pixel + part, count, gain,
+                                            out + part * channels * size_, stream);
+                                    });
                   });
     }
     finish_streaming();

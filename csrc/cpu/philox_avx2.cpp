@@ -24,14 +24,17 @@ struct WideMultiply4 {
 
 }  // namespace
 
-void philox_words_avx2(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words) {
-  const U64x4 evens{0, 2, 4, 6};
+void philox_words_avx2(uint64_t key, uint64_t stream, const uint64_t* blocks, PhiloxWords& words) {
+  const auto load = [&](int lane) {
+    return (U64x4)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + lane));
+  };
   for (int lane = 0; lane < kPhiloxLanes; lane += 8) {
-    U64x4 even[4], odd[4];
-    philox_lanes(first + lane, evens, stream, key, WideMultiply4{}, even);
-    philox_lanes(first + lane + 1, evens, stream, key, WideMultiply4{}, odd);
+    U64x4 low[4], high[4];
+    philox_lanes(load(lane), stream, key, WideMultiply4{}, low);
+    philox_lanes(load(lane + 4), stream, key, WideMultiply4{}, high);
     for (int k = 0; k < 4; ++k) {
-      const __m256i joined = _mm256_blend_epi32((__m256i)even[k], (__m256i)(odd[k] << 32), 0xAA);
+      const __m256 mixed = _mm256_shuffle_ps((__m256)low[k], (__m256)high[k], 0x88);
+      const __m256i joined = _mm256_permute4x64_epi64((__m256i)mixed, 0xD8);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(words.w[k] + lane), joined);
     }
   }

@@ -24,15 +24,16 @@ struct WideMultiply8 {
 
 }  // namespace
 
-void philox_words_avx512(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words) {
+void philox_words_avx512(uint64_t key, uint64_t stream, const uint64_t* blocks,
+                         PhiloxWords& words) {
   static_assert(kPhiloxLanes == 16);
-  const U64x8 evens{0, 2, 4, 6, 8, 10, 12, 14};
-  U64x8 even[4], odd[4];
-  philox_lanes(first, evens, stream, key, WideMultiply8{}, even);
-  philox_lanes(first + 1, evens, stream, key, WideMultiply8{}, odd);
+  U64x8 low[4], high[4];
+  philox_lanes((U64x8)_mm512_loadu_si512(blocks), stream, key, WideMultiply8{}, low);
+  philox_lanes((U64x8)_mm512_loadu_si512(blocks + 8), stream, key, WideMultiply8{}, high);
+  const __m512i halves =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   for (int k = 0; k < 4; ++k) {
-    const __m512i joined =
-        _mm512_mask_blend_epi32(0xAAAA, (__m512i)even[k], (__m512i)(odd[k] << 32));
+    const __m512i joined = _mm512_permutex2var_epi32((__m512i)low[k], halves, (__m512i)high[k]);
     _mm512_storeu_si512(words.w[k], joined);
   }
 }

@@ -11,11 +11,10 @@
 namespace fastdiff::cpu {
 namespace {
 
-// The words of blocks first + offsets, each in the low half of its lane.
+// The words of blocks, each in the low half of its lane.
 template <typename U64, typename WideMultiply>
-FASTDIFF_HD void philox_lanes(uint64_t first, U64 offsets, uint64_t stream, uint64_t key,
-                              const WideMultiply& wide, U64 w[4]) {
-  const U64 block = first + offsets;
+FASTDIFF_HD void philox_lanes(U64 block, uint64_t stream, uint64_t key, const WideMultiply& wide,
+                              U64 w[4]) {
   w[0] = block;
   w[1] = block >> 32;
   w[2] = stream + U64{};

@@ -47,14 +47,13 @@ FASTDIFF_HD void to_float16_loop(const float* in, uint16_t* out, int64_t n) {
 constexpr auto to_float16 = clones<to_float16_loop>;
 
 // The counter is kept in 32-bit words: 64-bit lanes would halve the vector's width.
-FASTDIFF_HD void philox_words_portable_loop(uint64_t key, uint64_t stream, uint64_t first,
+FASTDIFF_HD void philox_words_portable_loop(uint64_t key, uint64_t stream, const uint64_t* blocks,
                                             PhiloxWords& words) {
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
 #pragma omp simd
   for (int lane = 0; lane < kPhiloxLanes; ++lane) {
-    const uint32_t lane_low = low + static_cast<uint32_t>(lane);
-    const uint32_t lane_high = high + (lane_low < low ? 1u : 0u);
-    const Words w = philox4x32(lane_low, lane_high, stream, key);
+    const uint64_t block = blocks[lane];
+    const Words w =
+        philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, key);
     words.w[0][lane] = w.w0;
     words.w[1][lane] = w.w1;
     words.w[2][lane] = w.w2;
@@ -62,8 +61,6 @@ FASTDIFF_HD void philox_words_portable_loop(uint64_t key, uint64_t stream, uint6
   }
 }
 constexpr auto philox_words_portable = clones<philox_words_portable_loop>;
-
-using PhiloxFunction = void (*)(uint64_t key, uint64_t stream, uint64_t first, PhiloxWords& words);
 
 // Chosen once, when the library is loaded.
 PhiloxFunction best_philox_words() {
@@ -73,8 +70,6 @@ PhiloxFunction best_philox_words() {
 #endif
   return philox_words_portable;
 }
-
-const PhiloxFunction philox_words = best_philox_words();
 
 // The normals of sixteen blocks, in order.
 FASTDIFF_HD void normals_from_words_loop(const PhiloxWords& words, float* out) {
@@ -96,14 +91,21 @@ constexpr auto normals_from_words = clones<normals_from_words_loop>;
 
 void normal_blocks(uint64_t key, uint64_t stream, uint64_t first, int64_t blocks, float* out) {
   PhiloxWords words;
+  const auto make_words = [&](int64_t base) {
+    uint64_t block[kPhiloxLanes];
+    for (int lane = 0; lane < kPhiloxLanes; ++lane) {
+      block[lane] = first + static_cast<uint64_t>(base + lane);
+    }
+    philox_words(key, stream, block, words);
+  };
   int64_t base = 0;
   for (; base + kPhiloxLanes <= blocks; base += kPhiloxLanes) {
-    philox_words(key, stream, first + static_cast<uint64_t>(base), words);
+    make_words(base);
     normals_from_words(words, out + 4 * base);
   }
   if (base < blocks) {
     float normals[4 * kPhiloxLanes];
-    philox_words(key, stream, first + static_cast<uint64_t>(base), words);
+    make_words(base);
     normals_from_words(words, normals);
     std::memcpy(out + 4 * base, normals, 16 * (blocks - base));
   }
@@ -147,6 +149,8 @@ constexpr auto interleave_4 = clones<interleave_4_loop>;
 int64_t row_floats(const SampleLayout& layout) { return tile_pixels(layout) + 8; }
 
 }  // namespace
+
+const PhiloxFunction philox_words = best_philox_words();
 
 void stream_bytes(void* destination, const void* source, int64_t n) {
   char* out = static_cast<char*>(destination);

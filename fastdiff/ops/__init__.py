@@ -11,6 +11,7 @@ from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.residual_group_norm_silu import residual_group_norm_silu
 from fastdiff.ops.vlb_terms import vlb_terms
 from fastdiff.reference.philox import sample_keys
 
@@ -23,6 +24,7 @@ __all__ = [
     "posterior_mean",
     "posterior_mean_variance",
     "q_sample",
+    "residual_group_norm_silu",
     "sample_keys",
     "vlb_terms",
 ]

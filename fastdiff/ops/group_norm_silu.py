@@ -10,13 +10,24 @@ from torch import Tensor
 
 from fastdiff._backends import select_backend
 from fastdiff.ops import _library
+from fastdiff.ops._group_norm import (
+    adjacent,
+    check_needs,
+    check_statistics,
+    empty_gradients,
+    empty_statistics,
+    is_channels_last,
+    unsupported,
+)
 from fastdiff.reference import checks
+from fastdiff.reference.dropout import Dropout
 from fastdiff.reference.group_norm_silu import (
     ACTIVATIONS,
     check_arguments,
-    compute_dtype_of,
+    check_dropout,
     group_norm_silu_backward,
     group_statistics,
+    make_dropout,
     unchecked_group_norm_silu,
 )
 from fastdiff.reference.layout import memory_format_of
@@ -27,7 +38,8 @@ _OPERANDS = ("weight", "bias", "channel_bias", "scale", "shift")
 
 
 class Arguments(NamedTuple):
-    """The raw operator's arguments, in the order of its schema."""
+    """The arguments of the raw operators, in the order of their schemas: the one without dropout
+    has none of the last four."""
 
     x: Tensor
     num_groups: int
@@ -39,20 +51,29 @@ class Arguments(NamedTuple):
     shift: Tensor | None
     activation: int
     """Position in ACTIVATIONS."""
+    threshold: int | None = None
+    keys: Tensor | None = None
+    seed: int | None = None
+    stream: int = 0
 
     @property
     def operands(self) -> _Operands:
         return self.weight, self.bias, self.channel_bias, self.scale, self.shift
 
+    @property
+    def dropout(self) -> Dropout | None:
+        return None if self.threshold is None else Dropout(*self[-len(Dropout._fields) :])
+
 
 _SCHEMA = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? channel_bias, "
-    "Tensor? scale, Tensor? shift, int activation) -> (Tensor, Tensor, Tensor)"
+    "Tensor? scale, Tensor? shift, int activation{}) -> (Tensor, Tensor, Tensor)"
 )
+_DROPOUT_SCHEMA = ", int threshold, Tensor? keys, SymInt? seed, SymInt stream"
 
 
 class BackwardArguments(NamedTuple):
-    """The backward operator's arguments, in the order of its schema."""
+    """The arguments of the backward operators, in the order of their schemas."""
 
     grad: Tensor
     x: Tensor
@@ -71,6 +92,10 @@ class BackwardArguments(NamedTuple):
     need_channel_bias: bool
     need_scale: bool
     need_shift: bool
+    threshold: int | None = None
+    keys: Tensor | None = None
+    seed: int | None = None
+    stream: int = 0
 
     @property
     def operands(self) -> _Operands:
@@ -79,14 +104,19 @@ class BackwardArguments(NamedTuple):
     @property
     def needs(self) -> tuple[bool, ...]:
         """Which gradients are needed: of x and of the operands."""
-        return self[self._fields.index("need_x") :]
+        first = self._fields.index("need_x")
+        return self[first : first + 1 + len(_OPERANDS)]
+
+    @property
+    def dropout(self) -> Dropout | None:
+        return None if self.threshold is None else Dropout(*self[-len(Dropout._fields) :])
 
 
 _BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
     "Tensor? bias, Tensor? channel_bias, Tensor? scale, Tensor? shift, int activation, "
     "bool need_x, bool need_weight, bool need_bias, bool need_channel_bias, bool need_scale, "
-    "bool need_shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool need_shift{}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 _ACTIVATION_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -102,8 +132,12 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "silu",
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
-    r"""y = act(norm(x + channel_bias) (1 + scale) + shift), and its gradients, fused.
+    r"""y = dropout(act(norm(x + channel_bias) (1 + scale) + shift)), and its gradients, fused.
 
     norm(h) = (h - mean) / sqrt(var + eps) weight + bias with the mean and the biased variance of
     each of the `num_groups` groups of consecutive channels of each sample (Wu & He 2018, arXiv
@@ -132,6 +166,17 @@ def group_norm_silu(
         (B, C), floating point, or None for zeros. Halves of a `chunk(2, dim=1)` are read in place.
     activation
         "silu" or "identity".
+    dropout_p
+        Probability with which an element of the result is 0, in [0, 1). It is rounded to a multiple
+        p of 1/256, from 1/256 to 255/256 unless it is 0, and the elements that are kept are
+        multiplied with 1 / (1 - p): the expectation is exact. The mask is a function of (key of the
+        sample, stream, channel, pixel) (Math §9): never stored, but made again in the backward
+        pass, and the same on every backend, in every memory format and however a batch is split.
+    seed
+        Of the mask: an int, or int64 keys (B,), as in `q_sample`. Needed where dropout_p > 0, not
+        looked at otherwise.
+    stream
+        Separates uses of one seed, the layers of a network above all.
 
     Returns
     -------
@@ -160,9 +205,11 @@ def group_norm_silu(
             f"group_norm_silu: unknown activation {checks.shown(activation)}; choose from "
             f"{', '.join(ACTIVATIONS)}"
         )
-    arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)
+    op, arguments = _op, (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)
+    if dropout_p != 0 and (dropout := make_dropout(dropout_p, seed, stream)) is not None:
+        op, arguments = _dropout_op, (*arguments, *dropout)
     try:
-        backend = select_backend("group_norm_silu", x, _unsupported(x))
+        backend = select_backend("group_norm_silu", x, unsupported(x))
     except AttributeError:  # not a tensor
         _check(Arguments(*arguments), check_range=False)
         raise
@@ -171,21 +218,15 @@ def group_norm_silu(
         _check(a, check_range=True)
         return _normalized(a)
     differentiable = (x, weight, bias, channel_bias, scale, shift)
-    return _op.call(backend, arguments, differentiable)[0]
-
-
-def _unsupported(x: Tensor) -> str | None:
-    """The one capability predicate of the kernels: why they cannot run this input, or None."""
-    if x.dtype == torch.float64 and x.device.type != "cpu":
-        return "float64 kernels exist on the CPU only"
-    return _library.why_reference(x)
+    return op.call(backend, arguments, differentiable)[0]
 
 
 def _check(a: Arguments, *, check_range: bool) -> None:
     """Everything that can be wrong with the arguments, with the clear message."""
-    *arguments, activation = a
-    checks.check_position("group_norm_silu", "activation", activation, ACTIVATIONS)
-    check_arguments(*arguments)
+    checks.check_position("group_norm_silu", "activation", a.activation, ACTIVATIONS)
+    check_arguments(a.x, a.num_groups, a.weight, a.bias, a.eps, a.channel_bias, a.scale, a.shift)
+    if a.dropout is not None:
+        check_dropout(a.x, a.dropout)
 
 
 def _check_backward(b: BackwardArguments, *, check_range: bool) -> None:
@@ -194,38 +235,16 @@ def _check_backward(b: BackwardArguments, *, check_range: bool) -> None:
     # The backward operator takes no eps; 1 passes the check.
     check_arguments(b.x, b.num_groups, b.weight, b.bias, 1.0, b.channel_bias, b.scale, b.shift)
     checks.check_like(op, "grad", b.grad, "x", b.x)
-    shape, dtype = (b.x.shape[0], b.num_groups), compute_dtype_of(b.x)
-    for name, given in (("mean", b.mean), ("rstd", b.rstd)):
-        checks.check_operand(op, name, given, shape, "(B, G)", b.x.device)
-        if given.dtype != dtype:
-            raise TypeError(f"{op}: {name} has dtype {given.dtype}, expected {dtype}")
-    for name, operand, needed in zip(_OPERANDS, b.operands, b.needs[1:], strict=True):
-        if needed and operand is None:
-            raise ValueError(f"{op}: {name} is None, expected a tensor that can have a gradient")
+    check_statistics(op, b.x, b.num_groups, b.mean, b.rstd)
+    check_needs(op, _OPERANDS, b.operands, b.needs[1:])
+    if b.dropout is not None:
+        check_dropout(b.x, b.dropout)
 
 
 def _empty_results(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    x, statistics = a.x, (a.x.shape[0], a.num_groups)
+    x = a.x
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-    mean, rstd = (x.new_empty(statistics, dtype=compute_dtype_of(x)) for _ in range(2))
-    return y, mean, rstd
-
-
-def _empty_gradients(b: BackwardArguments) -> _Gradients:
-    """Memory for the gradients of x and the operands; (0,) for one that is not needed."""
-
-    def gradient(needed: bool, like: Tensor | None, memory_format: torch.memory_format) -> Tensor:
-        if not needed:
-            return b.x.new_empty((0,))
-        return torch.empty(
-            like.shape, dtype=like.dtype, device=b.x.device, memory_format=memory_format
-        )
-
-    need_x, *needs = b.needs
-    return (
-        gradient(need_x, b.x, memory_format_of(b.x)),
-        *(gradient(*pair, torch.contiguous_format) for pair in zip(needs, b.operands, strict=True)),
-    )
+    return y, *empty_statistics(x, a.num_groups)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,12 +254,12 @@ def _fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(b: BackwardArguments) -> _Gradients:
     checks.check_one_device(*b)
-    return _empty_gradients(b)
+    return empty_gradients(b.x, b.operands, b.needs)
 
 
 def _normalized(a: Arguments) -> Tensor:
-    *arguments, activation = a
-    return unchecked_group_norm_silu(*arguments, ACTIVATIONS[activation])
+    arguments = (a.x, a.num_groups, a.weight, a.bias, a.eps, a.channel_bias, a.scale, a.shift)
+    return unchecked_group_norm_silu(*arguments, ACTIVATIONS[a.activation], a.dropout)
 
 
 def _reference(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,9 +268,9 @@ def _reference(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reference_backward(b: BackwardArguments) -> _Gradients:
-    results = _empty_gradients(b)
+    results = empty_gradients(b.x, b.operands, b.needs)
     gradients = group_norm_silu_backward(
-        b.grad, b.x, b.mean, b.rstd, b.num_groups, *b.operands, ACTIVATIONS[b.activation]
+        b.grad, b.x, b.mean, b.rstd, b.num_groups, *b.operands, ACTIVATIONS[b.activation], b.dropout
     )
     for result, gradient, needed in zip(results, gradients, b.needs, strict=True):
         if needed:
@@ -259,15 +278,11 @@ def _reference_backward(b: BackwardArguments) -> _Gradients:
     return results
 
 
-def _channels_last(x: Tensor) -> bool:
-    return memory_format_of(x) != torch.contiguous_format
-
-
-def _adjacent(operand: Tensor | None) -> Tensor | None:
-    """A small operand as kernels read it: any stride between samples, none between channels."""
-    if operand is None or operand.shape[-1] <= 1 or operand.stride(-1) == 1:
-        return operand
-    return operand.contiguous()
+def _ready(dropout: Dropout | None) -> Dropout | None:
+    """Dropout as kernels read it: adjacent keys."""
+    if dropout is None or dropout.keys is None:
+        return dropout
+    return dropout._replace(keys=dropout.keys.contiguous())
 
 
 def _triton(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,14 +294,15 @@ def _triton(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         *results,
         a.x.contiguous(memory_format=memory_format_of(a.x)),
         a.num_groups,
-        _adjacent(a.weight),
-        _adjacent(a.bias),
+        adjacent(a.weight),
+        adjacent(a.bias),
         a.eps,
-        _adjacent(a.channel_bias),
-        _adjacent(a.scale),
-        _adjacent(a.shift),
+        adjacent(a.channel_bias),
+        adjacent(a.scale),
+        adjacent(a.shift),
         a.activation,
-        _channels_last(a.x),
+        is_channels_last(a.x),
+        dropout=_ready(a.dropout),
     )
     return results
 
@@ -295,7 +311,7 @@ def _triton_backward(b: BackwardArguments) -> _Gradients:
     from fastdiff.triton_kernels import group_norm_silu as kernels
 
     _library.refuse_float64("group_norm_silu", b.x)
-    results = _empty_gradients(b)
+    results = empty_gradients(b.x, b.operands, b.needs)
     memory_format = memory_format_of(b.x)
     kernels.group_norm_silu_backward(
         *(result if needed else None for result, needed in zip(results, b.needs, strict=True)),
@@ -304,15 +320,17 @@ def _triton_backward(b: BackwardArguments) -> _Gradients:
         b.mean.contiguous(),
         b.rstd.contiguous(),
         b.num_groups,
-        *(_adjacent(operand) for operand in b.operands),
+        *(adjacent(operand) for operand in b.operands),
         b.activation,
-        _channels_last(b.x),
+        is_channels_last(b.x),
+        dropout=_ready(b.dropout),
     )
     return results
 
 
 class _GroupNormSilu(torch.autograd.Function):
-    """Keeps x, the small operands, mean and rstd; the activation's input is recomputed.
+    """Keeps x, the small operands, mean and rstd; the activation's input and dropout's mask are
+    recomputed.
 
     `csrc/bindings/dispatch.cpp` has the same node in C++, which runs instead where it is built.
     """
@@ -322,9 +340,10 @@ class _GroupNormSilu(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd = op(*arguments)
         a = Arguments(*arguments)
-        ctx.save_for_backward(a.x, *a.operands, mean, rstd)
+        ctx.save_for_backward(a.x, *a.operands, mean, rstd, a.keys)
         ctx.backward_op = backward
         ctx.constants = a.num_groups, a.eps, a.activation
+        ctx.dropout = a.dropout and a.dropout._replace(keys=None)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         return y, mean, rstd
@@ -336,18 +355,21 @@ class _GroupNormSilu(torch.autograd.Function):
         if grad is None:  # y was not used
             found = (None,) * len(needs)
         else:
-            x, *operands, mean, rstd = ctx.saved_tensors
+            x, *operands, mean, rstd, keys = ctx.saved_tensors
             num_groups, eps, activation = ctx.constants
+            dropout = ctx.dropout and ctx.dropout._replace(keys=keys)
             if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated again
-                inputs = (x, *operands)
-                found = _differentiable_gradients(grad, inputs, needs, num_groups, eps, activation)
+                found = _differentiable_gradients(
+                    grad, (x, *operands), needs, num_groups, eps, activation, *(dropout or ())
+                )
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     found = ctx.backward_op(
-                        grad, x, mean, rstd, num_groups, *operands, activation, *needs
-                    )
+                        grad, x, mean, rstd, num_groups, *operands, activation, *needs,
+                        *(dropout or ()),
+                    )  # fmt: skip
         names = ("x", *_OPERANDS)
-        grads = dict.fromkeys(Arguments._fields)
+        grads = dict.fromkeys(Arguments._fields[: len(ctx.needs_input_grad) - 2])
         grads.update((k, f) for k, f, n in zip(names, found, needs, strict=True) if n)
         return None, None, *grads.values()
 
@@ -359,6 +381,7 @@ def _differentiable_gradients(
     num_groups: int,
     eps: float,
     activation: int,
+    *dropout: object,
 ) -> list[Tensor | None]:
     """Gradients of x and the operands that can be differentiated again, from the reference.
 
@@ -369,7 +392,9 @@ def _differentiable_gradients(
         None if t is None else t.view_as(t) for t in inputs
     ]
     y = _normalized(
-        Arguments(x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation)
+        Arguments(
+            x, num_groups, weight, bias, eps, channel_bias, scale, shift, activation, *dropout
+        )
     )
     wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
@@ -380,27 +405,36 @@ def _autograd(
     op: Callable, *arguments: object, backward: Callable | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backward is None:
-        backward = _backward_op.triton if op is _op.triton else _backward_op.default
+        of = _backward_op if len(arguments) == _PLAIN else _dropout_backward_op
+        backward = of.triton if op._overloadname == "triton" else of.default
     return _GroupNormSilu.apply(op, backward, *arguments)
 
 
-_op = _library.define(
-    "group_norm_silu",
-    _SCHEMA,
-    Arguments,
-    fake=_fake,
-    autograd=_autograd,
-    reference=_reference,
-    triton=_triton,
-    check=_check,
-)
-_backward_op = _library.define(
-    "group_norm_silu_backward",
-    _BACKWARD_SCHEMA,
-    BackwardArguments,
-    fake=_fake_backward,
-    autograd=None,
-    reference=_reference_backward,
-    triton=_triton_backward,
-    check=_check_backward,
-)
+_PLAIN = Arguments._fields.index("threshold")
+
+
+def _define(suffix: str, dropout: str) -> tuple[_library.Op, _library.Op]:
+    return _library.define(
+        f"group_norm_silu{suffix}",
+        _SCHEMA.format(dropout),
+        Arguments,
+        fake=_fake,
+        autograd=_autograd,
+        reference=_reference,
+        triton=_triton,
+        check=_check,
+    ), _library.define(
+        f"group_norm_silu{suffix}_backward",
+        _BACKWARD_SCHEMA.format(dropout),
+        BackwardArguments,
+        fake=_fake_backward,
+        autograd=None,
+        reference=_reference_backward,
+        triton=_triton_backward,
+        check=_check_backward,
+    )
+
+
+# Of their own, so that a call without dropout hands over no more than it has to.
+_op, _backward_op = _define("", "")
+_dropout_op, _dropout_backward_op = _define("_dropout", _DROPOUT_SCHEMA)

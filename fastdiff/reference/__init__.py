@@ -6,7 +6,11 @@ Depends on torch alone.
 from fastdiff.reference.ddim_step import ddim_step
 from fastdiff.reference.ddpm_step import ddpm_step
 from fastdiff.reference.eps_loss import eps_loss
-from fastdiff.reference.group_norm_silu import group_norm_silu, group_norm_silu_backward
+from fastdiff.reference.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_backward,
+    residual_group_norm_silu,
+)
 from fastdiff.reference.philox import philox4x32, sample_keys, sample_words
 from fastdiff.reference.philox_normal import box_muller, normals, philox_normal
 from fastdiff.reference.posterior_mean import posterior_mean
@@ -27,6 +31,7 @@ __all__ = [
     "philox_normal",
     "posterior_mean",
     "q_sample",
+    "residual_group_norm_silu",
     "sample_keys",
     "sample_words",
     "vlb_terms",

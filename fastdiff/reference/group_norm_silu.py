@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.reference import checks
+from fastdiff.reference.dropout import Dropout, dropout_mask, dropout_threshold
 from fastdiff.reference.layout import in_memory_format, memory_format_of
 
 ACTIVATIONS = ("silu", "identity")
@@ -22,6 +23,10 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "silu",
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """See `fastdiff.ops.group_norm_silu`, which raises the same errors.
 
@@ -31,7 +36,65 @@ def group_norm_silu(
     checks.check_name("group_norm_silu", "activation", activation, ACTIVATIONS)
     arguments = (x, num_groups, weight, bias, eps, channel_bias, scale, shift)
     check_arguments(*arguments)
-    return unchecked_group_norm_silu(*arguments, activation)
+    dropout = make_dropout(dropout_p, seed, stream)
+    if dropout is not None:
+        check_dropout(x, dropout)
+    return unchecked_group_norm_silu(*arguments, activation, dropout)
+
+
+def residual_group_norm_silu(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    *,
+    sum_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `fastdiff.ops.residual_group_norm_silu`, which raises the same errors."""
+    op = "residual_group_norm_silu"
+    checks.check_name(op, "activation", activation, ACTIVATIONS)
+    check_arguments(x, num_groups, weight, bias, eps, None, scale, shift, op=op)
+    check_summands(x, residual, sum_bias)
+    summed = residual_sum(x, residual, sum_bias)
+    return summed, unchecked_group_norm_silu(
+        summed, num_groups, weight, bias, eps, None, scale, shift, activation
+    )
+
+
+def residual_sum(x: Tensor, residual: Tensor, sum_bias: Tensor | None) -> Tensor:
+    """(x + residual) + sum_bias in float32 (float64 for float64 x), rounded to the dtype of x."""
+    compute_dtype = compute_dtype_of(x)
+    summed = x.to(compute_dtype) + residual.to(compute_dtype)
+    if sum_bias is not None:
+        summed = summed + sum_bias.to(compute_dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return in_memory_format(summed.to(x.dtype), memory_format_of(x))
+
+
+def check_summands(x: Tensor, residual: Tensor, sum_bias: Tensor | None) -> None:
+    """What can be wrong with the arguments that `group_norm_silu` does not have."""
+    op = "residual_group_norm_silu"
+    checks.check_like(op, "residual", residual, "x", x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual has dtype {residual.dtype}, expected {x.dtype} as x")
+    if sum_bias is not None:
+        checks.check_operand(op, "sum_bias", sum_bias, (x.shape[1],), "(C,)", x.device)
+
+
+def make_dropout(dropout_p: float, seed: int | Tensor | None, stream: int) -> Dropout | None:
+    """The dropout that the public function's arguments mean; None for none."""
+    op = "group_norm_silu"
+    threshold = dropout_threshold(op, dropout_p)
+    if threshold == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"{op}: seed is None, expected an int or keys (B,) for dropout")
+    keys, integer = checks.split_seed(op, seed)
+    return Dropout(threshold, keys, integer, checks.as_int64(op, "stream", stream))
 
 
 def unchecked_group_norm_silu(
@@ -44,6 +107,7 @@ def unchecked_group_norm_silu(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """`group_norm_silu` of arguments that passed `check_arguments`."""
     compute_dtype = compute_dtype_of(x)
@@ -77,6 +141,8 @@ def unchecked_group_norm_silu(
         y = y + per_channel(shift)
     if activation == "silu":
         y = F.silu(y)
+    if dropout is not None:
+        y = torch.where(dropout_mask(x, dropout), y * dropout.scale, 0)
     # On CUDA torch.group_norm always returns the contiguous format; on the CPU this is a no-op.
     return in_memory_format(y.to(x.dtype), memory_format)
 
@@ -90,9 +156,9 @@ def check_arguments(
     channel_bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    op: str = "group_norm_silu",
 ) -> None:
     """Everything that can be wrong with the arguments but the activation."""
-    op = "group_norm_silu"
     checks.check_tensor(op, "x", x)
     checks.check_float(op, "x", x.dtype)
     if not 3 <= x.dim() <= 5:
@@ -118,6 +184,16 @@ def check_arguments(
     for name, operand in (("channel_bias", channel_bias), ("scale", scale), ("shift", shift)):
         if operand is not None:
             checks.check_operand(op, name, operand, (batch, channels), "(B, C)", x.device)
+
+
+def check_dropout(x: Tensor, dropout: Dropout) -> None:
+    """What can be wrong with the keys of a dropout, and with what a raw operator is given."""
+    op, (threshold, keys, seed, _) = "group_norm_silu", dropout
+    if not 1 <= threshold <= 255:
+        raise ValueError(f"{op}: threshold is {checks.shown(threshold)}, expected 1 to 255")
+    checks.check_noise_source(op, None, keys, seed, required=True)
+    if keys is not None:
+        checks.check_per_sample(op, "seed", keys, torch.int64, x.shape[0], x.device)
 
 
 def group_statistics(
@@ -147,12 +223,14 @@ def group_norm_silu_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Gradients of x, weight, bias, channel_bias, scale and shift, written out.
 
-    With h_hat = (x + channel_bias - mean) rstd, gamma = weight (1 + scale), dz = grad act'(z), per
-    channel of a sample s0 = sum dz, s1 = sum dz h_hat, s2 = sum h_hat, and per group of N elements
-    m0 = sum gamma s0 / N, m1 = sum gamma s1 / N:
+    With h_hat = (x + channel_bias - mean) rstd, gamma = weight (1 + scale), dz = grad act'(z) times
+    what dropout multiplied the element with, per channel of a sample s0 = sum dz,
+    s1 = sum dz h_hat, s2 = sum h_hat, and per group of N elements m0 = sum gamma s0 / N,
+    m1 = sum gamma s1 / N:
 
         dx = rstd (gamma dz - m0 - h_hat m1)       dchannel_bias = sum of dx over positions
         dshift = s0                                dscale = weight s1 + bias s0
@@ -166,6 +244,8 @@ def group_norm_silu_backward(
         (B, G), from `group_statistics`.
     x, num_groups, weight, bias, channel_bias, scale, shift, activation
         As in `group_norm_silu`.
+    dropout
+        That of the forward pass.
 
     Returns
     -------
@@ -194,6 +274,8 @@ def group_norm_silu_backward(
     h_hat = (_biased(x, channel_bias).flatten(2) - per_group(mean)) * rstd
     positions = h_hat.shape[2]
     dz = grad.to(compute_dtype).flatten(2)
+    if dropout is not None:
+        dz = torch.where(dropout_mask(x, dropout).flatten(2), dz * dropout.scale, 0)
     if activation == "silu":
         z = h_hat * gamma + bias * factor + shift
         sigmoid = torch.sigmoid(z)

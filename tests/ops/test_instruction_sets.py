@@ -21,6 +21,9 @@ CORE = {
     "test_group_norm_silu.py": "(vectors and normal and silu-cpu) or (odd and bf16 and silu-cpu)"
     " or (test_large and unaligned)",
     "test_group_norm_silu_conditioning.py": "cpu",
+    "test_group_norm_silu_dropout.py": "(test_values and odd and cpu) or test_large or same_bits"
+    " or (one_mask and cpu)",
+    "test_residual_group_norm_silu.py": "(test_values and odd and cpu) or same_bits",
     "test_philox_normal.py": "test_matches and cpu",
     "test_winograd_conv.py": "(test_matches and kernel) or same_bits",
 }

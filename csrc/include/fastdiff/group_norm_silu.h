@@ -1,5 +1,6 @@
 #pragma once
 
+#include "fastdiff/dropout.h"
 #include "fastdiff/layout.h"
 
 namespace fastdiff {
@@ -69,6 +70,12 @@ struct GroupNormSiluArgs {
   ChannelVector channel_bias;  // (B, C)
   ChannelVector scale;         // (B, C)
   ChannelVector shift;         // (B, C)
+  // With a residual, x + residual + sum_bias takes the place of x: it is rounded to x's dtype,
+  // written to `sum`, and normalized as it was written.
+  const void* residual;    // as x, or null
+  ChannelVector sum_bias;  // (C,); only with a residual
+  void* sum;               // as x; null if and only if `residual` is
+  Dropout dropout;         // of y
   GroupNormLayout layout;
   double eps;
   Activation activation;
@@ -82,6 +89,9 @@ struct GroupNormSiluArgs {
 //   dx = rstd (gamma dz - m0 - h_hat m1)           dchannel_bias = rstd (gamma s0 - pixels m0 - s2
 //   m1) dshift = s0          dscale = weight s1 + bias s0 dbias = sum over samples of (1 + scale)
 //   s0     dweight = sum over samples of (1 + scale) s1
+// With dropout, dz = grad keep scale act'(z). With a residual, x is the sum that was normalized, dx
+// has the gradient that comes to the sum from elsewhere added to it and is the gradient of either
+// summand, and dsum_bias = sum over samples and pixels of dx.
 struct GroupNormSiluBackwardArgs {
   void* grad_x;     // as x, or null
   void* workspace;  // CUDA: float32, as many as the launcher asks for
@@ -99,6 +109,9 @@ struct GroupNormSiluBackwardArgs {
   ChannelVector channel_bias;
   ChannelVector scale;
   ChannelVector shift;
+  const void* grad_sum;           // as x, or null
+  ChannelGradient grad_sum_bias;  // (C,)
+  Dropout dropout;
   GroupNormLayout layout;
   Activation activation;
   DType x_type;
