@@ -197,7 +197,7 @@ def group_norm_silu_bwd_kernel(
         rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
         held_x = load_pieces(x, tile, sample, pixels, HELD)
         held_grad = load_pieces(grad, tile, sample, pixels, HELD)
-        center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
+        center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
         gamma, beta = affine(operands, rows)
 
         s0, s1, s2 = None, None, None

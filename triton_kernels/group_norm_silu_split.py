@@ -35,15 +35,14 @@ from .group_norm_silu_tiles import (
 
 
 @triton.jit
-def tile_moments(values, mask, member):
-    """Of each group the elements in the tile, their mean, the sum of squares of the deviations.
+def tile_moments(values, n, mask, member):
+    """Of each group the mean of its n elements in the tile, the sum of squares of the deviations.
 
     values: 0 outside of the tile.
     """
-    n = sum_groups(tl.sum(mask.to(tl.float32), axis=1), member)
     mean = sum_groups(tl.sum(values, axis=1), member) / tl.maximum(n, 1.0)
     deviation = values - spread(mean, member)[:, None]
-    return n, mean, sum_groups(sum_products(deviation, deviation, mask), member)
+    return mean, sum_groups(sum_products(deviation, deviation, mask), member)
 
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])
@@ -62,13 +61,16 @@ def group_norm_silu_fwd_moments_kernel(
         x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
     )
 
+    channels = sum_groups(rows.mask.to(tl.float32), member)  # in the tile
     n = tl.zeros(group.shape, tl.float32)
     mean = tl.zeros(group.shape, tl.float32)
     square = tl.zeros(group.shape, tl.float32)
-    for r in range(rounds):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
+    for r in tl.range(rounds, disable_licm=True):
+        first_pixel = (chunk * rounds + r) * PIX
+        base, offsets, mask = tile_offsets(rows, first_pixel, pixels, TILING)
         deviation = masked(load_tile(x + base, offsets, mask) - pivot[:, None], mask)
-        tile_n, tile_mean, tile_square = tile_moments(deviation, mask, member)
+        tile_n = channels * tl.minimum(tl.maximum(pixels - first_pixel, 0), PIX).to(tl.float32)
+        tile_mean, tile_square = tile_moments(deviation, tile_n, mask, member)
         # Chan, Golub & LeVeque 1979: the moments of a union.
         together = tl.maximum(n + tile_n, 1.0)
         d = tile_mean - mean
@@ -149,17 +151,14 @@ def group_norm_silu_fwd_apply_kernel(
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
     rows = rows_of(tile, TILING)
-    row_mean = load_groups(mean, rows, TILING)
-    channel_bias = load_channel_bias(operands, rows)
+    center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
     gamma, beta = affine(operands, rows)
-    slope = load_groups(rstd, rows, TILING) * gamma
+    slope = row_rstd * gamma
 
-    for r in range(rounds):
+    for r in tl.range(rounds, disable_licm=True):
         base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
-        h = load_tile(x + base, offsets, mask)
-        if operands.channel_bias is not None:
-            h += channel_bias[:, None]
-        z = (h - row_mean[:, None]) * slope[:, None] + beta[:, None]
+        x_tile = load_tile(x + base, offsets, mask)
+        z = (x_tile - center[:, None]) * slope[:, None] + beta[:, None]
         values = activate(z, ACTIVATION).to(y.dtype.element_ty)
         tl.store(y + base + offsets, values, mask=mask)
 
@@ -183,13 +182,13 @@ def group_norm_silu_bwd_sums_kernel(
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
     rows = rows_of(tile, TILING)
-    center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
+    center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
     gamma, beta = affine(operands, rows)
 
     s0 = tl.zeros((CH,), tl.float32)
     s1 = tl.zeros((CH,), tl.float32)
     s2 = tl.zeros((CH,), tl.float32)
-    for r in range(rounds):
+    for r in tl.range(rounds, disable_licm=True):
         base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)
@@ -301,11 +300,11 @@ def group_norm_silu_bwd_apply_kernel(
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
     rows = rows_of(tile, TILING)
-    center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
+    center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
     m0 = load_groups(means0, rows, TILING)
     m1 = load_groups(means1, rows, TILING)
     gamma, beta = affine(operands, rows)
-    for r in range(rounds):
+    for r in tl.range(rounds, disable_licm=True):
         base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)

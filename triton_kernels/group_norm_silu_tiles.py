@@ -228,6 +228,13 @@ def members_of(rows, TILING: tl.constexpr):
 
 
 @triton.jit
+def load_first(x, sample, channel, mask, pixels, TILING: tl.constexpr):
+    """The first element of each `channel`."""
+    at = sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def pivots(
     x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING: tl.constexpr
 ):
@@ -237,8 +244,7 @@ def pivots(
     not rounded.
     """
     channel = group * TILING.group_channels
-    at = rows.sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
-    first = tl.load(x + at, mask=group_mask, other=0.0).to(tl.float32)
+    first = load_first(x, rows.sample, channel, group_mask, pixels, TILING)
     first_bias = load_channel_bias(operands, Rows(rows.sample, rows.first, channel, group_mask))
     pivot = spread(first, member)
     if operands.channel_bias is not None:
@@ -291,9 +297,21 @@ def store_if_wanted(pointer, offsets, value, mask):
 
 
 @triton.jit
-def load_statistics(mean, rstd, operands, rows, TILING: tl.constexpr):
-    """center and rstd of h_hat = (x - center) rstd, for every row."""
-    center = load_groups(mean, rows, TILING) - load_channel_bias(operands, rows)
+def load_statistics(mean, rstd, x, operands, rows, pixels, TILING: tl.constexpr):
+    """center and rstd of h_hat = (x - center) rstd, for every row.
+
+    The mean has the channel bias in it and was rounded once. Any value that rounds to it with the
+    bias of the group's first channel may be the center of that channel; where the first element
+    does, it is the one that is exact in constant groups.
+    """
+    center = load_groups(mean, rows, TILING)
+    if operands.channel_bias is not None:
+        channel = rows.channel - rows.channel % TILING.group_channels
+        first = load_first(x, rows.sample, channel, rows.mask, pixels, TILING)
+        first_rows = Rows(rows.sample, rows.first, channel, rows.mask)
+        first_bias = load_channel_bias(operands, first_rows)
+        center = tl.where(first + first_bias == center, first, center - first_bias)
+        center -= load_channel_bias(operands, rows) - first_bias
     return center, load_groups(rstd, rows, TILING)
 
 
