@@ -18,9 +18,11 @@ from .group_norm_silu_tiles import (
     Sums,
     activate,
     affine,
+    dropped,
     input_gradient,
     load_channel_bias,
     load_statistics,
+    load_sum_bias,
     masked,
     members_of,
     normalized,
@@ -55,16 +57,56 @@ def piece_offsets(piece, tile, sample, pixels, HELD: tl.constexpr):
 
 
 @triton.jit
+def load_piece(pointer, piece, tile, sample, pixels, HELD: tl.constexpr):
+    """A piece of a tile, as it is held."""
+    if HELD.packed:
+        pointer = pointer.to(tl.pointer_type(tl.int32))
+    base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
+    return tl.load(pointer + base + offsets, mask=mask, other=0)
+
+
+@triton.jit
 def load_pieces(pointer, tile, sample, pixels, HELD: tl.constexpr):
     """A tile, as a tuple of its pieces."""
     PIECES: tl.constexpr = HELD.pieces
-    if HELD.packed:
-        pointer = pointer.to(tl.pointer_type(tl.int32))
     held = ()
     for piece in tl.static_range(PIECES):
-        base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
-        held = held + (tl.load(pointer + base + offsets, mask=mask, other=0),)  # noqa: RUF005
+        held = held + (load_piece(pointer, piece, tile, sample, pixels, HELD),)  # noqa: RUF005
     return held
+
+
+@triton.jit
+def load_sum_pieces(x, residual, tile, rows, pixels, HELD: tl.constexpr):
+    """The rounded sums of a tile and its residual, as a tuple of pieces; they go to memory too."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PIECES: tl.constexpr = HELD.pieces
+    sum_bias = load_sum_bias(residual, rows)
+    held = ()
+    for piece in tl.static_range(PIECES):
+        x_piece = load_piece(x, piece, tile, rows.sample, pixels, HELD)
+        other = load_piece(residual.x, piece, tile, rows.sample, pixels, HELD)
+        total = unpack(x_piece, 0, DTYPE, HELD) + unpack(other, 0, DTYPE, HELD)
+        if sum_bias is not None:
+            total += sum_bias[:, None]
+        total = pack(total.to(DTYPE), HELD)
+        store_held(residual.sum, total, piece, tile, rows.sample, pixels, HELD)
+        held = held + (total,)  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def dropped_pieces(
+    held, dropout, rows, pixels, DTYPE: tl.constexpr, TILING: tl.constexpr, HELD: tl.constexpr
+):
+    """Held pieces of a gradient, with 0 for the elements that dropout drops."""
+    PIECES: tl.constexpr = TILING.pieces
+    kept = ()
+    for piece in tl.static_range(PIECES):
+        first_pixel = piece * (TILING.tile_pixels // TILING.pieces)
+        values = unpack(held[piece], 0, DTYPE, HELD)
+        values = dropped(values, dropout, rows, first_pixel, pixels, TILING)
+        kept = kept + (pack(values.to(DTYPE), HELD),)  # noqa: RUF005
+    return kept
 
 
 @triton.jit
@@ -92,9 +134,8 @@ def plus(total, values):
 
 
 @triton.jit
-def store_piece(pointer, values, piece, tile, sample, pixels, HELD: tl.constexpr):
-    base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
-    values = values.to(pointer.dtype.element_ty)
+def pack(values, HELD: tl.constexpr):
+    """A piece as it is held."""
     if HELD.packed:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32)
         if HELD.channels_last:
@@ -104,17 +145,32 @@ def store_piece(pointer, values, piece, tile, sample, pixels, HELD: tl.constexpr
             bits = tl.reshape(bits, (bits.shape[0], bits.shape[1] // 2, 2))
         first, second = tl.split(bits)
         values = (first & 0xFFFF) | (second << 16)
+    return values
+
+
+@triton.jit
+def store_held(pointer, held, piece, tile, sample, pixels, HELD: tl.constexpr):
+    if HELD.packed:
         pointer = pointer.to(tl.pointer_type(tl.int32))
-    tl.store(pointer + base + offsets, values, mask=mask)
+    base, offsets, mask = piece_offsets(piece, tile, sample, pixels, HELD)
+    tl.store(pointer + base + offsets, held, mask=mask)
 
 
-@triton.jit(do_not_specialize=["eps", "zero"])
+@triton.jit
+def store_piece(pointer, values, piece, tile, sample, pixels, HELD: tl.constexpr):
+    held = pack(values.to(pointer.dtype.element_ty), HELD)
+    store_held(pointer, held, piece, tile, sample, pixels, HELD)
+
+
+@triton.jit(do_not_specialize=["eps", "zero", "dropout"])
 def group_norm_silu_fwd_kernel(
     y,
     mean,
     rstd,
     x,
     operands,
+    residual,
+    dropout,
     pixels,
     eps,
     zero,
@@ -130,10 +186,13 @@ def group_norm_silu_fwd_kernel(
     group, group_mask, member = members_of(rows, TILING)
     channel_bias = load_channel_bias(operands, rows)
     gamma, beta = affine(operands, rows)
-    held = load_pieces(x, tile, rows.sample, pixels, HELD)
+    if residual is not None:
+        held = load_sum_pieces(x, residual, tile, rows, pixels, HELD)
+    else:
+        held = load_pieces(x, tile, rows.sample, pixels, HELD)
 
     pivot, first, first_bias = pivots(
-        x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
+        x, residual, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
     )
     n = TILING.group_channels * 1.0 * pixels
     total, square = None, None
@@ -158,10 +217,14 @@ def group_norm_silu_fwd_kernel(
     for piece in tl.static_range(PIECES):
         deviation = unpack(held[piece], 2 * zero, DTYPE, HELD) - center[:, None]
         values = activate(deviation * slope[:, None] + beta[:, None], ACTIVATION)
+        if dropout is not None:
+            first_pixel = piece * (TILING.tile_pixels // TILING.pieces)
+            values *= dropout.scale
+            values = dropped(values, dropout, rows, first_pixel, pixels, TILING)
         store_piece(y, values, piece, tile, rows.sample, pixels, HELD)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["zero", "dropout"])
 def group_norm_silu_bwd_kernel(
     grad_x,
     gradients,
@@ -170,6 +233,8 @@ def group_norm_silu_bwd_kernel(
     mean,
     rstd,
     operands,
+    grad_sum,
+    dropout,
     pixels,
     zero,
     ACTIVATION: tl.constexpr,
@@ -192,12 +257,15 @@ def group_norm_silu_bwd_kernel(
     first_mask = tile_rows.mask & (tl.arange(0, ROWS) < CH)  # each channel once
     weight_share = tl.zeros((ROWS,), tl.float32)
     bias_share = tl.zeros((ROWS,), tl.float32)
+    sum_bias_share = tl.zeros((ROWS,), tl.float32)
     for k in tl.static_range(SAMPLES):
         sample = tile_rows.sample * SAMPLES + k
         rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
         held_x = load_pieces(x, tile, sample, pixels, HELD)
         held_grad = load_pieces(grad, tile, sample, pixels, HELD)
-        center, row_rstd = load_statistics(mean, rstd, operands, rows, TILING)
+        if dropout is not None:
+            held_grad = dropped_pieces(held_grad, dropout, rows, pixels, DTYPE, TILING, HELD)
+        center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
         gamma, beta = affine(operands, rows)
 
         s0, s1, s2 = None, None, None
@@ -205,6 +273,8 @@ def group_norm_silu_bwd_kernel(
             mask = piece_mask(piece, rows, pixels, TILING)
             x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
             grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
+            if dropout is not None:
+                grad_piece *= dropout.scale
             h_hat, dz = normalized(
                 x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
             )
@@ -233,12 +303,26 @@ def group_norm_silu_bwd_kernel(
             store_if_wanted(gradients.weight, at, weight_share, first_mask)
             store_if_wanted(gradients.bias, at, bias_share, first_mask)
         if grad_x is not None:
+            dx_sums = None
             for piece in tl.static_range(PIECES):
                 mask = piece_mask(piece, rows, pixels, TILING)
                 x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
                 grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
+                if dropout is not None:
+                    grad_piece *= dropout.scale
                 h_hat, dz = normalized(
                     x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
                 )
                 dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
+                if grad_sum is not None:
+                    dx += unpack(
+                        load_piece(grad_sum, piece, tile, sample, pixels, HELD), 0, DTYPE, HELD
+                    )
                 store_piece(grad_x, dx, piece, tile, sample, pixels, HELD)
+                if gradients.sum_bias is not None:
+                    dx_sums = plus(dx_sums, tl.where(mask, dx, 0.0))
+            if gradients.sum_bias is not None:
+                sum_bias_share += sum_segments(tl.sum(dx_sums, axis=1), rows, TILING)
+                if k == SAMPLES - 1:
+                    at = tile_rows.sample * TILING.channels + tile_rows.channel
+                    store_if_wanted(gradients.sum_bias, at, sum_bias_share, first_mask)

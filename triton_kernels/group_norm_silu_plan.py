@@ -160,7 +160,7 @@ def plan(
         tile = min(triton.next_power_of_2(group_channels), SPLIT_ELEMENTS // tile_pixels)
     tiles = _launch.cdiv(pixels, tile_pixels) * _launch.cdiv(channels, tile)
     rounds = max(1, triton.next_power_of_2(tiles // REDUCTION_PROGRAMS + 1) // 2)
-    return Plan(False, groups, tile, tile_pixels, rounds, 4)
+    return Plan(False, groups, tile, tile_pixels, rounds, 8)
 
 
 def samples_per_program(

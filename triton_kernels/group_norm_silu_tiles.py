@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .philox import dropout_bytes, dropout_bytes_of_rows, noise_key
+
 SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
 
 
@@ -74,14 +76,33 @@ class Operands(NamedTuple):
     shift_stride: int | None = None
 
 
-class Gradients(NamedTuple):
-    """Of the small operands, None where not wanted; shares in those of weight and bias."""
+class Residual(NamedTuple):
+    """What is added to x, and where the sum goes, which takes the place of x."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    channel_bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    x: Tensor
+    bias: Tensor | None  # (C,)
+    sum: Tensor
+
+
+class Mask(NamedTuple):
+    """Of dropout, made as in csrc/include/fastdiff/dropout.h."""
+
+    keys: Tensor | None
+    seed: int
+    stream: int
+    threshold: int
+    scale: float  # that kept elements are multiplied with
+
+
+class Gradients(NamedTuple):
+    """Of the small operands, None where not wanted; or shares in those that sum over the batch."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    sum_bias: Tensor | None = None
+    channel_bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Sums(NamedTuple):
@@ -228,18 +249,55 @@ def members_of(rows, TILING: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(x, residual, bias):
+    """(x + residual) + bias, as it is stored."""
+    total = x.to(tl.float32) + residual.to(tl.float32)
+    if bias is not None:
+        total += bias
+    return total.to(x.dtype)
+
+
+@triton.jit
+def load_sum_bias(residual, rows):
+    bias = None
+    if residual.bias is not None:
+        bias = load_channels(residual.bias, 0, rows, 0.0)
+    return bias
+
+
+@triton.jit
+def load_first(x, residual, rows, pixels, TILING: tl.constexpr):
+    """The first element of each channel of `rows`."""
+    step = 1 if TILING.channels_last else pixels
+    at = rows.sample * TILING.channels * pixels + rows.channel * step
+    first = tl.load(x + at, mask=rows.mask, other=0.0)
+    if residual is not None:
+        other = tl.load(residual.x + at, mask=rows.mask, other=0.0)
+        first = rounded_sum(first, other, load_sum_bias(residual, rows))
+    return first.to(tl.float32)
+
+
+@triton.jit
 def pivots(
-    x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING: tl.constexpr
+    x,
+    residual,
+    operands,
+    channel_bias,
+    rows,
+    group,
+    group_mask,
+    member,
+    pixels,
+    TILING: tl.constexpr,
 ):
     """What sums subtract from x, for every row; the first element of each group, and its bias.
 
     Sums are relative to a group's first element, so that the mean of equal values is that value,
     not rounded.
     """
-    channel = group * TILING.group_channels
-    at = rows.sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
-    first = tl.load(x + at, mask=group_mask, other=0.0).to(tl.float32)
-    first_bias = load_channel_bias(operands, Rows(rows.sample, rows.first, channel, group_mask))
+    first_rows = Rows(rows.sample, rows.first, group * TILING.group_channels, group_mask)
+    first = load_first(x, residual, first_rows, pixels, TILING)
+    first_bias = load_channel_bias(operands, first_rows)
     pivot = spread(first, member)
     if operands.channel_bias is not None:
         pivot += spread(first_bias, member) - channel_bias
@@ -291,10 +349,48 @@ def store_if_wanted(pointer, offsets, value, mask):
 
 
 @triton.jit
-def load_statistics(mean, rstd, operands, rows, TILING: tl.constexpr):
-    """center and rstd of h_hat = (x - center) rstd, for every row."""
-    center = load_groups(mean, rows, TILING) - load_channel_bias(operands, rows)
+def load_statistics(mean, rstd, x, operands, rows, pixels, TILING: tl.constexpr):
+    """center and rstd of h_hat = (x - center) rstd, for every row.
+
+    The mean has the channel bias in it and was rounded once. Any value that rounds to it with the
+    bias of the group's first channel may be the center of that channel; where the first element
+    does, it is the one that is exact in constant groups.
+    """
+    center = load_groups(mean, rows, TILING)
+    if operands.channel_bias is not None:
+        channel = rows.channel - rows.channel % TILING.group_channels
+        first_rows = Rows(rows.sample, rows.first, channel, rows.mask)
+        first = load_first(x, None, first_rows, pixels, TILING)
+        first_bias = load_channel_bias(operands, first_rows)
+        center = tl.where(first + first_bias == center, first, center - first_bias)
+        center -= load_channel_bias(operands, rows) - first_bias
     return center, load_groups(rstd, rows, TILING)
+
+
+@triton.jit
+def dropped(values, dropout, rows, first_pixel, pixels, TILING: tl.constexpr):
+    """`values` of a tile, or a piece of one, with 0 for those that dropout drops."""
+    if dropout is not None:
+        CH: tl.constexpr = TILING.tile_channels
+        ROWS: tl.constexpr = TILING.segments * CH
+        PIX: tl.constexpr = TILING.tile_pixels // TILING.pieces
+        # Whether a tile's channels are fours that share blocks, and not parts of such.
+        FOURS: tl.constexpr = TILING.groups * TILING.group_channels % 4 == 0 and CH % 4 == 0
+        STEP: tl.constexpr = 4 if FOURS else 1
+        c = tl.arange(0, ROWS // STEP)[:, None] * STEP
+        p = tl.arange(0, (PIX + 3) // 4)[None, :] * 4
+        if TILING.segments > 1:
+            p += c // CH * TILING.tile_pixels
+            c %= CH
+        channel = rows.first + c
+        block = (channel >> 2) * ((pixels + 3) >> 2) + ((first_pixel + p) >> 2)
+        key = noise_key(dropout.keys, dropout.seed, rows.sample)
+        if FOURS:
+            decisions = dropout_bytes(key, dropout.stream, block, ROWS, PIX)
+        else:
+            decisions = dropout_bytes_of_rows(key, dropout.stream, block, channel, ROWS, PIX)
+        values = tl.where(decisions >= dropout.threshold, values, 0.0)
+    return values
 
 
 @triton.jit
