@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.reference.layout import memory_format_of
 
-from .launcher import DTYPES, function, launch, pointer
+from .launcher import DTYPES, NoiseSource, function, launch, pointer
 
 _OPERANDS = ("weight", "bias", "channel_bias", "scale", "shift")
 
@@ -35,10 +35,18 @@ class ChannelGradient(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("type", ctypes.c_int32)]
 
 
+class Dropout(ctypes.Structure):
+    _fields_ = [("source", NoiseSource), ("threshold", ctypes.c_int32)]
+
+
 class GroupNormSiluArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("y", "mean", "rstd", "workspace", "x")),
         *((name, ChannelVector) for name in _OPERANDS),
+        ("residual", ctypes.c_void_p),
+        ("sum_bias", ChannelVector),
+        ("sum", ctypes.c_void_p),
+        ("dropout", Dropout),
         ("layout", GroupNormLayout),
         ("eps", ctypes.c_double),
         ("activation", ctypes.c_int32),
@@ -52,6 +60,9 @@ class GroupNormSiluBackwardArgs(ctypes.Structure):
         *((f"grad_{name}", ChannelGradient) for name in _OPERANDS),
         *((name, ctypes.c_void_p) for name in ("grad", "x", "mean", "rstd")),
         *((name, ChannelVector) for name in _OPERANDS),
+        ("grad_sum", ctypes.c_void_p),
+        ("grad_sum_bias", ChannelGradient),
+        ("dropout", Dropout),
         ("layout", GroupNormLayout),
         ("activation", ctypes.c_int32),
         ("x_type", ctypes.c_int32),
