@@ -157,7 +157,7 @@ __device__ __forceinline__ void write_grad_x(T* grad_x, Items<ChannelsLast, V>& 
         }
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, values[r]);
+      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, L::narrow(values[r]));
       x_vectors.skip(R), grad_vectors.skip(R);
       to += R * items.tiling.step;
     });
@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   const GradientTable table = {reinterpret_cast<float*>(shared)};
   float* partials =
       reinterpret_cast<float*>(shared) + GradientTable::kCoefficients * plan.padded_channels;
-  auto* statistics = reinterpret_cast<GroupStatistics*>(partials);  // until the sums take this place
+  auto* statistics =
+      reinterpret_cast<GroupStatistics*>(partials);  // until the sums take this place
   const ChunkBlock block(plan, first_row);
   Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
   const ChunkGroups groups(args.layout, block);
