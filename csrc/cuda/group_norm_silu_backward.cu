@@ -76,7 +76,7 @@ struct Backward {
       }
       if (error == cudaSuccess && args.grad_x) {
         error = start(group_norm_silu_bwd_apply_kernel<T, ChannelsLast, V>,
-                      maps + plan.padded_channels * sizeof(float4));
+                      maps + plan.padded_channels * (sizeof(GroupStatistics) + sizeof(float2)));
       }
     }
     if (error != cudaSuccess || !has_parameters()) return error;

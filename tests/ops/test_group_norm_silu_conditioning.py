@@ -172,12 +172,8 @@ def test_constant_groups_with_a_channel_bias_are_exact(
     assert torch.equal(mean, x[:, ::step, 0, 0].float() + added[:, ::step])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["small", "odd", "one value", "one pixel", "vectors", "large"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
-@pytest.mark.parametrize("implementation", implementation_params("reference", "cpu"))
-def test_gradients_of_constant_groups_with_a_channel_bias_are_exact(
-    implementation: str, dtype: str, shape: str, layout: str
+def check_gradients_of_constant_groups(
+    implementation: str, path: str, dtype: str, shape: str, layout: str
 ) -> None:
     """Of the rounded mean, value and bias, a backward pass finds the value again.
 
@@ -190,12 +186,33 @@ def test_gradients_of_constant_groups_with_a_channel_bias_are_exact(
     for activation, names in ((0, ("weight", "bias", "scale", "shift")), (1, ())):
         operands = {name: small[name] for name in names} | {"channel_bias": added.float()}
         args = arguments(shape, x.to(FLOATS[dtype]), layout, activation, **operands)
-        found = run(implementation, "", args)
+        found = run(implementation, path, args)
         args["x"] = torch.zeros_like(args["x"])
         args["channel_bias"] = torch.zeros_like(args["channel_bias"])
-        zeros = run(implementation, "", args)
+        zeros = run(implementation, path, args)
         for name in found.keys() - {"mean"}:
             assert torch.equal(found[name], zeros[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["small", "odd", "one value", "one pixel", "vectors", "large"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("implementation", implementation_params("reference", "cpu"))
+def test_gradients_of_constant_groups_with_a_channel_bias_are_exact(
+    implementation: str, dtype: str, shape: str, layout: str
+) -> None:
+    check_gradients_of_constant_groups(implementation, "", dtype, shape, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path_shape", [(p, s) for i, p, s in PATHS if i == "cuda-ptx"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", implementation_params("cuda-ptx"))
+def test_gradients_of_constant_groups_with_a_channel_bias_are_exact_on_cuda(
+    implementation: str, dtype: str, path_shape: tuple[str, str], layout: str
+) -> None:
+    path, shape = path_shape
+    check_gradients_of_constant_groups(implementation, path, dtype, shape, layout)
 
 
 class Conditioned(Exact):

@@ -181,7 +181,9 @@ def check_traffic(site: GroupNormSite, batch: int, dtype, channels_last: bool, w
     small = small_bytes(shape, site.num_groups, len(site.operands), which)
     assert traffic.bytes <= 1.05 * (accesses * traffic.tensor_bytes + small), traffic
     assert traffic.sectors <= 1.1, traffic
-    assert traffic.narrow == 0, traffic
+    # With a channel bias the backward pass reads the first element of every group.
+    first_elements = batch * site.num_groups if which == "backward" else 0
+    assert traffic.narrow <= first_elements * ("channel_bias" in site.operands), traffic
     one_pass = len(traffic.blocks) <= 2
     if arch != "sm_80" or not one_pass:
         # A block's worth of work is 8 KB. Without clusters a group that fits has one block.

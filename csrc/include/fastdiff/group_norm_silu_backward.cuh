@@ -4,18 +4,43 @@
 
 namespace fastdiff {
 
+// Of a group: base and rstd, and the bias of its first channel, which the base is relative to
+// (fastdiff/group_norm_silu.h).
+struct GroupStatistics {
+  float base, rstd, first_added;
+};
+
+// The mean was rounded with the first channel's bias in it. Any value that rounds to it may be the
+// base; where the group's first element does, it is the one that is exact in constant groups.
+template <typename T>
+__device__ __forceinline__ GroupStatistics load_statistics(const GroupNormSiluBackwardArgs& args,
+                                                           int64_t sample, int group) {
+  const GroupNormLayout& layout = args.layout;
+  const int64_t i = sample * layout.groups + group;
+  GroupStatistics s = {__ldg(static_cast<const float*>(args.mean) + i),
+                       __ldg(static_cast<const float*>(args.rstd) + i), 0.0f};
+  if (!args.channel_bias.data) return s;
+  const int64_t channel = group * layout.group_channels();
+  const int64_t element = sample * layout.channels * layout.pixels +
+                          channel * (layout.channels_last ? 1 : layout.pixels);
+  const float first = to_float(__ldg(static_cast<const T*>(args.x) + element));
+  s.first_added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
+  s.base = first + s.first_added == s.base ? first : s.base - s.first_added;
+  return s;
+}
+
 // dz is needed twice, for the sums and for dx, and made from x and grad both times:
 //   d = x - center,  z = slope d + offset,  dz = grad act'(z),  h_hat = rstd d,
 //   dx = slope dz - rstd (m0 + h_hat m1) = slope dz + (linear d + constant).
 // The sums are first of d in place of h_hat.
 struct GradientTable : ChannelTable<5> {
-  // s: mean and rstd of the channel's group.
-  __device__ __forceinline__ void set(int c, const ChannelOperands& operands, float2 s) const {
+  __device__ __forceinline__ void set(int c, const ChannelOperands& operands,
+                                      const GroupStatistics& group) const {
     const auto& table = *this;
-    table(c, kMinusCenter) = operands.added - s.x;
-    table(c, kSlope) = s.y * operands.gamma;
+    table(c, kMinusCenter) = (operands.added - group.first_added) - group.base;
+    table(c, kSlope) = group.rstd * operands.gamma;
     table(c, kOffset) = operands.beta;
-    table(c, kRstd) = s.y;
+    table(c, kRstd) = group.rstd;
     table(c, kGamma) = operands.gamma;
   }
   // m: (m0, m1)
@@ -25,13 +50,6 @@ struct GradientTable : ChannelTable<5> {
     (*this)(c, kConstant) = -(rstd * m.x);
   }
 };
-
-// Mean and rstd of a group.
-__device__ __forceinline__ float2 load_statistics(const GroupNormSiluBackwardArgs& args,
-                                                  int64_t group) {
-  return make_float2(__ldg(static_cast<const float*>(args.mean) + group),
-                     __ldg(static_cast<const float*>(args.rstd) + group));
-}
 
 // x - center and z of V channels, or of one.
 template <typename T, bool ChannelsLast, int V>
@@ -139,7 +157,7 @@ __device__ __forceinline__ void write_grad_x(T* grad_x, Items<ChannelsLast, V>& 
         }
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, values[r]);
+      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, L::narrow(values[r]));
       x_vectors.skip(R), grad_vectors.skip(R);
       to += R * items.tiling.step;
     });
@@ -163,16 +181,15 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   float* floats = reinterpret_cast<float*>(shared + plan.data_bytes / 16);
   const GradientTable table = {floats};
   float* channels = floats + GradientTable::kCoefficients * plan.padded_channels;
-  float2* statistics =
-      reinterpret_cast<float2*>(channels + GradientSums::kFloats * plan.padded_channels);
+  auto* statistics =
+      reinterpret_cast<GroupStatistics*>(channels + GradientSums::kFloats * plan.padded_channels);
   float* partials = reinterpret_cast<float*>(statistics + plan.groups);
 
   copy_items(items, {x, grad}, data, distance);
   // Under way meanwhile: statistics and operands.
-  const int64_t first_group =
-      block.sample() * layout.groups + block.channel() / plan.group_channels;
+  const int first_group = block.channel() / plan.group_channels;
   for (int g = threadIdx.x; g < plan.groups; g += blockDim.x) {
-    statistics[g] = load_statistics(args, first_group + g);
+    statistics[g] = load_statistics<T>(args, block.sample(), first_group + g);
   }
   __syncthreads();
   for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
@@ -260,13 +277,14 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   const GradientTable table = {reinterpret_cast<float*>(shared)};
   float* partials =
       reinterpret_cast<float*>(shared) + GradientTable::kCoefficients * plan.padded_channels;
-  float2* statistics = reinterpret_cast<float2*>(partials);  // until the sums take this place
+  auto* statistics =
+      reinterpret_cast<GroupStatistics*>(partials);  // until the sums take this place
   const ChunkBlock block(plan, first_row);
   Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
   const ChunkGroups groups(args.layout, block);
   const int64_t base = block.sample() * args.layout.channels * args.layout.pixels;
   for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
-    statistics[g] = load_statistics(args, block.sample() * args.layout.groups + groups.first + g);
+    statistics[g] = load_statistics<T>(args, block.sample(), groups.first + g);
   }
   __syncthreads();
   for (int c = threadIdx.x; c < block.channels(); c += blockDim.x) {
@@ -290,7 +308,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
     group_norm_silu_bwd_means_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
                                      const int64_t first_block) {
   __shared__ GradientSums warps[kGroupNormSplitThreads / 32];
-  __shared__ float2 shared_mean, statistics;
+  __shared__ float2 shared_mean;
   const GroupNormLayout& layout = args.layout;
   const GradientWorkspace workspace(args.workspace, layout, plan);
   const int64_t group = first_block + blockIdx.x, sample = group / layout.groups;
@@ -305,7 +323,7 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
       [&](int c, const GradientSums& sums) {
         for (int k = 0; k < 3; ++k) totals[k * layout.channels + c] = sums.value(k);
       });
-  if (threadIdx.x == 0) statistics = load_statistics(args, group);
+  const float rstd = __ldg(static_cast<const float*>(args.rstd) + group);
   __syncthreads();
   const auto gamma_of = [&](int64_t c) {
     return load_operand<T>(args.weight, sample, channel + c, 1.0f) *
@@ -319,17 +337,17 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   merge_block(sums, warps);
   if (threadIdx.x == 0) {
     const float n = static_cast<float>(layout.group_numel());
-    shared_mean = make_float2(sums.s0 / n, sums.s1 * statistics.y / n);
+    shared_mean = make_float2(sums.s0 / n, sums.s1 * rstd / n);
     reinterpret_cast<float2*>(workspace.means)[group] = shared_mean;
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c < size; c += blockDim.x) {
-    const GradientSums total = {totals[c], totals[layout.channels + c] * statistics.y,
-                                totals[2 * layout.channels + c] * statistics.y};
+    const GradientSums total = {totals[c], totals[layout.channels + c] * rstd,
+                                totals[2 * layout.channels + c] * rstd};
     store_modulation_gradients<T>(args, sample, channel + c, total.s0, total.s1);
     store_parameter_sums<T>(args, plan, sample, channel + c,
                             parameter_sums<T>(args, sample, channel + c, total.s0, total.s1));
-    store_channel_bias_gradient<T>(args, sample, channel + c, gamma_of(c), statistics.y, total,
+    store_channel_bias_gradient<T>(args, sample, channel + c, gamma_of(c), rstd, total,
                                    shared_mean);
   }
 }
@@ -341,9 +359,9 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
                                      const int64_t first_row) {
   extern __shared__ float4 shared[];
   const GradientTable table = {reinterpret_cast<float*>(shared)};
-  // mean, rstd, m0, m1 of a group
-  float4* statistics = reinterpret_cast<float4*>(
+  auto* statistics = reinterpret_cast<GroupStatistics*>(
       reinterpret_cast<float*>(shared) + GradientTable::kCoefficients * plan.padded_channels);
+  auto* means = reinterpret_cast<float2*>(statistics + plan.padded_channels);
   const GroupNormLayout& layout = args.layout;
   const GradientWorkspace workspace(args.workspace, layout, plan);
   const ChunkBlock block(plan, first_row);
@@ -352,16 +370,14 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   const ChunkGroups groups(layout, block);
   for (int g = threadIdx.x; g < groups.count; g += blockDim.x) {
     const int64_t group = block.sample() * layout.groups + groups.first + g;
-    const float2 s = load_statistics(args, group);
-    const float2 m = reinterpret_cast<const float2*>(workspace.means)[group];
-    statistics[g] = make_float4(s.x, s.y, m.x, m.y);
+    statistics[g] = load_statistics<T>(args, block.sample(), groups.first + g);
+    means[g] = reinterpret_cast<const float2*>(workspace.means)[group];
   }
   __syncthreads();
   for (int c = threadIdx.x; c < block.channels(); c += blockDim.x) {
-    const float4 s = statistics[groups.of(c)];
-    table.set(c, load_operands<T>(args, block.sample(), block.channel() + c),
-              make_float2(s.x, s.y));
-    table.finish(c, make_float2(s.z, s.w));
+    const int g = groups.of(c);
+    table.set(c, load_operands<T>(args, block.sample(), block.channel() + c), statistics[g]);
+    table.finish(c, means[g]);
   }
   __syncthreads();
   const InMemory<T, V> x = {args.x, base}, grad = {args.grad, base};

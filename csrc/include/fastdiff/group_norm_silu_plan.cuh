@@ -95,7 +95,7 @@ struct GroupNormPass {
   int row;
 };
 constexpr GroupNormPass kGroupNormForward = {1, 2, 3, 0, 0};
-constexpr GroupNormPass kGroupNormBackward = {2, 3, 5, 2, 2};
+constexpr GroupNormPass kGroupNormBackward = {2, 3, 5, 3, 2};
 
 namespace group_norm_plan {
 
