@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastdiff.integrations.conv_bias import take_bias
 from fastdiff.ops import group_norm_silu
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
 
@@ -56,7 +57,8 @@ def compile_pass(graph_module: fx.GraphModule) -> fx.GraphModule:
     them whole. ``h * sigmoid(h)`` counts as SiLU, ``torch.addcmul`` and ``g + g * s`` as scale and
     shift, ``h += t`` on the result of a convolution as a sum, instance normalization as a group
     normalization; casts to float32 and back around a normalization go, as the op computes in
-    float32 and rounds once. Steps in front of and behind the normalization
+    float32 and rounds once; on CUDA devices the bias of a convolution in front becomes a channel
+    bias, which spares a kernel. Steps in front of and behind the normalization
     are taken in if nothing else uses what they compute, and if nothing is written in place
     between them. A time embedding (t, s, u) must be known to have the shape (B, C, 1, 1), so the
     graph needs shapes, as those of torch.compile and torch.export have. What is not an image,
@@ -421,6 +423,8 @@ def _replace(graph_module: fx.GraphModule, arguments: tuple, site: _Site, target
                 None if operand is None else graph.call_function(torch.flatten, (operand, 1))
                 for operand in (site.channel_bias, site.scale, site.shift)
             ]
+            if (bias := take_bias(graph_module, site.x, _tensor(site.x))) is not None:
+                operands[0] = _plus_bias(graph, site.x, operands[0], bias)
             activation = ACTIVATIONS.index("silu" if site.silu else "identity")
             op = graph.call_function(_OP, (site.x, *arguments[1:], *operands, activation))
             result = graph.call_function(operator.getitem, (op, 0))
@@ -434,6 +438,14 @@ def _replace(graph_module: fx.GraphModule, arguments: tuple, site: _Site, target
     # In reverse order of use; a module call has side effects as far as fx knows.
     for old in reversed(site.steps):
         graph.erase_node(old)
+
+
+def _plus_bias(graph: fx.Graph, x: fx.Node, channel_bias: fx.Node | None, bias: fx.Node) -> fx.Node:
+    """(B, C): the channel bias, if there is one, and that of a convolution."""
+    if channel_bias is not None:
+        return graph.call_function(torch.add, (channel_bias, bias))
+    batch = graph.call_method("size", (x, 0))
+    return graph.call_method("expand", (bias, batch, -1))
 
 
 def _activation_after(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
