@@ -49,7 +49,8 @@ class GalleryConfig:
     data_dir: str | None = None
     """Folder that holds the files of fashion-mnist or cifar10; None: as in the run."""
     ema: float | None = None
-    """Which of the run's averages of its weights, by its decay; None: the first."""
+    """Which of the run's averages of its weights, by its decay; of a run with --posthoc-ema also
+    any relative length up to 0.288 (0.05: of 5 % of the training). None: the first."""
     amp: Literal["off", "bf16", "fp16"] | None = None
     """Compute under autocast in bfloat16 or float16; None: as the run was trained."""
     device: str = "auto"

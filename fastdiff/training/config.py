@@ -115,6 +115,10 @@ class TrainConfig:
     ema: tuple[float, ...] = (0.99,)
     """Decays of the averaged weights, each warmed up from 0.1; several are kept side by side. Grids
     are drawn from the first, fastdiff.sample takes any of them."""
+    posthoc_ema: bool = False
+    """Keep two averages more, from which one of any length is made afterwards (EDM2): --ema 0.05
+    of fastdiff.sample is then one of 5 % of the training. Costs two more U-Nets in memory, and two
+    files' worth of weights on disk with every snapshot, of which there are 32 at most."""
     seed: int = 0
     """Seed of everything random: weights, order of the data, timesteps, noise."""
 

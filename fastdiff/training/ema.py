@@ -41,6 +41,10 @@ class EMA:
         self._of = model
         self._parameters: tuple[list[Tensor], list[Tensor]] | None = None
 
+    def next_decay(self) -> float:
+        """The decay of the next update."""
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's parameters as they are now."""
@@ -49,8 +53,7 @@ class EMA:
             # But not before: sharding the two modules replaces their parameters.
             self._parameters = local(self.model.parameters()), local(self._of.parameters())
             self._buffers = list(zip(self.model.buffers(), self._of.buffers(), strict=True))
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(*self._parameters, 1 - decay)
+        torch._foreach_lerp_(*self._parameters, 1 - self.next_decay())
         for average, current in self._buffers:
             average.copy_(current)
         self.num_updates += 1

@@ -68,6 +68,11 @@ class RunFolder:
         """The averaged model in diffusers' format."""
         return self.path / "model"
 
+    @property
+    def averages(self) -> Path:
+        """Snapshots of --posthoc-ema."""
+        return self.path / "averages"
+
     def grid(self, step: int) -> Path:
         """The grid that training draws at a step."""
         return self.samples / f"step-{step:08d}.png"
@@ -96,7 +101,8 @@ class RunFolder:
         step : int, optional
             That of the checkpoint which the run goes on from.
         """
-        for folder in (self.path, self.samples, self.path / "evaluation", self.checkpoints):
+        written = self.samples, self.path / "evaluation", self.averages, self.checkpoints
+        for folder in (self.path, *written):
             remove_leftovers(folder)
         if step is not None:
             prune(self.checkpoints, step, keep)

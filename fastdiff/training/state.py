@@ -9,7 +9,7 @@ import torch
 from fastdiff import ops
 from fastdiff.diffusion.timestep_samplers import timestep_sampler
 from fastdiff.nn import UNet
-from fastdiff.training import optimization, shards
+from fastdiff.training import optimization, posthoc_ema, shards
 from fastdiff.training.compiling import compiled
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import Dataset
@@ -19,6 +19,7 @@ from fastdiff.training.errors import UserError
 from fastdiff.training.half_weights import HalfWeights
 from fastdiff.training.logging import Metrics
 from fastdiff.training.meter import Meter
+from fastdiff.training.posthoc_ema import PowerEMA
 from fastdiff.training.run import RunFolder, build_diffusion, build_unet
 
 
@@ -70,6 +71,8 @@ class TrainState:
         if config.channels_last and not self.sharded:
             self.unet.to(memory_format=torch.channels_last)
         self.emas = [EMA(self.unet, decay) for decay in config.ema]
+        if config.posthoc_ema:
+            self.emas += [PowerEMA(self.unet, length) for length in posthoc_ema.LENGTHS]
         self.half = self._half_weights()
         if self.sharded:
             for module in (self.unet, *(ema.model for ema in self.emas)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.training import finite
+from fastdiff.training import finite, posthoc_ema
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.errors import RunError, UserError, naming
 from fastdiff.training.run import RunFolder, build_diffusion, newest_checkpoint
@@ -36,7 +36,7 @@ class TrainedRun:
     unet : UNet
         With averaged weights, in eval mode, on the device; see `computed`.
     ema : float
-        Decay of that average.
+        Decay of that average, or its relative length.
     diffusion : GaussianDiffusion
         The process it was trained for.
     image_shape : tuple of int
@@ -102,7 +102,8 @@ def load_run(
     """Load the newest good checkpoint of a run; the folder is all that is needed.
 
     Model and diffusion process are those that the checkpoint describes; config.json adds how the
-    run was computed. The weights are the average with decay ``ema``; None: the run's first.
+    run was computed. The weights are the average with decay ``ema``, or of a run with
+    --posthoc-ema that of this relative length; None: the run's first.
 
     Raises
     ------
@@ -125,19 +126,24 @@ def load_run(
         config.validate()
     ema = config.ema[0] if ema is None else ema
     averages = dict(zip(config.ema, newest.emas, strict=False))
-    if ema not in averages:
+    with naming(what):
+        unet = _described(newest.meta, newest.emas[0])
+        image_shape = tuple(newest.meta["image_shape"])
+    if ema in averages:
+        weights = averages[ema]
+    elif config.posthoc_ema:
+        powers = newest.emas[len(config.ema) :]
+        weights = posthoc_ema.reconstruct(run.averages, newest.step, powers, ema, warn)
+    else:
         known = " or ".join(map(str, averages))
         raise UserError(f"--ema {ema}: {folder} has averages of decay {known}")
-    with naming(what):
-        unet = _described(newest.meta, averages[ema])
-        image_shape = tuple(newest.meta["image_shape"])
-    bad, total = finite.count(averages[ema].values())
+    bad, total = finite.count(weights.values())
     if bad:
         raise RunError(
             f"{what}: {bad:,} of {total:,} weights are not finite: training has diverged; train "
             "anew with a lower --lr"
         )
-    unet.load_state_dict(averages[ema])
+    unet.load_state_dict(weights)
     unet.eval().requires_grad_(False).to(device)
     return TrainedRun(config, newest.step, unet, ema, build_diffusion(config), image_shape)
 

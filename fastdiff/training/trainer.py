@@ -15,7 +15,16 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff._progress import progress
 from fastdiff.training import checkpoint as checkpoints
-from fastdiff.training import endings, finite, grids, optimization, report, shards, snapshot
+from fastdiff.training import (
+    endings,
+    finite,
+    grids,
+    optimization,
+    posthoc_ema,
+    report,
+    shards,
+    snapshot,
+)
 from fastdiff.training.checkpoint import Checkpoint
 from fastdiff.training.data import Batches
 from fastdiff.training.errors import NotFiniteError, RunError, printable_lines
@@ -255,6 +264,14 @@ class Trainer(TrainState):
             finite.check_weights(self.step, weights.values())
         if self.world.is_first:
             checkpoints.save(self.folder.checkpoints, taken, self.config.keep)
+            self._save_snapshot(taken.emas[len(self.config.ema) :])
+
+    def _save_snapshot(self, averages: list[dict[str, Tensor]]) -> None:
+        """Keep the averages of --posthoc-ema, at every so many checkpoints."""
+        config = self.config
+        every = posthoc_ema.interval(config.steps, config.checkpoint_every)
+        if averages and self.step % every == 0:
+            posthoc_ema.save(self.folder.averages, self.step, averages)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from ``checkpoint``, bit for bit as if the run had never stopped.
