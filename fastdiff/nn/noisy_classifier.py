@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff.nn.blocks import DownBlock, MidBlock
+from fastdiff.nn.blocks import DownBlock, MidBlock, number_dropout
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
@@ -51,6 +51,7 @@ class NoisyClassifier(nn.Module):
         self.mid_block = MidBlock(config)
         self.norm_out = GroupNormSiLU(config.num_groups, widths[-1], config.norm_eps)
         self.linear_out = nn.Linear(widths[-1], num_classes)
+        number_dropout(self)
         nn.init.zeros_(self.linear_out.weight)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
