@@ -35,6 +35,9 @@ def eager_group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "silu",
+    *,
+    dropout_p: float = 0.0,
+    **_keys: object,
 ) -> Tensor:
     """What everybody writes."""
     expand = (..., *[None] * (x.dim() - 2))
@@ -45,7 +48,8 @@ def eager_group_norm_silu(
         h = h * (1 + scale[expand])
     if shift is not None:
         h = h + shift[expand]
-    return F.silu(h) if activation == "silu" else h
+    h = F.silu(h) if activation == "silu" else h
+    return F.dropout(h, dropout_p) if dropout_p else h
 
 
 @contextmanager

@@ -21,26 +21,45 @@ def norm_conv(
     conv: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     *,
-    dropout: nn.Dropout | None = None,
     recompute: bool = False,
-    **operands: torch.Tensor,
+    **operands: torch.Tensor | float,
 ) -> torch.Tensor:
-    """``conv(dropout(norm(x, **operands)))``.
+    """``conv(norm(x, **operands))``.
 
     With `recompute` the convolution's input is not kept for the backward pass but normalized again
     from `x`, which the normalization keeps anyway: one forward pass of the normalization more, and
     one activation less. The convolution itself does not run again.
     """
 
-    def run(x: torch.Tensor, **operands: torch.Tensor) -> torch.Tensor:
-        h = norm(x, **operands)
-        return conv(h if dropout is None else dropout(h))
+    def run(x: torch.Tensor, **operands: torch.Tensor | float) -> torch.Tensor:
+        return conv(norm(x, **operands))
 
     if not (recompute and torch.is_grad_enabled()):
         return run(x, **operands)
-    # The second run ends, by checkpoint's early stop, when the convolution has got its input.
-    random = dropout is not None and dropout.training and dropout.p > 0
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=random, **operands)
+    # The second run ends, by checkpoint's early stop, when the convolution has got its input. No
+    # random state matters: dropout's mask is a function of its keys.
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **operands)
+
+
+def new_dropout_keys(x: torch.Tensor) -> torch.Tensor:
+    """Keys (B,) for the masks of dropout, from torch's random state on the device of `x`."""
+    info = torch.iinfo(torch.int64)
+    return torch.randint(info.min, info.max, (x.shape[0],), dtype=torch.int64, device=x.device)
+
+
+# torch.fx's tracer, which knows no shapes, puts a call of it into the graph.
+torch.fx.wrap("new_dropout_keys")
+
+# Masks of a network's layers are made from the same keys: each layer has a stream of its own, far
+# from the numbers of steps that samplers count with.
+_FIRST_DROPOUT_STREAM = 1 << 40
+
+
+def number_dropout(network: nn.Module) -> None:
+    """Give each residual block of a network a stream of its own for its dropout."""
+    resnets = [module for module in network.modules() if isinstance(module, ResnetBlock)]
+    for index, resnet in enumerate(resnets):
+        resnet.dropout_stream = _FIRST_DROPOUT_STREAM + index
 
 
 class ResnetBlock(nn.Module):
@@ -56,9 +75,13 @@ class ResnetBlock(nn.Module):
 
     `resample`, one of `halved` and `doubled`, is applied to the input and to what its first
     normalization gives: a block that resamples (`UNetConfig.resblock_updown`).
+
+    Dropout is part of the second normalization (Math §9): its masks belong to `dropout_keys` (B,)
+    int64 and the block's `dropout_stream`. Without keys, training draws some.
     """
 
     recompute = False
+    dropout_stream = _FIRST_DROPOUT_STREAM
 
     def __init__(
         self,
@@ -84,7 +107,12 @@ class ResnetBlock(nn.Module):
             else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor | BlockInputs) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        temb: torch.Tensor | BlockInputs,
+        dropout_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         merged = isinstance(temb, BlockInputs)
         time = temb.time if merged else self.time_emb_proj(temb)
         conv1 = functools.partial(without_bias, self.conv1) if merged else self.conv1
@@ -100,12 +128,14 @@ class ResnetBlock(nn.Module):
                 operands["channel_bias"] = self.conv1.bias.expand(x.shape[0], -1)
         else:
             operands = {"channel_bias": time}
+        if self.dropout.training and self.dropout.p > 0:
+            operands["dropout_p"] = self.dropout.p
+            operands["seed"] = new_dropout_keys(x) if dropout_keys is None else dropout_keys
+            operands["stream"] = self.dropout_stream
         shortcut, conv2 = self.conv_shortcut, self.conv2
         if merged and temb.bias is not None:
             shortcut, conv2 = with_common_bias(shortcut, conv2, temb.bias, x)
-        h = norm_conv(
-            self.norm2, conv2, h, dropout=self.dropout, recompute=self.recompute, **operands
-        )
+        h = norm_conv(self.norm2, conv2, h, recompute=self.recompute, **operands)
         return shortcut(x) + h
 
 
@@ -161,8 +191,12 @@ Time = torch.Tensor | Merged
 """What levels hand to their blocks: the time embedding after SiLU, or merged parameters."""
 
 
-def _resnet(resnet: ResnetBlock, x: torch.Tensor, temb: Time) -> torch.Tensor:
-    return resnet(x, temb.block() if isinstance(temb, Merged) else temb)
+Keys = torch.Tensor | None
+"""The keys of the masks of dropout."""
+
+
+def _resnet(resnet: ResnetBlock, x: torch.Tensor, temb: Time, keys: Keys) -> torch.Tensor:
+    return resnet(x, temb.block() if isinstance(temb, Merged) else temb, keys)
 
 
 def _attend(attention: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
@@ -171,8 +205,10 @@ def _attend(attention: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
     return attention(x)
 
 
-def _resample(module: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
-    return _resnet(module, x, temb) if isinstance(module, ResnetBlock) else module(x)
+def _resample(module: nn.Module, x: torch.Tensor, temb: Time, dropout_keys: Keys) -> torch.Tensor:
+    if isinstance(module, ResnetBlock):
+        return _resnet(module, x, temb, dropout_keys)
+    return module(x)
 
 
 def _attention(channels: int, config: UNetConfig) -> SelfAttention:
@@ -209,13 +245,13 @@ class DownBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([] if is_last else [_downsampler(width, config)])
 
-    def forward(self, h: torch.Tensor, temb: Time) -> list[torch.Tensor]:
+    def forward(self, h: torch.Tensor, temb: Time, dropout_keys: Keys = None) -> list[torch.Tensor]:
         outputs = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            h = _attend(attention, _resnet(resnet, h, temb), temb)
+            h = _attend(attention, _resnet(resnet, h, temb, dropout_keys), temb)
             outputs.append(h)
         for downsample in self.downsamplers:
-            outputs.append(_resample(downsample, outputs[-1], temb))
+            outputs.append(_resample(downsample, outputs[-1], temb, dropout_keys))
         return outputs
 
 
@@ -230,9 +266,9 @@ class MidBlock(nn.Module):
             [_attention(width, config) if config.mid_attention else nn.Identity()]
         )
 
-    def forward(self, h: torch.Tensor, temb: Time) -> torch.Tensor:
-        h = _attend(self.attentions[0], _resnet(self.resnets[0], h, temb), temb)
-        return _resnet(self.resnets[1], h, temb)
+    def forward(self, h: torch.Tensor, temb: Time, dropout_keys: Keys = None) -> torch.Tensor:
+        h = _attend(self.attentions[0], _resnet(self.resnets[0], h, temb, dropout_keys), temb)
+        return _resnet(self.resnets[1], h, temb, dropout_keys)
 
 
 class UpBlock(nn.Module):
@@ -254,10 +290,16 @@ class UpBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([_upsampler(width, config)] if level else [])
 
-    def forward(self, h: torch.Tensor, skips: list[torch.Tensor], temb: Time) -> torch.Tensor:
+    def forward(
+        self,
+        h: torch.Tensor,
+        skips: list[torch.Tensor],
+        temb: Time,
+        dropout_keys: Keys = None,
+    ) -> torch.Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = torch.cat([h, skips.pop()], dim=1)
-            h = _attend(attention, _resnet(resnet, h, temb), temb)
+            h = _attend(attention, _resnet(resnet, h, temb, dropout_keys), temb)
         for upsample in self.upsamplers:
-            h = _resample(upsample, h, temb)
+            h = _resample(upsample, h, temb, dropout_keys)
         return h

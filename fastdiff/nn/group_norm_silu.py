@@ -85,8 +85,12 @@ class GroupNormSiLU(nn.Module):
         channel_bias: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
+        **dropout: float | int | torch.Tensor,
     ) -> torch.Tensor:
-        """Normalize `x` (B, C, *spatial); `channel_bias`, `scale` and `shift` are (B, C)."""
+        """Normalize `x` (B, C, *spatial); `channel_bias`, `scale` and `shift` are (B, C).
+
+        `dropout_p`, `seed` and `stream` as the op takes them.
+        """
         # torch.jit.trace, on which ONNX export may stand, and DTensor know torch's own operators.
         plain = torch.jit.is_tracing() or is_dtensor(x)
         return (reference.group_norm_silu if plain else group_norm_silu)(
@@ -99,6 +103,7 @@ class GroupNormSiLU(nn.Module):
             scale,
             shift,
             self.activation,
+            **dropout,
         )
 
     def __prepare_scriptable__(self) -> GroupNormSiLU:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.nn import original_formats
-from fastdiff.nn.blocks import DownBlock, MidBlock
+from fastdiff.nn.blocks import DownBlock, MidBlock, number_dropout
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
@@ -89,6 +89,7 @@ class NoisyClassifier(nn.Module):
             else AttentionPool(widths[-1], config.resolutions[-1], config.heads(widths[-1]))
         )
         self.linear_out = nn.Linear(widths[-1], num_classes)
+        number_dropout(self)
         nn.init.zeros_(self.linear_out.weight)
 
     @classmethod

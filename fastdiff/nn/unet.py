@@ -14,13 +14,23 @@ from fastdiff._backends import default_backend, forced_backend
 from fastdiff._types import check_tensors
 from fastdiff.nn import diffusers_format, original_formats
 from fastdiff.nn.attention import SelfAttention
-from fastdiff.nn.blocks import DownBlock, MidBlock, ResnetBlock, UpBlock, norm_conv
+from fastdiff.nn.blocks import (
+    DownBlock,
+    MidBlock,
+    ResnetBlock,
+    UpBlock,
+    new_dropout_keys,
+    norm_conv,
+    number_dropout,
+)
 from fastdiff.nn.config import UNetConfig
 from fastdiff.nn.embedding import TimestepEmbedding
 from fastdiff.nn.group_norm_silu import GroupNormSiLU
 from fastdiff.nn.inference import InferenceUNet, why_no_inference_form
 from fastdiff.nn.merging import Merged, mergeable, merged_maps
 from fastdiff.nn.presets import preset_config
+
+torch.fx.wrap("new_dropout_keys")
 
 
 class UNet(nn.Module):
@@ -95,6 +105,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNormSiLU(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        number_dropout(self)
         self.reset_parameters()
 
     @classmethod
@@ -313,6 +324,8 @@ class UNet(nn.Module):
         t: torch.Tensor,
         y: torch.Tensor | None = None,
         x_self_cond: torch.Tensor | None = None,
+        *,
+        dropout_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict from noisy images.
 
@@ -326,6 +339,10 @@ class UNet(nn.Module):
             Class, 0 <= y < num_classes; with `null_class`, num_classes means unconditional.
         x_self_cond : (B, C, H, W), for a self-conditioned network only
             An estimate of x0 to start from; None: there is none yet (zeros).
+        dropout_keys : (B,) int64
+            What the masks of dropout are made from, one key for each sample (Math §9): the same
+            key, the same masks, whatever the batch around the sample. None: in training mode they
+            are drawn from torch's random state. Not looked at in eval mode.
 
         Returns
         -------
@@ -339,7 +356,9 @@ class UNet(nn.Module):
             FASTDIFF_DEBUG=1, because the check waits for the device.
         """
         if not isinstance(x_t, torch.fx.Proxy):  # torch.fx traces without shapes
-            self._check_inputs(x_t, t, y, x_self_cond)
+            self._check_inputs(x_t, t, y, x_self_cond, dropout_keys)
+        if dropout_keys is None and self.training and self.config.dropout:
+            dropout_keys = new_dropout_keys(x_t)
         temb = self.time_embedding(t)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(y)
@@ -353,10 +372,10 @@ class UNet(nn.Module):
         h = self.conv_in(x_t)
         skips = [h]
         for block in self.down_blocks:
-            skips += block(skips[-1], temb)
-        h = self.mid_block(skips[-1], temb)
+            skips += block(skips[-1], temb, dropout_keys)
+        h = self.mid_block(skips[-1], temb, dropout_keys)
         for block in self.up_blocks:
-            h = block(h, skips, temb)
+            h = block(h, skips, temb, dropout_keys)
         return norm_conv(self.conv_norm_out, self.conv_out, h, recompute=self.recompute)
 
     def _check_inputs(
@@ -365,6 +384,7 @@ class UNet(nn.Module):
         t: torch.Tensor,
         y: torch.Tensor | None,
         x_self_cond: torch.Tensor | None,
+        dropout_keys: torch.Tensor | None = None,
     ) -> None:
         config = self.config
         check_tensors("UNet", x_t=x_t, t=t)
@@ -398,6 +418,13 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"x_self_cond must have the shape of x_t, {tuple(x_t.shape)}, got "
                     f"{tuple(x_self_cond.shape)}"
+                )
+        if dropout_keys is not None:
+            check_tensors("UNet", dropout_keys=dropout_keys)
+            if dropout_keys.shape != (batch,) or dropout_keys.dtype != torch.int64:
+                raise ValueError(
+                    f"dropout_keys must be int64 of shape (B,) = ({batch},), one key per image, "
+                    f"got {dropout_keys.dtype} of shape {tuple(dropout_keys.shape)}"
                 )
         if config.num_classes is None:
             if y is not None:

@@ -4,7 +4,7 @@ A checkpoint is a folder ``checkpoints/step-00001000`` with
 
 - ``model.safetensors``, ``ema.safetensors``, ``ema-2.safetensors`` ...: the weights and their
   averages, in the order of ``--ema``,
-- ``state.pt``: optimizer, counters and random states, loadable with ``weights_only=True``,
+- ``state.pt``: optimizer and counters, loadable with ``weights_only=True``,
 - ``checkpoint.json``: step, what is needed to build the model, SHA-256 of the other files and, as
   ``checksum``, of what it says itself (older versions wrote none, and are still read).
 
@@ -65,7 +65,7 @@ class Checkpoint:
     emas : list of dict of str to Tensor
         State dicts of its averages.
     state : dict
-        Optimizer, counters and random states: tensors, numbers, strings, lists and dicts.
+        Optimizer and counters: tensors, numbers, strings, lists and dicts.
     """
 
     step: int

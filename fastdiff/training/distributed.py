@@ -2,7 +2,7 @@
 
 What one process would do is shared out so that the result stays the same: a training batch in
 equal contiguous shares in the order of ranks, images to sample in whole batches, in turn. Messages
-between CPUs (may we go on? the random states) go through gloo, gradients on GPUs through NCCL.
+between CPUs (may we go on? the losses so far) go through gloo, gradients on GPUs through NCCL.
 """
 
 from __future__ import annotations

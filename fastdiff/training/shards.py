@@ -75,8 +75,7 @@ def whole(unet: UNet, device: torch.device) -> UNet:
     """An unsharded copy for sampling; all processes must call it."""
     from fastdiff.nn import UNet
 
-    with torch.random.fork_rng(devices=()):  # the run's dropout goes on undisturbed
-        copy = UNet(unet.config)
+    copy = UNet(unet.config)
     copy.load_state_dict(gather(unet.state_dict()))
     return copy.eval().requires_grad_(False).to(device)
 

@@ -22,9 +22,6 @@ from fastdiff.training.state import TrainState
 
 def take(run: TrainState) -> Checkpoint:
     """Return everything that `restore` needs; all processes must call it."""
-    random = {"cpu": run.world.gather(torch.get_rng_state())}
-    if run.device.type == "cuda":
-        random["cuda"] = run.world.gather(torch.cuda.get_rng_state(run.device))
     return Checkpoint(
         step=run.step,
         meta=_facts_of_model(run) | _facts_of_data(run.dataset),
@@ -36,7 +33,6 @@ def take(run: TrainState) -> Checkpoint:
             "samples_seen": run.step * run.config.batch_size,
             "loss_scaler": run.scaler.state_dict(),
             "timesteps": run.timesteps.state_dict(),
-            "random": random,
             "meter": run.meter.state(run.world),
             "metrics": None if run.metrics is None else run.metrics.digest(),
         },
@@ -113,14 +109,8 @@ def _put_back(run: TrainState, checkpoint: Checkpoint) -> None:
     )
     run.scaler.load_state_dict(state["loss_scaler"])
     run.timesteps.load_state_dict(state["timesteps"])
-    # One random state per process; processes that were not there before keep their own.
-    rank, random = run.world.rank, state["random"]
-    if rank < len(random["cpu"]):
-        torch.set_rng_state(random["cpu"][rank])
-    if run.device.type == "cuda" and rank < len(random.get("cuda", ())):
-        torch.cuda.set_rng_state(random["cuda"][rank], run.device)
     if "meter" in state:  # older versions had none
-        run.meter.restore(state["meter"], rank)
+        run.meter.restore(state["meter"], run.world.rank)
     run.known_metrics = state.get("metrics")
 
 

@@ -56,10 +56,10 @@ class TrainState:
         self.step = 0
         self.share = _share(config, world)
 
-        torch.manual_seed(config.seed)  # weights and dropout
-        keys = ops.sample_keys(config.seed, 6 + world.size).tolist()
+        torch.manual_seed(config.seed)  # weights
+        keys = ops.sample_keys(config.seed, 7).tolist()
         self.seed_noise, self.seed_t, self.seed_label, self.seed_flip, *rest = keys
-        self.seed_grid, self.seed_condition, *seeds_of_ranks = rest
+        self.seed_grid, self.seed_condition, self.seed_dropout = rest
 
         self.diffusion = build_diffusion(config)
         self.timesteps = timestep_sampler(config.timestep_sampler, config.timesteps, device)
@@ -87,8 +87,6 @@ class TrainState:
         self.parameters = shards.local(self.unet.parameters())
         self.optimizer = optimization.optimizer(config, self.parameters)
         self.scaler = optimization.LossScaler(device, enabled=config.amp == "fp16")
-        if world.rank:
-            torch.manual_seed(seeds_of_ranks[world.rank])  # dropout of its own
         self.meter = Meter(device, min(config.log_every, config.steps), config.timesteps)
         self.metrics: Metrics | None = None  # of rank 0, while it trains
         self.known_metrics: dict[str, Any] | None = None  # by the checkpoint that was restored

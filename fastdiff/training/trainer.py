@@ -37,9 +37,9 @@ class Trainer(TrainState):
     """Trains a U-Net to denoise: L_simple (DDPM eq. 14, Math §6) by default.
 
     Everything random about a training image (its timestep, its noise, whether it is mirrored or
-    loses its label) is a function of the run's seed and of how many images came before it in the
-    run. So it depends neither on how a batch is split, nor on when the run was interrupted, nor
-    on how many processes share the work. Only the masks of dropout differ between processes.
+    loses its label, its masks of dropout) is a function of the run's seed and of how many images
+    came before it in the run. So it depends neither on how a batch is split, nor on when the run
+    was interrupted, nor on how many processes share the work.
 
     Parameters as `TrainState` has them; the folder must exist by the time `train` is called.
     """
@@ -182,6 +182,8 @@ class Trainer(TrainState):
                 flip = self._uniform(self.seed_flip, size, seen + start) < 0.5
             t, weight = self.timesteps.sample(size, self._keys(self.seed_t, size, seen + start))
             model_kwargs = {}
+            if self.unet.config.dropout:
+                model_kwargs["dropout_keys"] = self._keys(self.seed_dropout, size, seen + start)
             if config.class_cond:
                 y = self._to_device(labels[part])
                 hidden = self._uniform(self.seed_label, size, seen + start) < config.label_dropout

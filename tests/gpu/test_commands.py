@@ -118,7 +118,7 @@ def test_what_a_gpu_defaults_to_trains_alike(run: Callable, tmp_path: Path) -> N
 
 
 def test_resuming(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two parts as in one, bit for bit; dropout draws from the device's generator."""
+    """In two parts as in one, bit for bit, dropout included."""
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, dropout=0.3))
     flags = (*FLAGS, "--device", "cuda", "--lr-schedule", "constant", "--exact")
     run(train, *flags, "--out", tmp_path / "one")

@@ -44,11 +44,3 @@ def resumed(path, dataset, config=SMALL, **changes):
 def craft(path, values):
     """Write a checkpoint.json or config.json as somebody does who knows of its checksum."""
     path.write_text(json.dumps({**values, "checksum": checksum(values)}))
-
-
-def without_dropout(trainer):
-    """Its masks follow the order of memory, and the parts of a batch."""
-    for module in trainer.unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return trainer

@@ -33,7 +33,7 @@ def trainer(tmp_path, monkeypatch):
 def test_the_run_is_the_same_to_the_last_bit(trainer):
     weights = []
     for name in ("with", "without"):
-        torch.manual_seed(3)  # dropout's
+        torch.manual_seed(3)
         run = trainer(name, class_cond=True, self_conditioning=True)
         if name == "with":
             found = estimate(run)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from host_waits import CountMethods, CountWaits
-from training.runs import without_dropout
 
 from fastdiff.training import RunError, RunFolder, TrainConfig, Trainer
 from fastdiff.training.data import ArrayDataset
@@ -200,7 +199,6 @@ def test_another_way_to_compute_changes_roundings_alone(tmp_path, changes, dtype
     same = {name: changes[name] for name in changes if name == "self_conditioning"}
     for name, extra in (("plain", {}), ("other", changes)):
         run = trainer(tmp_path / name, steps=4, log_every=1, **{**same, **extra})
-        without_dropout(run)
         seen = set() if run.config.compile else formats_of(run)
         assert run.train(should_stop=lambda run=run: run.step == 3) is False
         losses[name] = [entry["loss"] for entry in run.metrics.entries]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training.runs import SMALL, resumed, trainer, without_dropout
+from training.runs import SMALL, resumed, trainer
 
 from fastdiff.images import image_grid, to_uint8
 from fastdiff.training import RunError, load_run
@@ -24,7 +24,6 @@ def everything(trainer):
     for index, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     tensors |= {f"timesteps.{k}": value for k, value in trainer.timesteps.state_dict().items()}
-    tensors["random"] = torch.get_rng_state()
     tensors["counters"] = torch.tensor([trainer.step, trainer.emas[-1].num_updates])
     return tensors
 
@@ -71,14 +70,25 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, datas
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
+def test_a_checkpoint_of_a_version_with_random_states_is_read(tmp_path, dataset):
+    """They were dropout's, whose masks now belong to the images."""
+    part = trainer(tmp_path, dataset)
+    assert not part.train(should_stop=lambda: part.step == 5)
+    checkpoint = load_newest(part.folder.checkpoints, pytest.fail)
+    checkpoint.state["random"] = {"cpu": [torch.get_rng_state()]}
+    again = trainer(tmp_path, dataset, resume=True)
+    again.restore(checkpoint)
+    assert again.step == 5
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_a_run_goes_on_in_another_memory_format(tmp_path, dataset, first):
     """Its optimizer's state follows: fused kernels take the order of elements for granted."""
-    whole = without_dropout(trainer(tmp_path / "whole", dataset))
+    whole = trainer(tmp_path / "whole", dataset)
     assert whole.train()
-    part = without_dropout(trainer(tmp_path / "part", dataset, channels_last=first))
+    part = trainer(tmp_path / "part", dataset, channels_last=first)
     part.train(should_stop=lambda: part.step == 6)
-    again = without_dropout(resumed(tmp_path / "part", dataset, channels_last=not first))
+    again = resumed(tmp_path / "part", dataset, channels_last=not first)
     assert again.train()
     moved = whole.unet.conv_in.weight - part.unet.conv_in.weight
     for name, value in whole.unet.state_dict().items():
@@ -91,7 +101,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(tmp_path, dataset)
     """Timesteps, noise, flips and dropped labels belong to images, not to micro-batches."""
     norms = []
     for accum in (1, 2, 8):
-        one = without_dropout(trainer(tmp_path / str(accum), dataset, grad_accum=accum, steps=1))
+        one = trainer(tmp_path / str(accum), dataset, grad_accum=accum, steps=1)
         one.train()
         norms.append(one.metrics.entries[0]["grad_norm"])
         assert one.metrics.entries[0]["loss"] > 0.1
@@ -259,7 +269,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path, dataset, m
 def test_losses_decide_which_timesteps_are_drawn_however_a_batch_is_split(tmp_path, dataset):
     runs = []
     for accum in (1, 4):
-        run = without_dropout(trainer(tmp_path / str(accum), dataset, **BY_LOSS, grad_accum=accum))
+        run = trainer(tmp_path / str(accum), dataset, **BY_LOSS, grad_accum=accum)
         run.train()
         runs.append(run)
     states = [run.timesteps.state_dict() for run in runs]
