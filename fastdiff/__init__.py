@@ -16,6 +16,7 @@ from fastdiff.diffusion.likelihood import flow_likelihood
 from fastdiff.diffusion.schedules import NoiseSchedule
 from fastdiff.integrations.compile_pass import compile_pass
 from fastdiff.integrations.patching import patch, unpatch
+from fastdiff.integrations.tiled_decode import tiled_decode
 from fastdiff.nn import UNet
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "patch",
     "reference",
     "samplers",
+    "tiled_decode",
     "timestep_samplers",
     "unpatch",
     "use_backend",

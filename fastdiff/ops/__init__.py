@@ -8,6 +8,7 @@ from fastdiff.ops.ddim_step import ddim_step
 from fastdiff.ops.ddpm_step import ddpm_step
 from fastdiff.ops.eps_loss import eps_loss
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.group_norm_statistics import GroupNormStatistics, group_norm_statistics
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.posterior_mean import posterior_mean, posterior_mean_variance
 from fastdiff.ops.q_sample import q_sample
@@ -16,10 +17,12 @@ from fastdiff.ops.vlb_terms import vlb_terms
 from fastdiff.reference.philox import sample_keys
 
 __all__ = [
+    "GroupNormStatistics",
     "ddim_step",
     "ddpm_step",
     "eps_loss",
     "group_norm_silu",
+    "group_norm_statistics",
     "philox_normal",
     "posterior_mean",
     "posterior_mean_variance",

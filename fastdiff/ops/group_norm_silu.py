@@ -28,6 +28,7 @@ from fastdiff.reference.group_norm_silu import (
     group_norm_silu_backward,
     group_statistics,
     make_dropout,
+    normalized_with,
     unchecked_group_norm_silu,
 )
 from fastdiff.reference.layout import memory_format_of
@@ -136,6 +137,8 @@ def group_norm_silu(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     stream: int = 0,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
 ) -> Tensor:
     r"""y = dropout(act(norm(x + channel_bias) (1 + scale) + shift)), and its gradients, fused.
 
@@ -177,6 +180,10 @@ def group_norm_silu(
         looked at otherwise.
     stream
         Separates uses of one seed, the layers of a network above all.
+    mean, rstd
+        (B, G), floating point: normalize with these in place of the statistics of x, as a part of a
+        larger image (`group_norm_statistics`). Both or none; `eps` is in rstd already. Computed in
+        plain PyTorch on all backends, and differentiable in them too.
 
     Returns
     -------
@@ -205,6 +212,9 @@ def group_norm_silu(
             f"group_norm_silu: unknown activation {checks.shown(activation)}; choose from "
             f"{', '.join(ACTIVATIONS)}"
         )
+    if mean is not None or rstd is not None:
+        given = weight, bias, channel_bias, scale, shift
+        return _with_statistics(x, num_groups, mean, rstd, given, activation, dropout_p)
     op, arguments = _op, (x, num_groups, weight, bias, eps, channel_bias, scale, shift, number)
     if dropout_p != 0 and (dropout := make_dropout(dropout_p, seed, stream)) is not None:
         op, arguments = _dropout_op, (*arguments, *dropout)
@@ -219,6 +229,29 @@ def group_norm_silu(
         return _normalized(a)
     differentiable = (x, weight, bias, channel_bias, scale, shift)
     return op.call(backend, arguments, differentiable)[0]
+
+
+def _with_statistics(
+    x: Tensor,
+    num_groups: int,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    operands: _Operands,
+    activation: str,
+    dropout_p: float,
+) -> Tensor:
+    weight, bias, channel_bias, scale, shift = operands
+    check_arguments(x, num_groups, weight, bias, 1.0, channel_bias, scale, shift)
+    for name, given in (("mean", mean), ("rstd", rstd)):
+        if given is None:
+            raise ValueError(
+                f"group_norm_silu: {name} is None, expected both mean and rstd or none"
+            )
+        shape = x.shape[0], num_groups
+        checks.check_operand("group_norm_silu", name, given, shape, "(B, G)", x.device)
+    if dropout_p:
+        raise ValueError("group_norm_silu: dropout_p is given, expected none with mean and rstd")
+    return normalized_with(x, num_groups, mean, rstd, *operands, activation)
 
 
 def _check(a: Arguments, *, check_range: bool) -> None:

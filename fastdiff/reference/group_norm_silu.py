@@ -147,6 +147,41 @@ def unchecked_group_norm_silu(
     return in_memory_format(y.to(x.dtype), memory_format)
 
 
+def normalized_with(
+    x: Tensor,
+    num_groups: int,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`group_norm_silu` with statistics (B, G) that are given, of arguments that were checked."""
+    compute_dtype = compute_dtype_of(x)
+
+    def per_channel(parameter: Tensor) -> Tensor:
+        return parameter.to(compute_dtype)[(...,) + (None,) * (x.dim() - 2)]
+
+    def per_group(statistic: Tensor) -> Tensor:
+        return per_channel(statistic.repeat_interleave(x.shape[1] // num_groups, dim=1))
+
+    y = (_biased(x, channel_bias) - per_group(mean)) * per_group(rstd)
+    if weight is not None:
+        y = y * per_channel(weight)
+    if bias is not None:
+        y = y + per_channel(bias)
+    if scale is not None:
+        y = y * (1 + per_channel(scale))
+    if shift is not None:
+        y = y + per_channel(shift)
+    if activation == "silu":
+        y = F.silu(y)
+    return in_memory_format(y.to(x.dtype), memory_format_of(x))
+
+
 def check_arguments(
     x: Tensor,
     num_groups: int,
