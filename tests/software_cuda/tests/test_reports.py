@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from software_cuda import PROBLEMS, REPORTED, device
 
-from .triton_kernels import fill_with_ones, write_number_of_block
+from .triton_kernels import fill_with_ones, wait_for_a_one, write_number_of_block
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -47,6 +48,16 @@ def test_blocks_that_write_to_the_same_place_are_a_fault():
     with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
         write_number_of_block[(4,)](x)
     assert "RaceError" in reports[0].what
+
+
+def test_a_kernel_that_does_not_end_is_a_fault(monkeypatch):
+    assert device.emulation.options.timeout
+    options = dataclasses.replace(device.emulation.options, timeout=1)
+    monkeypatch.setattr(device.emulation, "options", options)
+    x = torch.zeros(1, dtype=torch.int32, device="cuda")
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        wait_for_a_one[(1,)](x)
+    assert "KernelTimeout" in reports[0].what
 
 
 def test_an_access_to_a_tensor_that_was_not_given_is_a_fault(launchers):
