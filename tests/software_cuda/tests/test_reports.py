@@ -306,6 +306,18 @@ def test_an_operator_that_fails_after_its_call():
             torch.cuda.synchronize()
 
 
+def test_work_that_fails_at_the_end_of_a_test():
+    """Also if a tensor waits for it to be freed."""
+    x, side = torch.zeros(3, device="cuda"), torch.cuda.Stream()
+    with device.expect("operator failed"), device.lazy():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.index_select(0, torch.tensor([5], device="cuda"))
+        x.record_stream(side)
+        del x
+        device.finish()
+
+
 def test_host_waits_name_the_line():
     x = torch.ones(3, device="cuda")
     with device.host_waits() as waits:
