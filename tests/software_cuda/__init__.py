@@ -76,10 +76,8 @@ class Device:
         """
         if self.runtime.sc_pending():
             gc.collect()
-            if self.runtime.sc_awaiting_streams():
-                # Waits for the recorded streams, which may not be all that use the memory.
-                with contextlib.suppress(RuntimeError):  # of work that fails, which is reported
-                    sys.modules["torch"].cuda.empty_cache()
+            # They may not be all that use the memory.
+            self.runtime.sc_wait_for_recorded_streams()
             with self.lazy(False):  # which runs everything
                 pass
 
