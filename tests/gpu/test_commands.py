@@ -149,8 +149,10 @@ def images(run: Callable, trained: Path, device: str, folder: Path, *options: ob
     return np.load(out)["arr_0"].astype(int)
 
 
+# With fewer steps its levels are too far apart.
+OPTIONS = {"annealed_langevin": ("--steps", 20, "--step-size", 1.5)}
 SAMPLINGS = [
-    *((name,) for name in SAMPLERS),
+    *((name, *OPTIONS.get(name, ())) for name in SAMPLERS),
     ("ddim", "--guidance-scale", 2.0, "--eta", 1.0, "--dynamic-threshold", 0.995),
 ]
 
@@ -199,8 +201,8 @@ def assert_same_numbers(one: object, other: object, rtol: float, where: str = ""
     if isinstance(one, dict):
         assert set(one) == set(other), where
         for key in one:
-            # Of a solver that chooses its steps, rounding decides whether it needs one more.
-            bound = max(rtol, 0.1) if key == "evaluations" else rtol
+            # Of a solver that chooses its steps, rounding decides how many it needs.
+            bound = max(rtol, 0.3) if key == "evaluations" else rtol
             if key not in ("device", "seconds"):
                 assert_same_numbers(one[key], other[key], bound, f"{where}.{key}")
     elif isinstance(one, list):

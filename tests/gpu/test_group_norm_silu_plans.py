@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from gpu.launches import Launch, recorded
 from gpu.needs import GPU, two_devices
+from gpu.software import on_software_device
 from op_harness import assert_close, available, evaluate
 from op_harness.group_norm_plan import Device, Plan, device_limits, plan
 from op_harness.group_norm_silu import (
@@ -259,6 +261,28 @@ def test_triton(kind: str, layout: str, backend: str, monkeypatch) -> None:
     if plan.one_pass:
         assert launches[0].blocks == blocks
         assert launches[0].cluster in (plan.blocks, None)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not on_software_device(),
+    reason="about the software CUDA device: one without room for a cluster of 16",
+)
+@pytest.mark.skipif(available("cuda") is not None, reason=f"cuda: {available('cuda')}")
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_a_device_without_room_for_16_blocks(backend: str, monkeypatch) -> None:
+    """A slice of a GPU, say: the kernels take clusters of at most 8."""
+    skip_where_impossible("cluster 16", device_limits(torch.cuda.get_device_properties()))
+    kind = "cluster 16"
+    monkeypatch.setitem(SHAPES, kind, find(kind, "contiguous", "forward"))
+    runtime = sys.modules["ptx_emulator.cuda_runtime.runtime"]
+    room = runtime.resident_clusters
+    monkeypatch.setattr(
+        runtime, "resident_clusters", lambda *asked: 0 if asked[-1] > 8 else room(*asked)
+    )
+    with recorded("group_norm_silu") as launches:
+        check(Case(shape=kind, layout="contiguous", dtype=KINDS[kind][0]), backend)
+    assert {launch.cluster for launch in launches} <= {1, 2, 4, 8}
+    assert max(launch.cluster for launch in launches) == 8
 
 
 @two_devices

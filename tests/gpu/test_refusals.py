@@ -1,4 +1,4 @@
-"""What compiled kernels of the device do not compute in is refused by their bindings."""
+"""What kernels of the device do not take is refused: by the bindings, or by Triton's launchers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ pytestmark = GPU
 
 
 @pytest.fixture(autouse=True)
-def compiled_kernels() -> None:
-    if not (status := fastdiff.backends()["cuda"]):
-        pytest.skip(f"cuda: {status.reason}")
+def kernels() -> None:
+    for name, status in fastdiff.backends().items():
+        if name in ("cuda", "triton") and not status:
+            pytest.skip(f"{name}: {status.reason}")
 
 
 @pytest.mark.parametrize("op", list(raw_calls(torch.ones(2, 8, 4, 4))))
@@ -41,3 +42,19 @@ def test_dtypes_that_are_filled_with_normals(dtype: torch.dtype, words: str) -> 
     out = torch.empty(2, 8, dtype=dtype, device="cuda")
     with pytest.raises(RuntimeError, match=words):
         torch.ops.fastdiff.philox_normal_(out, None, 0, 0)
+
+
+@pytest.mark.parametrize("overload", ["default", "triton"])
+def test_normals_into_memory_with_gaps(overload: str) -> None:
+    out = torch.empty(2, 8, device="cuda")[:, ::2]
+    with pytest.raises((RuntimeError, ValueError), match="contiguous"):
+        getattr(torch.ops.fastdiff.philox_normal_, overload)(out, None, 0, 0)
+
+
+@pytest.mark.parametrize("overload", ["default", "triton"])
+@pytest.mark.parametrize("keyed", [True, False])
+def test_normals_of_keys_and_of_a_seed(overload: str, keyed: bool) -> None:
+    out = torch.empty(2, 8, device="cuda")
+    keys, seed = (torch.ones(2, dtype=torch.long, device="cuda"), 0) if keyed else (None, None)
+    with pytest.raises((RuntimeError, ValueError), match="either keys or seed"):
+        getattr(torch.ops.fastdiff.philox_normal_, overload)(out, keys, seed, 0)

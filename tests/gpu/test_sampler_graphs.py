@@ -150,6 +150,25 @@ def test_new_weights_and_shapes_are_seen() -> None:
     torch.testing.assert_close(found, sampler.sample(model, x_T=x_T, progress=False), **CLOSE)
 
 
+def test_a_function_and_the_numbers_among_its_arguments() -> None:
+    """Not every model is a module; a graph keeps the numbers that it was captured with."""
+    calls = []
+
+    def model(x: Tensor, t: Tensor, strength: float) -> Tensor:
+        calls.append(strength)
+        return x * strength
+
+    sampler = DDIM(fastdiff.GaussianDiffusion(SCHEDULE), 6)
+    options = {"shape": (BATCH, *SHAPE), "device": "cuda", "progress": False, "seed": 1}
+    for strength in (0.5, 0.25, 0.5):
+        kwargs = {"strength": strength}
+        found = sampler.sample(model, cuda_graph=True, model_kwargs=kwargs, **options)
+        expected = sampler.sample(model, model_kwargs=kwargs, **options)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    # Twice a graph, and three runs of 6 without.
+    assert len(calls) == 2 * 4 + 3 * 6
+
+
 class _Reads(nn.Module):
     """Reads a value on the host."""
 

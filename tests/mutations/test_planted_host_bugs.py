@@ -82,7 +82,9 @@ MUTANTS = [
     Mutant(
         "a kernel on a stream of its own, whose inputs are freed before it has run",
         "triton_kernels/_launch.py",
+        '    if device.type == "cuda" and device.index != torch.cuda.current_device():\n'
         "        with torch.cuda.device(device):\n",
+        '    if device.type == "cuda":\n'
         "        side = torch.cuda.Stream(device)\n"
         "        side.wait_stream(torch.cuda.current_stream(device))\n"
         "        with torch.cuda.device(device), torch.cuda.stream(side):\n",

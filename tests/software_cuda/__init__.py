@@ -76,9 +76,8 @@ class Device:
         """
         if self.runtime.sc_pending():
             gc.collect()
-            if self.runtime.sc_awaiting_streams():
-                # Waits for the recorded streams, which may not be all that use the memory.
-                sys.modules["torch"].cuda.empty_cache()
+            # They may not be all that use the memory.
+            self.runtime.sc_wait_for_recorded_streams()
             with self.lazy(False):  # which runs everything
                 pass
 

@@ -57,6 +57,9 @@ class _Hooks(ctypes.Structure):
     )
 
 
+_ENDLESS = 240.0  # seconds of a kernel: less than CI gives a test
+
+
 class _Programs:
     """Images by number, read when they are first used: torch registers thousands."""
 
@@ -120,7 +123,7 @@ class Emulation(base.KernelState):
 
     def __init__(self, library: ctypes.CDLL, capability: tuple[int, int], reports: Reports):
         super().__init__(find_device(capability))
-        self.options = LaunchOptions(racecheck=True)
+        self.options = LaunchOptions(racecheck=True, timeout=_ENDLESS)
         self.reports = reports
         self._library = library
         self.programs = _Programs(library, capability)

@@ -80,6 +80,8 @@ def load_fallback(settings: Settings) -> None:
     if torch.distributed.is_available():  # would crash without NVML
         torch._C._distributed_c10d._SymmetricMemory.empty_strided_p2p = _no_symmetric_memory
     torch._C._jit_set_texpr_fuser_enabled(False)  # TorchScript's kernels are machine code
+    if build.coverage_folder():  # Python follows no lines in the threads of torch's engine
+        torch.autograd.set_multithreading_enabled(False)
     if settings.rocm:
         from .rocm import look_like_rocm
 

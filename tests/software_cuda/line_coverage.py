@@ -1,13 +1,14 @@
 """Which lines of the GPU path the GPU suite reaches on the software device.
 
-    python -m tests.software_cuda.line_coverage --out FOLDER [PYTEST ARGUMENT ...]
+    python -m tests.software_cuda.line_coverage --out FOLDER
+    python -m tests.software_cuda.line_coverage --out FOLDER PYTEST_ARGUMENT ...
 
 gcov counts the lines of csrc/bindings and of the host code in csrc/cuda, coverage.py (`pip install
 coverage`, 7.10 or newer) those lines of fastdiff/ and triton_kernels/ that run only where there is
 a device (device_lines.py). Tests with made-up devices, which need none, count too. Prints tables
 with the lines that were not reached; the exit code is 1 if a test fails or fewer than 98 % of the
-lines are reached. FOLDER keeps a copy of the project and the counts: two runs with different
-arguments add up.
+lines are reached. FOLDER keeps a copy of the project and the counts: a second run, of the tests
+that are named, adds to them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ from software_cuda.device_lines import device_lines
 _COMPILED = ("csrc/bindings/", "csrc/cuda/")
 LEAST = 0.98
 # The copy of the project has no docs, which other tests read.
-WITH_GPU_TESTS = ["tests/gpu", "tests/ops", "tests/samplers", "tests/test_out_of_memory.py"]
-MADE_UP_DEVICES = ["tests/test_backends.py", "tests/training/test_precision.py"]
+ON_A_DEVICE = (
+    ("gpu and not slow", "tests/gpu", "tests/ops", "tests/samplers", "tests/test_out_of_memory.py"),
+    # What only slow tests reach: Triton's split kernels, and a process per device.
+    ("gpu and slow", "tests/gpu/test_two_devices.py", "tests/gpu/test_group_norm_silu_plans.py"),
+)
+MADE_UP_DEVICES = ("tests/test_backends.py", "tests/training/test_precision.py")
+MADE_UP_DEVICES += ("tests/ops/test_triton_launch.py",)
 Lines = dict[str, dict[int, bool]]  # by file: whether a line ran
 
 
@@ -110,7 +116,8 @@ def table(lines: Lines) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="all other arguments are pytest's"
+        description=__doc__.partition("\n")[0],
+        epilog="all other arguments are pytest's: the tests to run instead",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the counts")
     parser.add_argument("--device", default="sm_90,devices=2", help="as for --software-cuda")
@@ -143,13 +150,14 @@ def main() -> int:
         "PYTHONPATH": str(root),
         "SOFTWARE_CUDA_COVERAGE": str(folder / "objects"),
     }
-    pytest = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}"]
-    pytest += ["-m", "pytest", "-n", "0", "-q"]
-    if not any(Path(argument.partition("::")[0]).exists() for argument in tests):
-        tests += WITH_GPU_TESTS
+    device = f"--software-cuda={options.device}"
+    runs = [[device, "-m", *selection] for selection in ON_A_DEVICE] + [[*MADE_UP_DEVICES]]
+    if tests:
+        runs = [[device, "-m", "gpu", *tests]]
     code = 0
-    for arguments in (["-m", "gpu", f"--software-cuda={options.device}", *tests], MADE_UP_DEVICES):
-        command = [*pytest, *arguments]
+    for arguments in runs:
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"]
+        command += ["-n", "0", "-q", *arguments]
         code |= subprocess.run(command, cwd=root, env=environment, check=False).returncode
     parts = compiled_lines(folder, root), python_lines(settings, root)
     for lines in parts:

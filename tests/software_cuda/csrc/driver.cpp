@@ -33,7 +33,8 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 CUresult cuGetErrorName(CUresult error, const char** text) {
   return *text = cudaGetErrorName((cudaError_t)error), CUDA_SUCCESS;
 }
-// NVRTC asks for its cache of compiled kernels, goes without one, and crashes without this function.
+// NVRTC asks for its cache of compiled kernels, goes without one, and crashes without this
+// function.
 CUresult cuGetExportTable(const void**, const CUuuid*) { return CUDA_ERROR_NOT_FOUND; }
 
 // ---- devices and contexts: the primary context of each device is the only one ----

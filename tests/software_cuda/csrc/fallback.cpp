@@ -401,7 +401,9 @@ void cpu_kernel(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
           });
       return cudaSuccess;
     } catch (const std::exception& error) {
-      sc::report("operator failed", name + ": " + error.what());
+      const auto* torchs = dynamic_cast<const c10::Error*>(&error);
+      sc::report("operator failed",
+                 name + ": " + (torchs ? torchs->what_without_backtrace() : error.what()));
       return cudaErrorLaunchFailure;
     }
   };

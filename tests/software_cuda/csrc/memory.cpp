@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <set>
 
 namespace sc {
 
@@ -29,10 +28,12 @@ std::map<uintptr_t, Allocation>& freed_tensors() {  // until their memory is han
   static auto* value = new std::map<uintptr_t, Allocation>;
   return *value;
 }
-std::set<uintptr_t>& awaiting_streams() {  // freed tensors that recorded streams still use
-  static auto* value = new std::set<uintptr_t>;
+// Freed tensors that recorded streams may still use: what torch's allocator has them wait for.
+std::map<uintptr_t, std::vector<std::shared_ptr<Mark>>>& awaiting_streams() {
+  static auto* value = new std::map<uintptr_t, std::vector<std::shared_ptr<Mark>>>;
   return *value;
 }
+thread_local uintptr_t being_freed = 0;  // the allocator records its events right behind
 size_t used[kMaxDevices];
 
 const std::pair<const uintptr_t, Allocation>* holder(const std::map<uintptr_t, Allocation>& map,
@@ -153,6 +154,7 @@ static void report_unfinished_use(uintptr_t address, const Allocation& memory) {
 // ---- what torch's allocator hands out ----
 void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream, bool own_pool) {
   Lock lock;
+  being_freed = 0;
   auto& gone = freed_tensors();
   auto first = gone.upper_bound(address);
   if (first != gone.begin() && std::prev(first)->first + std::prev(first)->second.size > address)
@@ -176,11 +178,17 @@ void tensor_freed(uintptr_t address) {
   if (found == tensors().end()) return;
   freed_tensors().insert_or_assign(address, found->second);
   tensors().erase(found);
-  awaiting_streams().insert(address);
+  awaiting_streams()[address].clear();
+  being_freed = address;
+}
+void event_recorded(const std::shared_ptr<Mark>& mark) {
+  auto found = awaiting_streams().find(being_freed);
+  if (found != awaiting_streams().end()) found->second.push_back(mark);
 }
 void memory_reusable(uintptr_t address) {
   Lock lock;
   awaiting_streams().erase(address);
+  being_freed = 0;
   auto found = freed_tensors().find(address);
   // Memory of a pool goes to those who use the pool only, such as captures, or back with a
   // cudaFree, which waits. They may order the streams before they take it again.
@@ -217,9 +225,14 @@ std::vector<Range> ranges_of(const uint64_t* addresses, size_t count, int device
 
 using namespace sc;
 
-EXPORTED int sc_awaiting_streams() {
+// As if the allocator took back now what waits for the streams that were recorded.
+EXPORTED void sc_wait_for_recorded_streams() {
   Lock lock;
-  return !awaiting_streams().empty();
+  const auto awaiting = awaiting_streams();
+  for (const auto& [address, marks] : awaiting) {
+    for (const auto& mark : marks) run_until(mark);  // work that fails is reported
+    memory_reusable(address);
+  }
 }
 
 extern "C" {

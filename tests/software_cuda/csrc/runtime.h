@@ -214,6 +214,7 @@ SC_API const std::pair<const uintptr_t, Allocation>* find_allocation(const void*
 SC_API void tensor_allocated(uintptr_t address, size_t size, int device, Stream* stream,
                              bool own_pool);
 SC_API void tensor_freed(uintptr_t address);
+void event_recorded(const std::shared_ptr<Mark>& mark);  // by the allocator, if it is freeing
 // torch's allocator may hand it out again: the streams that were recorded, by Tensor.record_stream
 // or by torch itself, have used it.
 SC_API void memory_reusable(uintptr_t address);

@@ -372,6 +372,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event_handle, cudaStream_t hand
   event->captured_on = stream;
   if (stream->capture) return event->mark = nullptr, cudaSuccess;
   event->mark = tail(stream);
+  event_recorded(event->mark);
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -391,7 +392,10 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (event->capture) return record(cudaErrorCapturedEvent);
   if (!event->mark || event->mark->done) return cudaSuccess;
   if (++event->mark->polls < 3) return cudaErrorNotReady;
-  return record(run_until(event->mark));
+  // Work that has failed fails the next call: torch's allocator forgets its events if this one
+  // does.
+  run_until(event->mark);
+  return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   auto *first = (Event*)begin, *last = (Event*)end;

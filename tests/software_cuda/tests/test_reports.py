@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from software_cuda import PROBLEMS, REPORTED, device
 
-from .triton_kernels import fill_with_ones, write_number_of_block
+from .triton_kernels import fill_with_ones, wait_for_a_one, write_number_of_block
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -47,6 +48,16 @@ def test_blocks_that_write_to_the_same_place_are_a_fault():
     with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
         write_number_of_block[(4,)](x)
     assert "RaceError" in reports[0].what
+
+
+def test_a_kernel_that_does_not_end_is_a_fault(monkeypatch):
+    assert device.emulation.options.timeout
+    options = dataclasses.replace(device.emulation.options, timeout=1)
+    monkeypatch.setattr(device.emulation, "options", options)
+    x = torch.zeros(1, dtype=torch.int32, device="cuda")
+    with device.expect("kernel fault") as reports, pytest.raises(RuntimeError, match="CUDA"):
+        wait_for_a_one[(1,)](x)
+    assert "KernelTimeout" in reports[0].what
 
 
 def test_an_access_to_a_tensor_that_was_not_given_is_a_fault(launchers):
@@ -293,6 +304,18 @@ def test_an_operator_that_fails_after_its_call():
         x.index_select(0, torch.tensor([5], device="cuda"))
         with pytest.raises(RuntimeError):
             torch.cuda.synchronize()
+
+
+def test_work_that_fails_at_the_end_of_a_test():
+    """Also if a tensor waits for it to be freed."""
+    x, side = torch.zeros(3, device="cuda"), torch.cuda.Stream()
+    with device.expect("operator failed"), device.lazy():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.index_select(0, torch.tensor([5], device="cuda"))
+        x.record_stream(side)
+        del x
+        device.finish()
 
 
 def test_host_waits_name_the_line():
