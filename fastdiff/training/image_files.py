@@ -220,6 +220,8 @@ def _formats_by_suffix() -> dict[str, str]:
     from PIL import Image
 
     registered = Image.registered_extensions()
+    # Several JPEGs in one file, of which Pillow's decoder of JPEG opens the first.
+    registered = {k: "JPEG" if name == "MPO" else name for k, name in registered.items()}
     return {
         suffix: name
         for suffix, name in registered.items()

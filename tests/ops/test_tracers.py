@@ -162,6 +162,13 @@ def test_dtensor(op: str, tmp_path) -> None:
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         sharded = [distribute_tensor(x, mesh, [Replicate()]) for x in operands]
-        torch.testing.assert_close(f(*sharded).full_tensor(), expected, **CLOSE)
+        try:
+            found = f(*sharded).full_tensor()
+        except NotImplementedError as error:
+            # Of torch's own operators older ones shard fewer; ours is not among them.
+            if "Operator aten." not in str(error) or torch.__version__ >= (2, 14):
+                raise
+            pytest.skip(f"torch {torch.__version__}: {error}")
+        torch.testing.assert_close(found, expected, **CLOSE)
     finally:
         dist.destroy_process_group()

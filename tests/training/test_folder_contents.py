@@ -46,7 +46,20 @@ def test_every_format_that_pillow_writes_and_reads_is_read(tmp_path):
             break
     drawn = {name for name, kind in written.items() if kind in ("EPS", "PDF", "WMF")}
     assert drawn  # what is no grid of pixels is named and counted
-    for suffix in ("jfif", "jpe", "jp2", "tga", "pbm", "pgm", "pcx", "qoi", "dds", "ico", "sgi"):
+    for suffix in (
+        "jfif",
+        "jpe",
+        "mpo",
+        "jp2",
+        "tga",
+        "pbm",
+        "pgm",
+        "pcx",
+        "qoi",
+        "dds",
+        "ico",
+        "sgi",
+    ):
         assert f".{suffix}" in image_suffixes()
     dataset, said = load(tmp_path, image_size=32)
     assert len(dataset) == len(written) - len(drawn)
