@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -71,7 +71,7 @@ def _setting(unet: UNet, name: str) -> Iterator[None]:
     }
     # The module, whose functions of these names GroupNormSiLU calls.
     module = sys.modules[GroupNormSiLU.__module__]
-    with mock.patch.multiple(module, **(functions if name == "eager" else {})):
+    with mock.patch.multiple(module, **functions) if name == "eager" else nullcontext():
         yield
     unet.set_recompute(False)
 
