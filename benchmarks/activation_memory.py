@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import UNet, ops
+from fastdiff import UNet
 from fastdiff.nn import GroupNormSiLU
 
 SETTINGS = ("eager", "fused", "recompute")
@@ -52,13 +52,26 @@ def eager_group_norm_silu(
     return F.dropout(h, dropout_p) if dropout_p else h
 
 
+def eager_residual_group_norm_silu(
+    x: Tensor, residual: Tensor, *arguments: object, sum_bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The same behind a residual connection's sum."""
+    summed = x + residual
+    if sum_bias is not None:
+        summed = summed + sum_bias[:, None, None]
+    return summed, eager_group_norm_silu(summed, *arguments, activation=activation)
+
+
 @contextmanager
 def _setting(unet: UNet, name: str) -> Iterator[None]:
     unet.set_recompute(name == "recompute")
-    function = eager_group_norm_silu if name == "eager" else ops.group_norm_silu
-    # The module, whose function of the same name GroupNormSiLU calls.
+    functions = {
+        "group_norm_silu": eager_group_norm_silu,
+        "residual_group_norm_silu": eager_residual_group_norm_silu,
+    }
+    # The module, whose functions of these names GroupNormSiLU calls.
     module = sys.modules[GroupNormSiLU.__module__]
-    with mock.patch.object(module, "group_norm_silu", function):
+    with mock.patch.multiple(module, **functions) if name == "eager" else nullcontext():
         yield
     unet.set_recompute(False)
 

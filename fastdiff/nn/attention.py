@@ -41,11 +41,13 @@ class SelfAttention(nn.Module):
         """The maps to queries, keys and values."""
         return [self.to_q, self.to_k, self.to_v]
 
-    def forward(self, x: torch.Tensor, qkv: QKV | None = None) -> torch.Tensor:
-        """Attend; `qkv` takes the place of `to_q`, `to_k` and `to_v`."""
+    def forward(
+        self, x: torch.Tensor, qkv: QKV | None = None, normed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend; `qkv` takes the place of `to_q`, `to_k` and `to_v`, `normed` of ``norm(x)``."""
         height_width = x.shape[2:]
         # (B, HW, C): a view, not a copy, when x is channels_last.
-        h = self.group_norm(x).flatten(2).transpose(1, 2)
+        h = (self.group_norm(x) if normed is None else normed).flatten(2).transpose(1, 2)
         if qkv is None:
             parts = [linear(h) for linear in self.projections()]
         else:

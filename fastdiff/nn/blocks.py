@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,15 @@ def number_dropout(network: nn.Module) -> None:
         resnet.dropout_stream = _FIRST_DROPOUT_STREAM + index
 
 
+class Summands(NamedTuple):
+    """What a residual block ends in, for the normalization that follows to add up."""
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    bias: torch.Tensor | None
+    """(C,): of convolutions that left it out."""
+
+
 class ResnetBlock(nn.Module):
     """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))), time))))``.
 
@@ -112,13 +122,19 @@ class ResnetBlock(nn.Module):
         x: torch.Tensor,
         temb: torch.Tensor | BlockInputs,
         dropout_keys: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        normed: torch.Tensor | None = None,
+        add: bool = True,
+    ) -> torch.Tensor | Summands:
+        """`normed` takes the place of ``norm1(x)``; with `add` off the last sum is left out."""
         merged = isinstance(temb, BlockInputs)
         time = temb.time if merged else self.time_emb_proj(temb)
         conv1 = functools.partial(without_bias, self.conv1) if merged else self.conv1
         if self.resample is not None:
             conv1 = _after(self.resample, conv1)
-        h = norm_conv(self.norm1, conv1, x, recompute=self.recompute)
+        if normed is None:
+            h = norm_conv(self.norm1, conv1, x, recompute=self.recompute)
+        else:
+            h = conv1(normed)
         if self.resample is not None:
             x = self.resample(x)
         if self.scale_shift:
@@ -132,11 +148,18 @@ class ResnetBlock(nn.Module):
             operands["dropout_p"] = self.dropout.p
             operands["seed"] = new_dropout_keys(x) if dropout_keys is None else dropout_keys
             operands["stream"] = self.dropout_stream
-        shortcut, conv2 = self.conv_shortcut, self.conv2
-        if merged and temb.bias is not None:
+        shortcut, conv2, bias = self.conv_shortcut, self.conv2, None
+        if merged and not add:
+            bias = self.conv2.bias if temb.bias is None else temb.bias
+            conv2 = functools.partial(without_bias, conv2)
+            if temb.bias is not None:
+                shortcut = functools.partial(without_bias, shortcut)
+        elif merged and temb.bias is not None:
             shortcut, conv2 = with_common_bias(shortcut, conv2, temb.bias, x)
         h = norm_conv(self.norm2, conv2, h, recompute=self.recompute, **operands)
-        return shortcut(x) + h
+        if add:
+            return shortcut(x) + h
+        return Summands(h, shortcut(x), bias)
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
@@ -195,19 +218,71 @@ Keys = torch.Tensor | None
 """The keys of the masks of dropout."""
 
 
-def _resnet(resnet: ResnetBlock, x: torch.Tensor, temb: Time, keys: Keys) -> torch.Tensor:
-    return resnet(x, temb.block() if isinstance(temb, Merged) else temb, keys)
+def _resnet(
+    resnet: ResnetBlock,
+    x: torch.Tensor,
+    temb: Time,
+    keys: Keys,
+    normed: torch.Tensor | None,
+    following: GroupNormSiLU | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The block's output, and what the norm that follows, if one does, makes of it.
+
+    `normed`: what the block's own first norm made of `x`, if it is known.
+    """
+    time = temb.block() if isinstance(temb, Merged) else temb
+    if following is None or not _is_plain(resnet):
+        return resnet(x, time, keys, normed), None
+    summands = resnet(x, time, keys, normed, add=False)
+    if not isinstance(x, torch.fx.Proxy) and summands.x.dtype != summands.residual.dtype:
+        return sum(part[..., None, None] if part.dim() == 1 else part for part in summands), None
+    return following.of_sum(*summands)
 
 
-def _attend(attention: nn.Module, x: torch.Tensor, temb: Time) -> torch.Tensor:
-    if isinstance(temb, Merged) and isinstance(attention, SelfAttention):
-        return attention(x, temb.attention())
-    return attention(x)
+def first_norm(modules: Iterable[nn.Module]) -> GroupNormSiLU | None:
+    """The normalization that the first of `modules` which computes anything begins with.
+
+    None if there is none, or if it is only the module's own to call.
+    """
+    for module in modules:
+        if isinstance(module, nn.Identity):
+            continue
+        norm = None
+        if isinstance(module, SelfAttention):
+            norm = module.group_norm
+        elif isinstance(module, ResnetBlock) and not module.recompute:
+            norm = module.norm1
+        elif isinstance(module, GroupNormSiLU):
+            norm = module
+        return norm if norm is not None and _is_plain(module) and _is_plain(norm) else None
+    return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody watches what goes into a module of ours and comes out of it, as hooks do and
+    FSDP, whose parameters are whole only in between."""
+    return type(module) in (GroupNormSiLU, ResnetBlock, SelfAttention) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _attend(
+    attention: nn.Module, x: torch.Tensor, temb: Time, normed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output of an attention; where there is none, `x` and what was known of it."""
+    if isinstance(attention, nn.Identity):
+        return x, normed
+    qkv = temb.attention() if isinstance(temb, Merged) else None
+    return attention(x, qkv, normed), None
 
 
 def _resample(module: nn.Module, x: torch.Tensor, temb: Time, dropout_keys: Keys) -> torch.Tensor:
     if isinstance(module, ResnetBlock):
-        return _resnet(module, x, temb, dropout_keys)
+        return _resnet(module, x, temb, dropout_keys, None, None)[0]
     return module(x)
 
 
@@ -246,9 +321,11 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if is_last else [_downsampler(width, config)])
 
     def forward(self, h: torch.Tensor, temb: Time, dropout_keys: Keys = None) -> list[torch.Tensor]:
-        outputs = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            h = _attend(attention, _resnet(resnet, h, temb, dropout_keys), temb)
+        outputs, normed = [], None
+        for i, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
+            following = first_norm((attention, *self.resnets[i + 1 : i + 2]))
+            h, normed = _resnet(resnet, h, temb, dropout_keys, normed, following)
+            h, normed = _attend(attention, h, temb, normed)
             outputs.append(h)
         for downsample in self.downsamplers:
             outputs.append(_resample(downsample, outputs[-1], temb, dropout_keys))
@@ -267,8 +344,11 @@ class MidBlock(nn.Module):
         )
 
     def forward(self, h: torch.Tensor, temb: Time, dropout_keys: Keys = None) -> torch.Tensor:
-        h = _attend(self.attentions[0], _resnet(self.resnets[0], h, temb, dropout_keys), temb)
-        return _resnet(self.resnets[1], h, temb, dropout_keys)
+        (first, last), attention = self.resnets, self.attentions[0]
+        following = first_norm((attention, last))
+        h, normed = _resnet(first, h, temb, dropout_keys, None, following)
+        h, normed = _attend(attention, h, temb, normed)
+        return _resnet(last, h, temb, dropout_keys, normed, None)[0]
 
 
 class UpBlock(nn.Module):
@@ -296,10 +376,16 @@ class UpBlock(nn.Module):
         skips: list[torch.Tensor],
         temb: Time,
         dropout_keys: Keys = None,
-    ) -> torch.Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        last_norm: GroupNormSiLU | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and what `last_norm` makes of it, if that is given and can be known."""
+        normed = None
+        for i, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
             h = torch.cat([h, skips.pop()], dim=1)
-            h = _attend(attention, _resnet(resnet, h, temb, dropout_keys), temb)
+            behind = (last_norm,) if last_norm and i == len(self.resnets) - 1 else ()
+            following = first_norm((attention, *behind))
+            h, normed = _resnet(resnet, h, temb, dropout_keys, None, following)
+            h, normed = _attend(attention, h, temb, normed)
         for upsample in self.upsamplers:
             h = _resample(upsample, h, temb, dropout_keys)
-        return h
+        return h, normed

@@ -6,12 +6,18 @@ import torch
 from torch import nn
 
 from fastdiff import reference
-from fastdiff.ops import group_norm_silu
+from fastdiff.ops import group_norm_silu, residual_group_norm_silu
 from fastdiff.ops._library import is_dtensor
 from fastdiff.reference.group_norm_silu import ACTIVATIONS
 
-# torch.fx's tracer puts a call of it into the graph.
+# torch.fx's tracer puts calls of them into the graph.
 torch.fx.wrap("group_norm_silu")
+torch.fx.wrap("residual_group_norm_silu")
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """torch.jit.trace, on which ONNX export may stand, and DTensor know torch's own operators."""
+    return torch.jit.is_tracing() or is_dtensor(x)
 
 
 class GroupNormSiLU(nn.Module):
@@ -91,9 +97,7 @@ class GroupNormSiLU(nn.Module):
 
         `dropout_p`, `seed` and `stream` as the op takes them.
         """
-        # torch.jit.trace, on which ONNX export may stand, and DTensor know torch's own operators.
-        plain = torch.jit.is_tracing() or is_dtensor(x)
-        return (reference.group_norm_silu if plain else group_norm_silu)(
+        return (reference.group_norm_silu if _is_plain(x) else group_norm_silu)(
             x,
             self.num_groups,
             self.weight,
@@ -104,6 +108,22 @@ class GroupNormSiLU(nn.Module):
             shift,
             self.activation,
             **dropout,
+        )
+
+    def of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, sum_bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``s = x + residual + sum_bias`` and ``forward(s)``; `sum_bias` is (C,)."""
+        op = reference.residual_group_norm_silu if _is_plain(x) else residual_group_norm_silu
+        return op(
+            x,
+            residual,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            sum_bias=sum_bias,
         )
 
     def __prepare_scriptable__(self) -> GroupNormSiLU:

@@ -7,8 +7,9 @@ input, or are added to the same output:
 - all blocks project the same time embedding: one linear map with stacked weights;
 - the bias of a block's first convolution is added right before the second normalization, which
   adds a bias per channel itself: the time's projection, or with "scale_shift" this bias alone;
-- the biases of the second convolution and of the shortcut meet in the block's output, and in
-  channels_last a 1x1 convolution is a linear map, whose bias costs no kernel;
+- the biases of the second convolution and of the shortcut meet in the block's output, where the
+  normalization that follows adds them, if one does; and in channels_last a 1x1 convolution is a
+  linear map, whose bias costs no kernel;
 - queries, keys and values of an attention: one linear map.
 
 cuDNN's convolutions get their bias from a second kernel, so every one that goes saves a launch.
@@ -82,9 +83,9 @@ def merged_maps(resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -
     """Those that a merged forward pass does not call."""
     maps: list[nn.Module] = []
     for resnet in resnets:
-        maps += [resnet.conv1, resnet.time_emb_proj]
+        maps += [resnet.conv1, resnet.conv2, resnet.time_emb_proj]
         if isinstance(resnet.conv_shortcut, nn.Conv2d):
-            maps += [resnet.conv2, resnet.conv_shortcut]
+            maps.append(resnet.conv_shortcut)
     for attention in attentions:
         maps += attention.projections()
     return maps

@@ -375,7 +375,10 @@ class UNet(nn.Module):
             skips += block(skips[-1], temb, dropout_keys)
         h = self.mid_block(skips[-1], temb, dropout_keys)
         for block in self.up_blocks:
-            h = block(h, skips, temb, dropout_keys)
+            is_last = block is self.up_blocks[-1] and not self.recompute
+            h, normed = block(h, skips, temb, dropout_keys, self.conv_norm_out if is_last else None)
+        if normed is not None:
+            return self.conv_out(normed)
         return norm_conv(self.conv_norm_out, self.conv_out, h, recompute=self.recompute)
 
     def _check_inputs(
