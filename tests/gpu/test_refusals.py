@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import fastdiff
+from fastdiff.training.errors import UserError
+from fastdiff.training.run import choose_device
 
 from .needs import GPU
 from .test_out_of_memory import raw_calls
@@ -58,3 +62,16 @@ def test_normals_of_keys_and_of_a_seed(overload: str, keyed: bool) -> None:
     keys, seed = (torch.ones(2, dtype=torch.long, device="cuda"), 0) if keyed else (None, None)
     with pytest.raises((RuntimeError, ValueError), match="either keys or seed"):
         getattr(torch.ops.fastdiff.philox_normal_, overload)(out, keys, seed, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "process", "words"),
+    [
+        ("cuda:0", 0, "every process needs a GPU of its own; give --device cuda"),
+        ("cuda", 99, r"process 99 of this machine has no GPU, there are \d"),
+    ],
+)
+def test_processes_that_have_no_gpu_of_their_own(device: str, process: int, words: str) -> None:
+    world = SimpleNamespace(size=100, local_rank=process)
+    with pytest.raises(UserError, match=words):
+        choose_device(device, world)

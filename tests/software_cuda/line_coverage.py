@@ -35,8 +35,8 @@ LEAST = 0.98
 # The copy of the project has no docs, which other tests read.
 ON_A_DEVICE = (
     ("gpu and not slow", "tests/gpu", "tests/ops", "tests/samplers", "tests/test_out_of_memory.py"),
-    # What only slow tests reach: Triton's split kernels, and a process per device.
-    ("gpu and slow", "tests/gpu/test_two_devices.py", "tests/gpu/test_group_norm_silu_plans.py"),
+    # Triton's split kernels are compiled by slow tests only.
+    ("gpu and slow", "tests/gpu/test_group_norm_silu_plans.py", "-k", "test_triton and split"),
 )
 MADE_UP_DEVICES = ("tests/test_backends.py", "tests/training/test_precision.py")
 MADE_UP_DEVICES += ("tests/ops/test_triton_launch.py",)
