@@ -282,6 +282,9 @@ struct Kernels {
             const int64_t i = (p + j) * channels + c;
             prefetch<kCount>(in<S>(t.x) + i, channels);
             if constexpr (!is_kept(kSecond)) prefetch<kCount>(in<S>(t.grad) + i, channels);
+            if constexpr (adds(kSecond)) {
+              if (t.grad_sum) prefetch<kCount>(in<S>(t.grad_sum) + i, channels);
+            }
             const V value = grad_x_of<kSecond>(t, i, m, center, s, o, of_dz, of_d, of_1);
             if constexpr (adds(kSecond)) sum = _mm512_add_ps(sum, value);
             write_vector<S, kStream>(out<S>(t.grad_x) + i, value, m);

@@ -427,13 +427,18 @@ class Backward {
                   const Coefficients& from, const DropoutBits& bits, F* kept, F* sums) const {
     const int64_t channels = layout_.channels, base = sample * channels * layout_.pixels;
     Gains<F> gains(bits, false);
+    std::vector<F> of_part(bits.any() ? 3 * channels : 0);
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = pieces.begin(piece) * channels;
       F* to = sums + 3 * channels * piece;
-      const F* gain = gains.of(pieces.begin(piece), pieces.size(piece), 0, channels);
-      kernels_.pixel_grad_sums(x_of(base + first), grad_of(base + first), pieces.size(piece),
-                               channels, from.k, from.slope, from.offset, gain,
-                               kept ? kept + first : nullptr, to, to + channels, to + 2 * channels);
+      const auto add = [&](int64_t part, int64_t count, const F* gain) {
+        const int64_t i = (pieces.begin(piece) + part) * channels;
+        F* found = part ? of_part.data() : to;
+        kernels_.pixel_grad_sums(x_of(base + i), grad_of(base + i), count, channels, from.k,
+                                 from.slope, from.offset, gain, kept ? kept + i : nullptr, found,
+                                 found + channels, found + 2 * channels);
+        for (int64_t k = 0; part && k < 3 * channels; ++k) to[k] += found[k];
+      };
+      gains.for_parts(pieces.begin(piece), pieces.size(piece), 0, channels, add);
     }
   }
 

@@ -324,7 +324,6 @@ class UNet(nn.Module):
         t: torch.Tensor,
         y: torch.Tensor | None = None,
         x_self_cond: torch.Tensor | None = None,
-        *,
         dropout_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict from noisy images.
