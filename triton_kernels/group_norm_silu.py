@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 from torch import Tensor
@@ -13,13 +13,24 @@ from .group_norm_silu_plan import Plan, plan, samples_per_program
 from .group_norm_silu_split import (
     group_norm_silu_bwd_apply_kernel,
     group_norm_silu_bwd_finish_kernel,
-    group_norm_silu_bwd_samples_kernel,
+    group_norm_silu_bwd_rows_kernel,
     group_norm_silu_bwd_sums_kernel,
     group_norm_silu_fwd_apply_kernel,
     group_norm_silu_fwd_merge_kernel,
     group_norm_silu_fwd_moments_kernel,
 )
-from .group_norm_silu_tiles import Gradients, Operands, Sums, Tiling, row_stride, workspace
+from .group_norm_silu_tiles import (
+    Gradients,
+    Operands,
+    Residual,
+    Sums,
+    Tiling,
+    row_stride,
+    workspace,
+)
+
+if TYPE_CHECKING:
+    from fastdiff.reference.dropout import Dropout
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
@@ -38,11 +49,18 @@ def group_norm_silu(
     shift: Tensor | None,
     activation: int,
     channels_last: bool,
+    residual: Tensor | None = None,
+    sum_bias: Tensor | None = None,
+    summed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """Fill `y`, as `x`, and `mean` and `rstd`, (B, G) float32.
 
     `x` is (B, C, *spatial), dense, contiguous or channels_last. `weight` and `bias` are (C,), the
     other small operands (B, C) with adjacent channels and any row stride; each of any float dtype.
+
+    With a `residual`, as `x`, x + residual + sum_bias, (C,), takes the place of x: rounded to its
+    dtype, and written to `summed`. `dropout` is of y.
     """
     if x.numel() == 0:
         return
@@ -58,18 +76,27 @@ def group_norm_silu(
         channels_last,
         arrays=1,
         max_blocks=_launch.max_blocks(x.device),
-        pairs=_launch.holds_pairs(x, y),
+        pairs=_launch.holds_pairs(x, y, residual, summed),
+        plain=residual is None and dropout is None,
     )
+    mask = _mask(dropout)
+    adds = None if residual is None else Residual(residual, sum_bias, summed)
     tiles = batch * cut.channel_tiles(channels, num_groups)
     operands = _operands(weight, bias, channel_bias, scale, shift)
-    results_and_inputs = y, mean, rstd, x, operands, pixels
     meta = cut.meta(channels, num_groups, channels_last)
     if cut.one_pass:
         _launch.launch(
             group_norm_silu_fwd_kernel,
             tiles,
             x.device,
-            *results_and_inputs,
+            y,
+            mean,
+            rstd,
+            x,
+            operands,
+            adds,
+            *mask,
+            pixels,
             eps,
             0,
             ACTIVATION=activation,
@@ -88,6 +115,7 @@ def group_norm_silu(
         *moments,
         x,
         bias_only,
+        adds,
         pixels,
         chunks,
         cut.rounds,
@@ -111,7 +139,13 @@ def group_norm_silu(
         group_norm_silu_fwd_apply_kernel,
         tiles * chunks,
         x.device,
-        *results_and_inputs,
+        y,
+        mean,
+        rstd,
+        x if summed is None else summed,
+        operands,
+        *mask,
+        pixels,
         chunks,
         cut.rounds,
         ACTIVATION=activation,
@@ -138,10 +172,16 @@ def group_norm_silu_backward(
     shift: Tensor | None,
     activation: int,
     channels_last: bool,
+    grad_sum: Tensor | None = None,
+    grad_sum_bias: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """Fill the gradients that are not None, each contiguous (`grad_x` as `x`).
 
     `grad` and `x` are dense, in the same memory format; `mean` and `rstd` are the forward pass's.
+
+    `grad_sum`, as `x`, is added to the gradient of x, which after a residual was added is the sum.
+    `grad_sum_bias`, which asks for `grad_x`, are its sums over batch and pixels.
     """
     batch, channels = x.shape[:2]
     pixels = x.shape[2:].numel()
@@ -155,39 +195,59 @@ def group_norm_silu_backward(
         channels_last,
         arrays=2,
         max_blocks=_launch.max_blocks(x.device),
-        pairs=_launch.holds_pairs(x, grad, grad_x),
+        pairs=_launch.holds_pairs(x, grad, grad_x, grad_sum),
+        plain=grad_sum is None and grad_sum_bias is None and dropout is None,
     )
     samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
-    # The shares of a program's samples in dweight and dbias: a single row is the gradients.
+    totals = Gradients(grad_weight, grad_bias, grad_sum_bias)
+    # The shares of a program's samples in the totals: a single row is the totals.
     rows = batch // samples
-    shares = grad_weight, grad_bias
-    if rows != 1:
-        shares = tuple(None if total is None else workspace(x, rows * channels) for total in shares)
+    shares = totals if rows == 1 else _shares(totals, x, rows)
     if x.numel() > 0:
         _sample_gradients(
             grad_x,
-            Gradients(*shares, grad_channel_bias, grad_scale, grad_shift),
+            Gradients(*shares[:3], grad_channel_bias, grad_scale, grad_shift),
             (grad, x, mean, rstd),
             _operands(weight, bias, channel_bias, scale, shift),
+            grad_sum,
+            _mask(dropout),
             cut.meta(channels, num_groups, channels_last) | {"ACTIVATION": activation},
             cut,
             num_groups,
             samples,
         )
-    if rows != 1 and not (grad_weight is None and grad_bias is None):
-        block = min(32, triton.next_power_of_2(channels))
-        _launch.launch(
-            group_norm_silu_bwd_samples_kernel,
-            _launch.cdiv(channels, block),
-            x.device,
-            grad_weight,
-            grad_bias,
-            *shares,
-            rows,
-            CHANNELS=channels,
-            ROWS=32,
-            CH=block,
-        )
+    if rows != 1:
+        _add_rows(totals, shares, 1, rows, x)
+
+
+def _shares(totals: Gradients, x: Tensor, rows: int) -> Gradients:
+    """Memory for `rows` rows of shares in each total that is wanted."""
+    size = rows * x.shape[1]
+    weight, bias, sum_bias = totals[:3]
+    return Gradients(
+        None if weight is None else workspace(x, size),
+        None if bias is None else workspace(x, size),
+        None if sum_bias is None else workspace(x, size),
+    )
+
+
+def _add_rows(totals: Gradients, shares: Gradients, results: int, rows: int, x: Tensor) -> None:
+    """Fill `results` rows of totals with the sums of `rows` rows of shares each."""
+    if totals.weight is None and totals.bias is None and totals.sum_bias is None:
+        return
+    channels = x.shape[1]
+    block = min(32, triton.next_power_of_2(channels))
+    _launch.launch(
+        group_norm_silu_bwd_rows_kernel,
+        results * _launch.cdiv(channels, block),
+        x.device,
+        totals,
+        shares,
+        rows,
+        CHANNELS=channels,
+        ROWS=32,
+        CH=block,
+    )
 
 
 def _sample_gradients(
@@ -195,6 +255,8 @@ def _sample_gradients(
     gradients: Gradients,
     inputs: tuple[Tensor, ...],
     operands: Operands,
+    grad_sum: Tensor | None,
+    mask: tuple[Any, ...],
     meta: dict[str, Any],
     cut: Plan,
     num_groups: int,
@@ -202,8 +264,8 @@ def _sample_gradients(
 ) -> None:
     """What needs no sum over the batch, and the shares of each program's `samples`."""
     _, x, mean, rstd = inputs
-    channels, pixels = x.shape[1], x.shape[2:].numel()
-    tiles = x.shape[0] // samples * cut.channel_tiles(channels, num_groups)
+    batch, channels, pixels = *x.shape[:2], x.shape[2:].numel()
+    tiles = batch // samples * cut.channel_tiles(channels, num_groups)
     if cut.one_pass:
         _launch.launch(
             group_norm_silu_bwd_kernel,
@@ -213,6 +275,8 @@ def _sample_gradients(
             gradients,
             *inputs,
             operands,
+            grad_sum,
+            *mask,
             pixels,
             0,
             SAMPLES=samples,
@@ -231,6 +295,7 @@ def _sample_gradients(
         sums,
         *inputs,
         operands,
+        *mask,
         pixels,
         chunks,
         cut.rounds,
@@ -256,20 +321,27 @@ def _sample_gradients(
         TILING=Tiling(channels, group_channels, groups=1, tile_channels=block),
         num_warps=1,
     )
-    if grad_x is not None:
-        _launch.launch(
-            group_norm_silu_bwd_apply_kernel,
-            tiles * chunks,
-            x.device,
-            grad_x,
-            *means,
-            *inputs,
-            operands,
-            pixels,
-            chunks,
-            cut.rounds,
-            **meta,
-        )
+    if grad_x is None:
+        return
+    total = Gradients(sum_bias=gradients.sum_bias)
+    parts = _shares(total, x, batch * chunks)
+    _launch.launch(
+        group_norm_silu_bwd_apply_kernel,
+        tiles * chunks,
+        x.device,
+        grad_x,
+        parts.sum_bias,
+        *means,
+        *inputs,
+        operands,
+        grad_sum,
+        *mask,
+        pixels,
+        chunks,
+        cut.rounds,
+        **meta,
+    )
+    _add_rows(total, parts, batch, chunks, x)
 
 
 def _operands(
@@ -281,3 +353,11 @@ def _operands(
 ) -> Operands:
     rows = channel_bias, scale, shift
     return Operands(weight, bias, *rows, *(row_stride(operand) for operand in rows))
+
+
+def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int | None, int | None, int | None]:
+    """keys, seed, stream and threshold as the kernels take them."""
+    if dropout is None:
+        return None, None, None, None
+    threshold, keys, seed, stream = dropout
+    return keys, 0 if seed is None else seed, stream, threshold

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .group_norm_silu_dropout import Mask, dropped, keep_scale
 from .group_norm_silu_tiles import (
     Sums,
     activate,
@@ -23,6 +24,7 @@ from .group_norm_silu_tiles import (
     members_of,
     normalized,
     pivots,
+    rounded_sum,
     rows_of,
     split_program,
     spread,
@@ -32,6 +34,9 @@ from .group_norm_silu_tiles import (
     sum_products,
     tile_offsets,
 )
+from .philox import noise_key
+
+# Loops say `disable_licm`: moved out of them, offsets and masks take 128 registers in place of 80.
 
 
 @triton.jit
@@ -47,9 +52,12 @@ def tile_moments(values, n, mask, member):
 
 @triton.jit(do_not_specialize=["chunks", "rounds"])
 def group_norm_silu_fwd_moments_kernel(
-    numbers, means, squares, x, operands, pixels, chunks, rounds, TILING: tl.constexpr
+    numbers, means, squares, x, operands, residual, pixels, chunks, rounds, TILING: tl.constexpr
 ):
-    """Moments of each group over one tile of channels and one chunk of pixels, `rounds` tiles."""
+    """Moments of each group over one tile of channels and one chunk of pixels, `rounds` tiles.
+
+    With a residual, of the sums, which are written.
+    """
     CH: tl.constexpr = TILING.tile_channels
     PIX: tl.constexpr = TILING.tile_pixels
     PARTS: tl.constexpr = (TILING.groups * TILING.group_channels + CH - 1) // CH
@@ -58,17 +66,22 @@ def group_norm_silu_fwd_moments_kernel(
     group, group_mask, member = members_of(rows, TILING)
     channel_bias = load_channel_bias(operands, rows)
     pivot, first, first_bias = pivots(
-        x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
+        x, residual, operands, channel_bias, rows, group, group_mask, member, pixels, TILING
     )
 
     channels = sum_groups(rows.mask.to(tl.float32), member)  # in the tile
     n = tl.zeros(group.shape, tl.float32)
     mean = tl.zeros(group.shape, tl.float32)
     square = tl.zeros(group.shape, tl.float32)
-    for r in tl.range(rounds, disable_licm=True):
+    for r in range(rounds):
         first_pixel = (chunk * rounds + r) * PIX
         base, offsets, mask = tile_offsets(rows, first_pixel, pixels, TILING)
-        deviation = masked(load_tile(x + base, offsets, mask) - pivot[:, None], mask)
+        x_tile = tl.load(x + base + offsets, mask=mask, other=0.0)
+        if residual is not None:
+            other = tl.load(residual.x + base + offsets, mask=mask, other=0.0)
+            x_tile = rounded_sum(x_tile, other, residual, rows)
+            tl.store(residual.sum + base + offsets, x_tile, mask=mask)
+        deviation = masked(x_tile.to(tl.float32) - pivot[:, None], mask)
         tile_n = channels * tl.minimum(tl.maximum(pixels - first_pixel, 0), PIX).to(tl.float32)
         tile_mean, tile_square = tile_moments(deviation, tile_n, mask, member)
         # Chan, Golub & LeVeque 1979: the moments of a union.
@@ -134,13 +147,17 @@ def group_norm_silu_fwd_merge_kernel(
     tl.store(rstd + group, group_rstd, mask=group_mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "rounds"])
+@triton.jit(do_not_specialize=["seed", "stream", "threshold", "chunks", "rounds"])
 def group_norm_silu_fwd_apply_kernel(
     y,
     mean,
     rstd,
     x,
     operands,
+    keys,
+    seed,
+    stream,
+    threshold,
     pixels,
     chunks,
     rounds,
@@ -154,16 +171,22 @@ def group_norm_silu_fwd_apply_kernel(
     center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
     gamma, beta = affine(operands, rows)
     slope = row_rstd * gamma
+    if threshold is not None:
+        dropout = Mask(noise_key(keys, seed, rows.sample), stream, threshold)
 
     for r in tl.range(rounds, disable_licm=True):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
+        first_pixel = (chunk * rounds + r) * PIX
+        base, offsets, mask = tile_offsets(rows, first_pixel, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         z = (x_tile - center[:, None]) * slope[:, None] + beta[:, None]
-        values = activate(z, ACTIVATION).to(y.dtype.element_ty)
-        tl.store(y + base + offsets, values, mask=mask)
+        values = activate(z, ACTIVATION)
+        if threshold is not None:
+            values *= keep_scale(threshold)
+            values = dropped(values, dropout, rows, first_pixel, pixels, TILING)
+        tl.store(y + base + offsets, values.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "rounds"])
+@triton.jit(do_not_specialize=["seed", "stream", "threshold", "chunks", "rounds"])
 def group_norm_silu_bwd_sums_kernel(
     sums,
     grad,
@@ -171,6 +194,10 @@ def group_norm_silu_bwd_sums_kernel(
     mean,
     rstd,
     operands,
+    keys,
+    seed,
+    stream,
+    threshold,
     pixels,
     chunks,
     rounds,
@@ -188,10 +215,16 @@ def group_norm_silu_bwd_sums_kernel(
     s0 = tl.zeros((CH,), tl.float32)
     s1 = tl.zeros((CH,), tl.float32)
     s2 = tl.zeros((CH,), tl.float32)
+    if threshold is not None:
+        dropout = Mask(noise_key(keys, seed, rows.sample), stream, threshold)
     for r in tl.range(rounds, disable_licm=True):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
+        first_pixel = (chunk * rounds + r) * PIX
+        base, offsets, mask = tile_offsets(rows, first_pixel, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)
+        if threshold is not None:
+            grad_tile *= keep_scale(threshold)
+            grad_tile = dropped(grad_tile, dropout, rows, first_pixel, pixels, TILING)
         h_hat, dz = normalized(x_tile, grad_tile, mask, center, row_rstd, gamma, beta, ACTIVATION)
         s0 += tl.sum(dz, axis=1)
         s1 += sum_products(dz, h_hat, mask)
@@ -280,9 +313,10 @@ def group_norm_silu_bwd_finish_kernel(
         store_if_wanted(gradients.bias, at, bias_share, rows.mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "rounds"])
+@triton.jit(do_not_specialize=["seed", "stream", "threshold", "chunks", "rounds"])
 def group_norm_silu_bwd_apply_kernel(
     grad_x,
+    sum_bias_parts,
     means0,
     means1,
     grad,
@@ -290,13 +324,21 @@ def group_norm_silu_bwd_apply_kernel(
     mean,
     rstd,
     operands,
+    grad_sum,
+    keys,
+    seed,
+    stream,
+    threshold,
     pixels,
     chunks,
     rounds,
     ACTIVATION: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """dx of a tile of channels and a chunk of pixels, `rounds` tiles, with m0 and m1 known."""
+    """dx of a tile of channels and a chunk of pixels, `rounds` tiles, with m0 and m1 known.
+
+    And where wanted its sums over the chunk, for the gradient of a sum's bias.
+    """
     PIX: tl.constexpr = TILING.tile_pixels
     tile, chunk = split_program(chunks, TILING)
     rows = rows_of(tile, TILING)
@@ -304,38 +346,56 @@ def group_norm_silu_bwd_apply_kernel(
     m0 = load_groups(means0, rows, TILING)
     m1 = load_groups(means1, rows, TILING)
     gamma, beta = affine(operands, rows)
+    dx_sums = tl.zeros((TILING.tile_channels,), tl.float32)
+    if threshold is not None:
+        dropout = Mask(noise_key(keys, seed, rows.sample), stream, threshold)
     for r in tl.range(rounds, disable_licm=True):
-        base, offsets, mask = tile_offsets(rows, (chunk * rounds + r) * PIX, pixels, TILING)
+        first_pixel = (chunk * rounds + r) * PIX
+        base, offsets, mask = tile_offsets(rows, first_pixel, pixels, TILING)
         x_tile = load_tile(x + base, offsets, mask)
         grad_tile = load_tile(grad + base, offsets, mask)
+        if threshold is not None:
+            grad_tile *= keep_scale(threshold)
+            grad_tile = dropped(grad_tile, dropout, rows, first_pixel, pixels, TILING)
         h_hat, dz = normalized(x_tile, grad_tile, mask, center, row_rstd, gamma, beta, ACTIVATION)
-        dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma).to(grad_x.dtype.element_ty)
-        tl.store(grad_x + base + offsets, dx, mask=mask)
+        dx = input_gradient(h_hat, dz, m0, m1, row_rstd, gamma)
+        if grad_sum is not None:
+            dx += load_tile(grad_sum + base, offsets, mask)
+        tl.store(grad_x + base + offsets, dx.to(grad_x.dtype.element_ty), mask=mask)
+        if sum_bias_parts is not None:
+            dx_sums += tl.sum(tl.where(mask, dx, 0.0), axis=1)
+    at = (rows.sample * chunks + chunk) * TILING.channels + rows.channel
+    store_if_wanted(sum_bias_parts, at, dx_sums, rows.mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def group_norm_silu_bwd_samples_kernel(
-    grad_weight,
-    grad_bias,
-    weight_shares,
-    bias_shares,
-    rows,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CH: tl.constexpr,
+def group_norm_silu_bwd_rows_kernel(
+    totals, shares, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr, CH: tl.constexpr
 ):
-    """dweight and dbias of some channels: the sums of the shares, always in the same order."""
-    channel = tl.program_id(0) * CH + tl.arange(0, CH)
+    """The sums over each `rows` rows of CHANNELS shares, always in the same order.
+
+    A program has some channels of the totals of weight, bias and sum_bias, as far as they are
+    wanted.
+    """
+    BLOCKS: tl.constexpr = (CHANNELS + CH - 1) // CH
+    program = tl.program_id(0).to(tl.int64)
+    result = program // BLOCKS
+    channel = (program - result * BLOCKS) * CH + tl.arange(0, CH)
     channel_mask = channel < CHANNELS
     weight_sums = tl.zeros((ROWS, CH), tl.float32)
     bias_sums = tl.zeros((ROWS, CH), tl.float32)
+    sum_bias_sums = tl.zeros((ROWS, CH), tl.float32)
     for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS).to(tl.int64)
-        at = row[:, None] * CHANNELS + channel[None, :]
+        row = first + tl.arange(0, ROWS)
+        at = (result * rows + row)[:, None] * CHANNELS + channel[None, :]
         mask = (row < rows)[:, None] & channel_mask[None, :]
-        if grad_weight is not None:
-            weight_sums += tl.load(weight_shares + at, mask=mask, other=0.0)
-        if grad_bias is not None:
-            bias_sums += tl.load(bias_shares + at, mask=mask, other=0.0)
-    store_if_wanted(grad_weight, channel, tl.sum(weight_sums, axis=0), channel_mask)
-    store_if_wanted(grad_bias, channel, tl.sum(bias_sums, axis=0), channel_mask)
+        if totals.weight is not None:
+            weight_sums += tl.load(shares.weight + at, mask=mask, other=0.0)
+        if totals.bias is not None:
+            bias_sums += tl.load(shares.bias + at, mask=mask, other=0.0)
+        if totals.sum_bias is not None:
+            sum_bias_sums += tl.load(shares.sum_bias + at, mask=mask, other=0.0)
+    at = result * CHANNELS + channel
+    store_if_wanted(totals.weight, at, tl.sum(weight_sums, axis=0), channel_mask)
+    store_if_wanted(totals.bias, at, tl.sum(bias_sums, axis=0), channel_mask)
+    store_if_wanted(totals.sum_bias, at, tl.sum(sum_bias_sums, axis=0), channel_mask)

@@ -74,14 +74,23 @@ class Operands(NamedTuple):
     shift_stride: int | None = None
 
 
-class Gradients(NamedTuple):
-    """Of the small operands, None where not wanted; shares in those of weight and bias."""
+class Residual(NamedTuple):
+    """What is added to x, and where the sum goes, which takes the place of x."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    channel_bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    x: Tensor
+    bias: Tensor | None  # (C,)
+    sum: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the small operands, None where not wanted; or shares in those that sum over the batch."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    sum_bias: Tensor | None = None
+    channel_bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Sums(NamedTuple):
@@ -228,24 +237,48 @@ def members_of(rows, TILING: tl.constexpr):
 
 
 @triton.jit
-def load_first(x, sample, channel, mask, pixels, TILING: tl.constexpr):
-    """The first element of each `channel`."""
-    at = sample * TILING.channels * pixels + channel * (1 if TILING.channels_last else pixels)
-    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+def rounded_sum(x, other, residual, rows):
+    """(x + other) + bias, as it is stored, of a tile or (1-D) of one element of each row."""
+    total = x.to(tl.float32) + other.to(tl.float32)
+    if residual.bias is not None:
+        bias = load_channels(residual.bias, 0, rows, 0.0)
+        total += bias if len(x.shape) == 1 else bias[:, None]
+    return total.to(x.dtype)
+
+
+@triton.jit
+def load_first(x, residual, rows, pixels, TILING: tl.constexpr):
+    """The first element of each channel of `rows`."""
+    step = 1 if TILING.channels_last else pixels
+    at = rows.sample * TILING.channels * pixels + rows.channel * step
+    first = tl.load(x + at, mask=rows.mask, other=0.0)
+    if residual is not None:
+        other = tl.load(residual.x + at, mask=rows.mask, other=0.0)
+        first = rounded_sum(first, other, residual, rows)
+    return first.to(tl.float32)
 
 
 @triton.jit
 def pivots(
-    x, operands, channel_bias, rows, group, group_mask, member, pixels, TILING: tl.constexpr
+    x,
+    residual,
+    operands,
+    channel_bias,
+    rows,
+    group,
+    group_mask,
+    member,
+    pixels,
+    TILING: tl.constexpr,
 ):
     """What sums subtract from x, for every row; the first element of each group, and its bias.
 
     Sums are relative to a group's first element, so that the mean of equal values is that value,
     not rounded.
     """
-    channel = group * TILING.group_channels
-    first = load_first(x, rows.sample, channel, group_mask, pixels, TILING)
-    first_bias = load_channel_bias(operands, Rows(rows.sample, rows.first, channel, group_mask))
+    first_rows = Rows(rows.sample, rows.first, group * TILING.group_channels, group_mask)
+    first = load_first(x, residual, first_rows, pixels, TILING)
+    first_bias = load_channel_bias(operands, first_rows)
     pivot = spread(first, member)
     if operands.channel_bias is not None:
         pivot += spread(first_bias, member) - channel_bias
@@ -307,8 +340,8 @@ def load_statistics(mean, rstd, x, operands, rows, pixels, TILING: tl.constexpr)
     center = load_groups(mean, rows, TILING)
     if operands.channel_bias is not None:
         channel = rows.channel - rows.channel % TILING.group_channels
-        first = load_first(x, rows.sample, channel, rows.mask, pixels, TILING)
         first_rows = Rows(rows.sample, rows.first, channel, rows.mask)
+        first = load_first(x, None, first_rows, pixels, TILING)
         first_bias = load_channel_bias(operands, first_rows)
         center = tl.where(first + first_bias == center, first, center - first_bias)
         center -= load_channel_bias(operands, rows) - first_bias
