@@ -299,8 +299,13 @@ def test_triton_kernels(name, arch):
         ("group_norm_silu_backward bf16 channels_last one pass", 8, 4),
         # 16: 4 vectors of 4 float32.
         ("group_norm_silu_backward fp32 nchw one pass", 8, 4),
-        ("group_norm_silu bf16 channels_last split", 4, 0),
-        ("group_norm_silu_backward bf16 nchw split", 8, 0),
+        ("group_norm_silu bf16 channels_last split", 2, 0),
+        ("group_norm_silu_backward bf16 nchw split", 4, 0),
+        # Dropout reads nothing. A residual and the sum, and the gradient of the sum.
+        ("group_norm_silu bf16 channels_last one pass dropout", 4, 4),
+        ("group_norm_silu_backward bf16 channels_last one pass dropout", 8, 4),
+        ("group_norm_silu bf16 channels_last one pass residual", 8, 8),
+        ("group_norm_silu_backward bf16 nchw one pass residual", 6, 2),
         # 64 float32 of a thread, or 32 and their gradients.
         ("group_norm_silu fp32 nchw largest", 16, 16),
         ("group_norm_silu fp32 channels_last largest", 16, 16),

@@ -21,7 +21,6 @@ from .group_norm_silu_split import (
 )
 from .group_norm_silu_tiles import (
     Gradients,
-    Mask,
     Operands,
     Residual,
     Sums,
@@ -78,6 +77,7 @@ def group_norm_silu(
         arrays=1,
         max_blocks=_launch.max_blocks(x.device),
         pairs=_launch.holds_pairs(x, y, residual, summed),
+        plain=residual is None and dropout is None,
     )
     mask = _mask(dropout)
     adds = None if residual is None else Residual(residual, sum_bias, summed)
@@ -95,7 +95,7 @@ def group_norm_silu(
             x,
             operands,
             adds,
-            mask,
+            *mask,
             pixels,
             eps,
             0,
@@ -144,7 +144,7 @@ def group_norm_silu(
         rstd,
         x if summed is None else summed,
         operands,
-        mask,
+        *mask,
         pixels,
         chunks,
         cut.rounds,
@@ -196,6 +196,7 @@ def group_norm_silu_backward(
         arrays=2,
         max_blocks=_launch.max_blocks(x.device),
         pairs=_launch.holds_pairs(x, grad, grad_x, grad_sum),
+        plain=grad_sum is None and grad_sum_bias is None and dropout is None,
     )
     samples = samples_per_program(cut, batch, channels, num_groups, pixels, x.element_size())
     totals = Gradients(grad_weight, grad_bias, grad_sum_bias)
@@ -222,12 +223,17 @@ def group_norm_silu_backward(
 def _shares(totals: Gradients, x: Tensor, rows: int) -> Gradients:
     """Memory for `rows` rows of shares in each total that is wanted."""
     size = rows * x.shape[1]
-    return Gradients(*(None if total is None else workspace(x, size) for total in totals))
+    weight, bias, sum_bias = totals[:3]
+    return Gradients(
+        None if weight is None else workspace(x, size),
+        None if bias is None else workspace(x, size),
+        None if sum_bias is None else workspace(x, size),
+    )
 
 
 def _add_rows(totals: Gradients, shares: Gradients, results: int, rows: int, x: Tensor) -> None:
     """Fill `results` rows of totals with the sums of `rows` rows of shares each."""
-    if all(total is None for total in totals):
+    if totals.weight is None and totals.bias is None and totals.sum_bias is None:
         return
     channels = x.shape[1]
     block = min(32, triton.next_power_of_2(channels))
@@ -250,7 +256,7 @@ def _sample_gradients(
     inputs: tuple[Tensor, ...],
     operands: Operands,
     grad_sum: Tensor | None,
-    mask: Mask | None,
+    mask: tuple[Any, ...],
     meta: dict[str, Any],
     cut: Plan,
     num_groups: int,
@@ -270,7 +276,7 @@ def _sample_gradients(
             *inputs,
             operands,
             grad_sum,
-            mask,
+            *mask,
             pixels,
             0,
             SAMPLES=samples,
@@ -289,7 +295,7 @@ def _sample_gradients(
         sums,
         *inputs,
         operands,
-        mask,
+        *mask,
         pixels,
         chunks,
         cut.rounds,
@@ -329,7 +335,7 @@ def _sample_gradients(
         *inputs,
         operands,
         grad_sum,
-        mask,
+        *mask,
         pixels,
         chunks,
         cut.rounds,
@@ -349,8 +355,9 @@ def _operands(
     return Operands(weight, bias, *rows, *(row_stride(operand) for operand in rows))
 
 
-def _mask(dropout: Dropout | None) -> Mask | None:
+def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int | None, int | None, int | None]:
+    """keys, seed, stream and threshold as the kernels take them."""
     if dropout is None:
-        return None
+        return None, None, None, None
     threshold, keys, seed, stream = dropout
-    return Mask(keys, 0 if seed is None else seed, stream, threshold, 256 / (256 - threshold))
+    return keys, 0 if seed is None else seed, stream, threshold

@@ -13,20 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .group_norm_silu_dropout import Mask, dropped, keep_scale, words_of_tile
 from .group_norm_silu_tiles import (
     Rows,
     Sums,
     activate,
     affine,
-    dropped,
     input_gradient,
     load_channel_bias,
     load_statistics,
-    load_sum_bias,
     masked,
     members_of,
     normalized,
     pivots,
+    rounded_sum,
     rows_of,
     spread,
     store_channel_gradients,
@@ -35,6 +35,7 @@ from .group_norm_silu_tiles import (
     sum_segments,
     tile_offsets,
 )
+from .philox import dropout_bytes, noise_key
 
 
 @triton.jit
@@ -76,36 +77,60 @@ def load_pieces(pointer, tile, sample, pixels, HELD: tl.constexpr):
 
 
 @triton.jit
-def load_sum_pieces(x, residual, tile, rows, pixels, HELD: tl.constexpr):
-    """The rounded sums of a tile and its residual, as a tuple of pieces; they go to memory too."""
+def half(pairs, SECOND: tl.constexpr, DTYPE: tl.constexpr):
+    """The first or the second elements of pairs."""
+    if SECOND:
+        pairs = pairs >> 16
+    return pairs.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def load_sum_pieces(x, residual, tile, rows, pixels, zero, HELD: tl.constexpr):
+    """The rounded sums of a tile and its residual, as a tuple of pieces; they go to memory too.
+
+    Pairs are added half by half: of sums of whole tiles `tl.split` would make them, whose second
+    result Triton 3.8 mistakes for the first where it wants them in another layout, too.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PIECES: tl.constexpr = HELD.pieces
-    sum_bias = load_sum_bias(residual, rows)
+    HALVES: tl.constexpr = 2 if HELD.packed and HELD.channels_last else 1  # with their own channel
+    held_rows = rows_of(tile, HELD)
+    first_rows = Rows(rows.sample, rows.first, held_rows.channel * HALVES, held_rows.mask)
+    second_rows = Rows(rows.sample, rows.first, first_rows.channel + HALVES - 1, held_rows.mask)
     held = ()
     for piece in tl.static_range(PIECES):
         x_piece = load_piece(x, piece, tile, rows.sample, pixels, HELD)
         other = load_piece(residual.x, piece, tile, rows.sample, pixels, HELD)
-        total = unpack(x_piece, 0, DTYPE, HELD) + unpack(other, 0, DTYPE, HELD)
-        if sum_bias is not None:
-            total += sum_bias[:, None]
-        total = pack(total.to(DTYPE), HELD)
+        if HELD.packed:
+            first = half(x_piece, False, DTYPE)
+            first = rounded_sum(first, half(other, False, DTYPE), residual, first_rows)
+            second = half(x_piece, True, DTYPE)
+            second = rounded_sum(second, half(other, True, DTYPE), residual, second_rows)
+            total = pair(first, second) ^ zero  # or the halves are kept
+        else:
+            total = rounded_sum(x_piece, other, residual, first_rows)
         store_held(residual.sum, total, piece, tile, rows.sample, pixels, HELD)
         held = held + (total,)  # noqa: RUF005
     return held
 
 
 @triton.jit
-def dropped_pieces(
-    held, dropout, rows, pixels, DTYPE: tl.constexpr, TILING: tl.constexpr, HELD: tl.constexpr
-):
-    """Held pieces of a gradient, with 0 for the elements that dropout drops."""
+def dropped_pieces(held, dropout, rows, pixels, TILING: tl.constexpr, HELD: tl.constexpr):
+    """Held pieces, with 0 for the elements that dropout drops. Pairs are of pixels."""
     PIECES: tl.constexpr = TILING.pieces
+    ROWS: tl.constexpr = held[0].shape[0]
+    WIDTH: tl.constexpr = held[0].shape[1]
     kept = ()
     for piece in tl.static_range(PIECES):
         first_pixel = piece * (TILING.tile_pixels // TILING.pieces)
-        values = unpack(held[piece], 0, DTYPE, HELD)
-        values = dropped(values, dropout, rows, first_pixel, pixels, TILING)
-        kept = kept + (pack(values.to(DTYPE), HELD),)  # noqa: RUF005
+        if HELD.packed:
+            words = words_of_tile(dropout, rows, first_pixel, pixels, TILING)
+            first = dropout_bytes(words, ROWS, WIDTH, FIRST=0, STEP=2) >= dropout.threshold
+            second = dropout_bytes(words, ROWS, WIDTH, FIRST=1, STEP=2) >= dropout.threshold
+            values = held[piece] & (tl.where(first, 0xFFFF, 0) | tl.where(second, -65536, 0))
+        else:
+            values = dropped(held[piece], dropout, rows, first_pixel, pixels, TILING)
+        kept = kept + (values,)  # noqa: RUF005
     return kept
 
 
@@ -114,8 +139,7 @@ def unpack(held, zero, DTYPE: tl.constexpr, HELD: tl.constexpr):
     """The float32 values of a piece, [rows, pixels]. `zero`: see the top of this file."""
     if HELD.packed:
         pairs = held ^ zero
-        first = pairs.to(tl.int16).to(DTYPE, bitcast=True)
-        second = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        first, second = half(pairs, False, DTYPE), half(pairs, True, DTYPE)
         values = tl.join(first.to(tl.float32), second.to(tl.float32))
         if HELD.channels_last:
             values = tl.permute(values, (0, 2, 1))
@@ -134,18 +158,11 @@ def plus(total, values):
 
 
 @triton.jit
-def pack(values, HELD: tl.constexpr):
-    """A piece as it is held."""
-    if HELD.packed:
-        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-        if HELD.channels_last:
-            bits = tl.reshape(bits, (bits.shape[0] // 2, 2, bits.shape[1]))
-            bits = tl.permute(bits, (0, 2, 1))
-        else:
-            bits = tl.reshape(bits, (bits.shape[0], bits.shape[1] // 2, 2))
-        first, second = tl.split(bits)
-        values = (first & 0xFFFF) | (second << 16)
-    return values
+def pair(first, second):
+    """Pairs of elements of 16 bits."""
+    first = first.to(tl.int16, bitcast=True).to(tl.int32)
+    second = second.to(tl.int16, bitcast=True).to(tl.int32)
+    return (first & 0xFFFF) | (second << 16)
 
 
 @triton.jit
@@ -158,11 +175,19 @@ def store_held(pointer, held, piece, tile, sample, pixels, HELD: tl.constexpr):
 
 @triton.jit
 def store_piece(pointer, values, piece, tile, sample, pixels, HELD: tl.constexpr):
-    held = pack(values.to(pointer.dtype.element_ty), HELD)
-    store_held(pointer, held, piece, tile, sample, pixels, HELD)
+    values = values.to(pointer.dtype.element_ty)
+    if HELD.packed:
+        if HELD.channels_last:
+            values = tl.reshape(values, (values.shape[0] // 2, 2, values.shape[1]))
+            values = tl.permute(values, (0, 2, 1))
+        else:
+            values = tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2))
+        first, second = tl.split(values)
+        values = pair(first, second)
+    store_held(pointer, values, piece, tile, sample, pixels, HELD)
 
 
-@triton.jit(do_not_specialize=["eps", "zero", "dropout"])
+@triton.jit(do_not_specialize=["eps", "zero", "seed", "stream", "threshold"])
 def group_norm_silu_fwd_kernel(
     y,
     mean,
@@ -170,7 +195,10 @@ def group_norm_silu_fwd_kernel(
     x,
     operands,
     residual,
-    dropout,
+    keys,
+    seed,
+    stream,
+    threshold,
     pixels,
     eps,
     zero,
@@ -187,7 +215,7 @@ def group_norm_silu_fwd_kernel(
     channel_bias = load_channel_bias(operands, rows)
     gamma, beta = affine(operands, rows)
     if residual is not None:
-        held = load_sum_pieces(x, residual, tile, rows, pixels, HELD)
+        held = load_sum_pieces(x, residual, tile, rows, pixels, 4 * zero, HELD)
     else:
         held = load_pieces(x, tile, rows.sample, pixels, HELD)
 
@@ -217,14 +245,15 @@ def group_norm_silu_fwd_kernel(
     for piece in tl.static_range(PIECES):
         deviation = unpack(held[piece], 2 * zero, DTYPE, HELD) - center[:, None]
         values = activate(deviation * slope[:, None] + beta[:, None], ACTIVATION)
-        if dropout is not None:
+        if threshold is not None:
             first_pixel = piece * (TILING.tile_pixels // TILING.pieces)
-            values *= dropout.scale
+            dropout = Mask(noise_key(keys, seed, rows.sample), stream, threshold)
+            values *= keep_scale(threshold)
             values = dropped(values, dropout, rows, first_pixel, pixels, TILING)
         store_piece(y, values, piece, tile, rows.sample, pixels, HELD)
 
 
-@triton.jit(do_not_specialize=["zero", "dropout"])
+@triton.jit(do_not_specialize=["zero", "seed", "stream", "threshold"])
 def group_norm_silu_bwd_kernel(
     grad_x,
     gradients,
@@ -234,7 +263,10 @@ def group_norm_silu_bwd_kernel(
     rstd,
     operands,
     grad_sum,
-    dropout,
+    keys,
+    seed,
+    stream,
+    threshold,
     pixels,
     zero,
     ACTIVATION: tl.constexpr,
@@ -263,8 +295,9 @@ def group_norm_silu_bwd_kernel(
         rows = Rows(sample, tile_rows.first, tile_rows.channel, tile_rows.mask)
         held_x = load_pieces(x, tile, sample, pixels, HELD)
         held_grad = load_pieces(grad, tile, sample, pixels, HELD)
-        if dropout is not None:
-            held_grad = dropped_pieces(held_grad, dropout, rows, pixels, DTYPE, TILING, HELD)
+        if threshold is not None:
+            dropout = Mask(noise_key(keys, seed, sample), stream, threshold)
+            held_grad = dropped_pieces(held_grad, dropout, rows, pixels, TILING, HELD)
         center, row_rstd = load_statistics(mean, rstd, x, operands, rows, pixels, TILING)
         gamma, beta = affine(operands, rows)
 
@@ -273,8 +306,8 @@ def group_norm_silu_bwd_kernel(
             mask = piece_mask(piece, rows, pixels, TILING)
             x_piece = unpack(held_x[piece], 0, DTYPE, HELD)
             grad_piece = unpack(held_grad[piece], 0, DTYPE, HELD)
-            if dropout is not None:
-                grad_piece *= dropout.scale
+            if threshold is not None:
+                grad_piece *= keep_scale(threshold)
             h_hat, dz = normalized(
                 x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
             )
@@ -308,8 +341,8 @@ def group_norm_silu_bwd_kernel(
                 mask = piece_mask(piece, rows, pixels, TILING)
                 x_piece = unpack(held_x[piece], zero, DTYPE, HELD)
                 grad_piece = unpack(held_grad[piece], zero, DTYPE, HELD)
-                if dropout is not None:
-                    grad_piece *= dropout.scale
+                if threshold is not None:
+                    grad_piece *= keep_scale(threshold)
                 h_hat, dz = normalized(
                     x_piece, grad_piece, mask, center, row_rstd, gamma, beta, ACTIVATION
                 )

@@ -90,12 +90,15 @@ def plan(
     arrays: int,
     max_blocks: int = 1,
     pairs: bool = True,
+    plain: bool = True,
 ) -> Plan:
     """The choice for a sample, for a kernel that holds tiles of `arrays` tensors.
 
     One pass, in the registers of one block or of a cluster of at most `max_blocks`: of the
     smallest that can hold its groups, unless a larger one wastes less of the sectors it reads.
-    Otherwise two passes. `pairs`: whether elements of 16 bits may be held in pairs.
+    Otherwise two passes. `pairs`: whether elements of 16 bits may be held in pairs. `plain`: no
+    dropout or residual. They take registers, and in the long kernels of clusters that hold pairs
+    more steps than a pass of Triton 3.8's compiler has.
 
     A network has few shapes and asks for each in every step, so plans are remembered: the search
     takes up to 300 us, a call of the op 50.
@@ -111,14 +114,18 @@ def plan(
     padded = triton.next_power_of_2(pixels)
     sizes = {k: triton.next_power_of_2(k * group_channels) * padded for k in divisors}
     limit = min(max_blocks, max(1, padded * itemsize // SECTOR_BYTES))
-    held_as = arrays, itemsize, channels_last
+    # Where elements cannot be held in pairs, on sm_100, fewer pieces spill less.
+    held_as = arrays, itemsize, channels_last, plain or (arrays == 2 and not pairs)
     backward_channels = channels_last and arrays > 1
     pairs &= itemsize == 2 and (group_channels if channels_last else pixels) % 2 == 0
     pairs &= not backward_channels
     choices = []
     for packed in (False, True)[: 1 + pairs]:
         for blocks in (1 << k for k in range(limit.bit_length())):
-            registers = HELD_CROWDED if backward_channels and blocks > 1 else HELD
+            if packed and blocks > 1 and not plain:
+                continue
+            crowded = blocks > 1 or (max_blocks > 1 and itemsize == 4 and not plain)
+            registers = HELD_CROWDED if backward_channels and crowded else HELD
             held = registers // arrays * blocks * (1 + packed)
             if blocks > 1:
                 held = min(held, CLUSTER_CHANNELS * padded)  # elements
@@ -145,8 +152,10 @@ def plan(
         while 1 < blocks < limit and num_groups // groups * blocks < DEVICE_PROGRAMS:
             blocks *= 2
         tile, size = sizes[groups] // padded, sizes[groups] // blocks
-        cut = tile, padded // blocks, 1, _warps(size), blocks, _pieces(size, *held_as)
-        return Plan(True, groups, *cut, packed)
+        pieces = _pieces(size, *held_as)
+        if not plain and channels_last and packed:
+            pieces *= 2
+        return Plan(True, groups, tile, padded // blocks, 1, _warps(size), blocks, pieces, packed)
 
     groups = 1
     if channels_last:
@@ -192,12 +201,13 @@ def _warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def _pieces(elements: int, arrays: int, itemsize: int, channels_last: bool) -> int:
+def _pieces(elements: int, arrays: int, itemsize: int, channels_last: bool, plain: bool) -> int:
     """Pieces that a block's tile is cut into, for the fewest registers per thread.
 
     One piece is float32 at a time, next to everything that is held. Up to 32 elements a thread are
-    one piece; of two arrays 16, or 32 bfloat16 in channels_last. More are worked on 16 at a time.
+    one piece; of two arrays 16, or 32 bfloat16 in channels_last; with dropout or a residual 16.
+    More are worked on 16 at a time.
     """
     per_thread = elements // (32 * _warps(elements))
-    at_once = 32 if arrays == 1 or (channels_last and itemsize == 2) else 16
+    at_once = 32 if plain and (arrays == 1 or (channels_last and itemsize == 2)) else 16
     return 1 if per_thread <= at_once else per_thread * arrays // 16

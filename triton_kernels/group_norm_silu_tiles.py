@@ -28,8 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import dropout_bytes, dropout_bytes_of_rows, noise_key
-
 SILU, IDENTITY = (tl.constexpr(k) for k in range(2))
 
 
@@ -82,16 +80,6 @@ class Residual(NamedTuple):
     x: Tensor
     bias: Tensor | None  # (C,)
     sum: Tensor
-
-
-class Mask(NamedTuple):
-    """Of dropout, made as in csrc/include/fastdiff/dropout.h."""
-
-    keys: Tensor | None
-    seed: int
-    stream: int
-    threshold: int
-    scale: float  # that kept elements are multiplied with
 
 
 class Gradients(NamedTuple):
@@ -249,20 +237,13 @@ def members_of(rows, TILING: tl.constexpr):
 
 
 @triton.jit
-def rounded_sum(x, residual, bias):
-    """(x + residual) + bias, as it is stored."""
-    total = x.to(tl.float32) + residual.to(tl.float32)
-    if bias is not None:
-        total += bias
-    return total.to(x.dtype)
-
-
-@triton.jit
-def load_sum_bias(residual, rows):
-    bias = None
+def rounded_sum(x, other, residual, rows):
+    """(x + other) + bias, as it is stored, of a tile or (1-D) of one element of each row."""
+    total = x.to(tl.float32) + other.to(tl.float32)
     if residual.bias is not None:
         bias = load_channels(residual.bias, 0, rows, 0.0)
-    return bias
+        total += bias if len(x.shape) == 1 else bias[:, None]
+    return total.to(x.dtype)
 
 
 @triton.jit
@@ -273,7 +254,7 @@ def load_first(x, residual, rows, pixels, TILING: tl.constexpr):
     first = tl.load(x + at, mask=rows.mask, other=0.0)
     if residual is not None:
         other = tl.load(residual.x + at, mask=rows.mask, other=0.0)
-        first = rounded_sum(first, other, load_sum_bias(residual, rows))
+        first = rounded_sum(first, other, residual, rows)
     return first.to(tl.float32)
 
 
@@ -365,32 +346,6 @@ def load_statistics(mean, rstd, x, operands, rows, pixels, TILING: tl.constexpr)
         center = tl.where(first + first_bias == center, first, center - first_bias)
         center -= load_channel_bias(operands, rows) - first_bias
     return center, load_groups(rstd, rows, TILING)
-
-
-@triton.jit
-def dropped(values, dropout, rows, first_pixel, pixels, TILING: tl.constexpr):
-    """`values` of a tile, or a piece of one, with 0 for those that dropout drops."""
-    if dropout is not None:
-        CH: tl.constexpr = TILING.tile_channels
-        ROWS: tl.constexpr = TILING.segments * CH
-        PIX: tl.constexpr = TILING.tile_pixels // TILING.pieces
-        # Whether a tile's channels are fours that share blocks, and not parts of such.
-        FOURS: tl.constexpr = TILING.groups * TILING.group_channels % 4 == 0 and CH % 4 == 0
-        STEP: tl.constexpr = 4 if FOURS else 1
-        c = tl.arange(0, ROWS // STEP)[:, None] * STEP
-        p = tl.arange(0, (PIX + 3) // 4)[None, :] * 4
-        if TILING.segments > 1:
-            p += c // CH * TILING.tile_pixels
-            c %= CH
-        channel = rows.first + c
-        block = (channel >> 2) * ((pixels + 3) >> 2) + ((first_pixel + p) >> 2)
-        key = noise_key(dropout.keys, dropout.seed, rows.sample)
-        if FOURS:
-            decisions = dropout_bytes(key, dropout.stream, block, ROWS, PIX)
-        else:
-            decisions = dropout_bytes_of_rows(key, dropout.stream, block, channel, ROWS, PIX)
-        values = tl.where(decisions >= dropout.threshold, values, 0.0)
-    return values
 
 
 @triton.jit

@@ -127,34 +127,38 @@ def chunk_normals(
 
 
 @triton.jit
-def dropout_bytes(key, stream, block, ROWS: tl.constexpr, PIXELS: tl.constexpr):
-    """The bytes that decide for ROWS channels at PIXELS pixels (csrc/include/fastdiff/dropout.h).
+def dropout_words(key, stream, block, ROWS: tl.constexpr):
+    """Words that decide about ROWS channels at 4 pixels each (csrc/include/fastdiff/dropout.h).
 
-    A block has a word for each of 4 channels, with a byte for each of 4 pixels. `block` is
-    (ROWS / 4, pixels / 4 rounded up); fewer than 4 pixels take the first bytes.
+    A block has a word for each of 4 channels: `block` is (ROWS / 4, pixels / 4), the result
+    (ROWS, pixels / 4).
     """
     w0, w1, w2, w3 = philox4x32(key, stream, block)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (ROWS, block.shape[1]))
-    return bytes_of(words, ROWS, PIXELS)
+    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (ROWS, block.shape[1]))
 
 
 @triton.jit
-def dropout_bytes_of_rows(key, stream, block, channel, ROWS: tl.constexpr, PIXELS: tl.constexpr):
-    """The same for channels that are not four to a block: `block` is (ROWS, pixels / 4).
+def dropout_words_of_rows(key, stream, block, channel):
+    """The same for channels that are not four to a block: `block` is (rows, pixels / 4).
 
     Each makes its own blocks and throws three words away.
     """
     w0, w1, w2, w3 = philox4x32(key, stream, block)
     low = tl.where((channel & 1) == 0, w0, w1)
     high = tl.where((channel & 1) == 0, w2, w3)
-    return bytes_of(tl.where((channel & 2) == 0, low, high), ROWS, PIXELS)
+    return tl.where((channel & 2) == 0, low, high)
 
 
 @triton.jit
-def bytes_of(words, ROWS: tl.constexpr, PIXELS: tl.constexpr):
-    """The bytes of every word, from the low end, side by side, as int32."""
+def dropout_bytes(
+    words, ROWS: tl.constexpr, PIXELS: tl.constexpr, FIRST: tl.constexpr = 0, STEP: tl.constexpr = 1
+):
+    """The bytes FIRST, FIRST + STEP, ... of every word, from the low end, as (ROWS, PIXELS) int32.
+
+    Byte p mod 4 belongs to pixel p: fewer than 4 pixels take the first bytes.
+    """
     BYTES: tl.constexpr = PIXELS // words.shape[1]
-    shift = 8 * tl.arange(0, BYTES)
-    decisions = (words[:, :, None] >> shift.to(tl.uint32)[None, None, :]) & 255
+    shift = (8 * (FIRST + STEP * tl.arange(0, BYTES))).to(tl.uint32)
+    decisions = (words[:, :, None] >> shift[None, None, :]) & 255
     return tl.reshape(decisions.to(tl.int32), (ROWS, PIXELS))

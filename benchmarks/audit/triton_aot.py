@@ -189,25 +189,36 @@ def _group_norm_silu(
     backward: bool = False,
     max_blocks: int = 1,
     pairs: bool = True,
+    form: str = "",
 ) -> None:
+    """`form`: "dropout", or "residual" with a bias of the sum, or neither."""
+    from fastdiff.reference.dropout import Dropout
     from fastdiff.triton_kernels import _launch
     from fastdiff.triton_kernels import group_norm_silu as kernels
 
     x, operand = _empty(dtype, channels_last, shape), _empty(torch.float32, shape=shape[1:2])
     statistics = _empty(torch.float32, shape=(shape[0], 32))
     small = (operand, operand, None, None, None)
+    forward: dict[str, Any] = {}
+    gradients: dict[str, Any] = {}
+    if form == "dropout":
+        forward = gradients = {"dropout": Dropout(26, None, 0, 0)}
+    elif form == "residual":
+        forward = {"residual": x, "sum_bias": operand, "summed": x}
+        gradients = {"grad_sum": x, "grad_sum_bias": operand}
     with (
         unittest.mock.patch.object(_launch, "max_blocks", return_value=max_blocks),
         unittest.mock.patch.object(_launch, "holds_pairs", return_value=pairs),
     ):
         if backward:
             kernels.group_norm_silu_backward(
-                x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last
+                x, *small, x, x, statistics, statistics, 32, *small, 0, channels_last, **gradients
             )
         else:
             kernels.group_norm_silu(
-                x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last
-            )
+                x, statistics, statistics, x, 32, *small[:2], 1e-5, *small[2:], 0, channels_last,
+                **forward,
+            )  # fmt: skip
 
 
 def _vlb_terms(
@@ -284,9 +295,18 @@ def representative_calls(arch: str) -> dict[str, Callable[[], None]]:
                     calls[f"{op} {name} {layout} {case}"] = functools.partial(
                         call, (1, 128, size, size)
                     )
+                for form in ("dropout", "residual"):
+                    calls[f"{op} {name} {layout} one pass {form}"] = functools.partial(
+                        call, (1, 128, 32, 32), form=form
+                    )
                 in_pairs = pairs and name == "bf16"
                 largest = _largest_group(in_pairs, channels_last, backward)
                 calls[f"{op} {name} {layout} largest"] = functools.partial(call, (1, *largest))
+                if in_pairs:
+                    for form in ("dropout", "residual"):
+                        calls[f"{op} {name} {layout} largest {form}"] = functools.partial(
+                            call, (1, *largest), form=form
+                        )
                 if clusters:
                     calls[f"{op} {name} {layout} cluster"] = functools.partial(
                         call, (1, 512, 64, 64), max_blocks=8

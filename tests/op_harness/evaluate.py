@@ -115,10 +115,12 @@ def evaluate(
     arguments: dict[str, Any],
     *,
     gradients: tuple[str, ...] = (),
-    grad_output: Tensor | None = None,
+    grad_output: Tensor | tuple[Tensor, ...] | None = None,
     **emulator: Any,
 ) -> Result:
     """Run `op` with the raw operator's `arguments`; differentiate the names in `gradients`.
+
+    `grad_output` is that of the first output, or a tuple for the first outputs.
 
     Fresh memory holds NaN, so that an element nobody wrote shows. The emulator checks every access
     and looks for races; `emulator` takes more of its options (count, seed) and `arch`.
@@ -162,19 +164,19 @@ def on_gpu(x: Tensor) -> Tensor:
 
 
 def _overload(op: str, name: str) -> Any:
+    if name in ("default", "triton"):
+        return getattr(getattr(torch.ops.fastdiff, op), name)
     stem = op.rstrip("_")
     definition = importlib.import_module(f"fastdiff.ops.{stem}")._op
     if name == "reference":
         return lambda *arguments: definition.reference(definition.arguments(*arguments))
-    if name == "cuda-ptx":
-        cuda_ptx = importlib.import_module(f".cuda_ptx.{stem}", __package__)
-        launcher = getattr(cuda_ptx, op)
-        if definition.autograd is None:
-            return launcher
-        backward = getattr(cuda_ptx, f"{op}_backward", None)
-        options = {} if backward is None else {"backward": backward}
-        return functools.partial(definition.autograd, launcher, **options)
-    return getattr(getattr(torch.ops.fastdiff, op), name)
+    cuda_ptx = importlib.import_module(f".cuda_ptx.{stem}", __package__)
+    launcher = getattr(cuda_ptx, op)
+    if definition.autograd is None:
+        return launcher
+    backward = getattr(cuda_ptx, f"{op}_backward", None)
+    options = {} if backward is None else {"backward": backward}
+    return functools.partial(definition.autograd, launcher, **options)
 
 
 def _evaluate_here(
@@ -182,7 +184,7 @@ def _evaluate_here(
     overload: str,
     arguments: dict[str, Any],
     gradients: tuple[str, ...],
-    grad_output: Tensor | None,
+    grad_output: Tensor | tuple[Tensor, ...] | None,
     launches: Sequence[Any] = (),
 ) -> Result:
     arguments = dict(arguments)
@@ -197,7 +199,8 @@ def _evaluate_here(
         grads: tuple[Tensor, ...] = ()
         if gradients:
             inputs = [arguments[name] for name in gradients]
-            grads = torch.autograd.grad(outputs[0], inputs, grad_output)
+            given = grad_output if isinstance(grad_output, tuple) else (grad_output,)
+            grads = torch.autograd.grad(outputs[: len(given)], inputs, given)
     named = dict(zip(gradients, grads, strict=True))
     return Result(tuple(x.detach() for x in outputs), named, forward_launches=forward_launches)
 

@@ -17,6 +17,7 @@ from op_harness.group_norm_silu import (
     grad_output,
     operations,
 )
+from op_harness.group_norm_triton import choose_kernels
 from ptx_emulator.counters import Requests
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -73,28 +74,17 @@ def forgotten_plans() -> Iterator[None]:
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing fits in registers, tiles are small, and a program of a reduction adds up several."""
-    monkeypatch.setattr(plans, "HELD", 0)
-    monkeypatch.setattr(plans, "HELD_CROWDED", 0)
-    monkeypatch.setattr(plans, "SPLIT_ELEMENTS", 512)
-    monkeypatch.setattr(plans, "REDUCTION_PROGRAMS", 4)
+    choose_kernels("split", monkeypatch)
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So little fits in a block's registers that a program is a cluster."""
-    if not _launch.compiles_clusters(triton.__version__):
-        pytest.skip("this Triton cannot add up over the blocks of a cluster")
-    monkeypatch.setattr(plans, "HELD", 128)
-    monkeypatch.setattr(plans, "HELD_CROWDED", 256)
+    choose_kernels("cluster", monkeypatch)
 
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block can hold 1024 values, or 2048 in pairs, in four pieces."""
-    monkeypatch.setattr(plans, "_pieces", lambda *tile: 4)
-    monkeypatch.setattr(plans, "HELD", 1024)
-    monkeypatch.setattr(plans, "HELD_CROWDED", 1024)
+    choose_kernels("pieces", monkeypatch)
 
 
 def check(case: Case, implementation: str, **emulator: Any) -> list:
