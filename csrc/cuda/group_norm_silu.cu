@@ -1,6 +1,6 @@
 #include "fastdiff/group_norm_silu_forward.cuh"
 
-#include "group_norm_silu_launch.cuh"
+#include "group_norm_silu_kernels.cuh"
 #include "launchers.h"
 
 namespace fastdiff::cuda {
@@ -8,7 +8,7 @@ namespace {
 
 struct Forward {
   GroupNormSiluArgs args;
-  int vector = 1;
+  ForwardKernels kernels{};
   GroupNormPlan plan{};
 
   explicit Forward(const GroupNormSiluArgs& given) : args(given) {
@@ -16,22 +16,22 @@ struct Forward {
   }
 
   cudaError_t choose() {
-    const DType type = args.x_type;
-    vector = vector_elements(args.layout, type, {args.x, args.y});
-    return choose_plan(plan, args.layout, vector, type, kGroupNormForward, [&](const auto& wanted) {
-      const cudaError_t error = dispatch([&]<typename T, bool ChannelsLast, int V>() {
-        return cluster_fits<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>,
-                                               wanted)
-                   ? cudaSuccess
-                   : cudaErrorInvalidClusterSize;
-      });
-      return error == cudaSuccess;
+    const GroupNormLayout& layout = args.layout;
+    const int vector =
+        vector_elements(layout, args.x_type, {args.x, args.residual, args.sum, args.y});
+    const KernelTypes types = {args.x_type, layout.channels_last, vector};
+    cudaError_t error = types.dispatch([&]<typename T, bool ChannelsLast, int V>() {
+      kernels = {group_norm_silu_fwd_kernel<T, ChannelsLast, V>,
+                 group_norm_silu_moments_kernel<T, ChannelsLast, V>,
+                 group_norm_silu_statistics_kernel<T>,
+                 group_norm_silu_apply_kernel<T, ChannelsLast, V>};
+      return cudaSuccess;
     });
-  }
-
-  template <typename F>
-  cudaError_t dispatch(const F& body) const {
-    return dispatch_group_norm(args.x_type, args.layout.channels_last, vector, body);
+    if (error == cudaSuccess && args.dropout.threshold) error = use_dropout(kernels, types);
+    if (error == cudaSuccess && args.residual) error = use_residual(kernels, types);
+    if (error != cudaSuccess) return error;
+    return choose_plan(plan, layout, vector, args.x_type, kGroupNormForward,
+                       [&](const auto& wanted) { return cluster_fits(kernels.one_pass, wanted); });
   }
 
   int64_t workspace() const {
@@ -39,26 +39,22 @@ struct Forward {
     return plan.one_pass ? 0 : channels * plan.chunks * Moments::kFloats;
   }
 
-  template <typename T, bool ChannelsLast, int V>
-  cudaError_t run(cudaStream_t stream) const {
+  cudaError_t run(cudaStream_t stream) {
     const GroupNormLayout& layout = args.layout;
-    const auto start = [&](GroupNormKernel<GroupNormSiluArgs> kernel, int64_t floats) {
+    const auto start = [&](ForwardKernels::Kernel kernel, int64_t shared_bytes, int cluster = 1) {
       return launch(kernel, args, plan, layout.batch, plan.blocks_per_sample, plan.threads,
-                    floats * sizeof(float), 1, stream);
+                    shared_bytes, cluster, stream);
     };
-    if (plan.one_pass) {
-      return launch<GroupNormSiluArgs>(group_norm_silu_fwd_kernel<T, ChannelsLast, V>, args, plan,
-                                       layout.batch, plan.blocks_per_sample, plan.threads,
-                                       plan.shared_bytes, plan.cluster, stream);
-    }
-    cudaError_t error = start(group_norm_silu_moments_kernel<T, ChannelsLast, V>,
-                              plan.chunk_partials() * Moments::kFloats);
+    if (plan.one_pass) return start(kernels.one_pass, plan.shared_bytes, plan.cluster);
+    const int64_t biases = args.residual ? plan.padded_channels : 0;
+    const int64_t moments = plan.chunk_partials() * Moments::kFloats;
+    cudaError_t error = start(kernels.moments, (biases + moments) * sizeof(float));
     if (error != cudaSuccess) return error;
-    error = launch<GroupNormSiluArgs>(group_norm_silu_statistics_kernel<T>, args, plan,
-                                      layout.batch * layout.groups, 1, plan.threads, 0, 1, stream);
+    if (args.residual) args.x = args.sum;  // as the moments kernel wrote it
+    error = launch(kernels.statistics, args, plan, layout.batch * layout.groups, 1, plan.threads, 0,
+                   1, stream);
     if (error != cudaSuccess) return error;
-    return start(group_norm_silu_apply_kernel<T, ChannelsLast, V>,
-                 AffineTable::kCoefficients * plan.padded_channels);
+    return start(kernels.apply, AffineTable::kCoefficients * sizeof(float) * plan.padded_channels);
   }
 };
 
@@ -74,6 +70,5 @@ extern "C" cudaError_t fastdiff_group_norm_silu(const fastdiff::GroupNormSiluArg
                                                 cudaStream_t stream) {
   fastdiff::cuda::Forward pass(*args);
   if (const cudaError_t error = pass.choose(); error != cudaSuccess) return error;
-  return pass.dispatch(
-      [&]<typename T, bool ChannelsLast, int V>() { return pass.run<T, ChannelsLast, V>(stream); });
+  return pass.run(stream);
 }

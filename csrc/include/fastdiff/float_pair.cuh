@@ -52,6 +52,8 @@ __device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {
 
 __device__ __forceinline__ float negative(float a) { return -a; }
 __device__ __forceinline__ float2 negative(float2 a) { return {-a.x, -a.y}; }
+__device__ __forceinline__ float first_of(float a) { return a; }
+__device__ __forceinline__ float first_of(float2 a) { return a.x; }
 __device__ __forceinline__ float total(float a) { return a; }
 __device__ __forceinline__ float total(float2 a) { return a.x + a.y; }
 

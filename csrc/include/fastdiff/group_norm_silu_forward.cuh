@@ -1,6 +1,8 @@
 #pragma once
 
 #include "fastdiff/group_norm_silu_blocks.cuh"
+#include "fastdiff/group_norm_silu_dropout.cuh"
+#include "fastdiff/group_norm_silu_sum.cuh"
 
 namespace fastdiff {
 
@@ -18,17 +20,17 @@ __device__ __forceinline__ void item_moments(Items<ChannelsLast, V>& items, cons
   constexpr int A = ChannelsLast ? V : 1, S = ChannelsLast ? L::kFloats : 1;
   items.template walk<Source::kSumsWalk>([&](const Item& item) {
     auto vectors = source.vectors(items, item);
-    const T* first = source.first(items, item);
+    const auto first = source.first(items, item);
     Float minus_pivot[S], sum[S], squares[S];
     float pivot = 0.0f;
     if constexpr (ChannelsLast) {
       if (items.inside(item)) {
-        const auto pivots = source.load(first);
+        const auto pivots = vectors.at(first);
 #pragma unroll
         for (int j = 0; j < S; ++j) minus_pivot[j] = L::widen(pivots, j);
       }
     } else {
-      if (items.inside(item)) pivot = to_float(item.count ? vectors.from[0] : first[0]);
+      if (items.inside(item)) pivot = to_float(item.count ? vectors.element() : first[0]);
       pivot = items.lanes_mean(pivot);
       minus_pivot[0] = broadcast<Float>(pivot);
     }
@@ -37,10 +39,9 @@ __device__ __forceinline__ void item_moments(Items<ChannelsLast, V>& items, cons
       minus_pivot[j] = negative(minus_pivot[j]);
       sum[j] = squares[j] = broadcast<Float>(0.0f);
     }
-    in_steps<Source::kSumVectors>(item.count, [&](auto R) {
+    in_steps<Source::template kSumVectors<ChannelsLast>>(item.count, [&](auto R) {
       Vector<T, V> loaded[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) loaded[r] = vectors[r];
+      vectors.load(loaded);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -72,12 +73,12 @@ __device__ __forceinline__ void item_moments(Items<ChannelsLast, V>& items, cons
   });
 }
 
-// y = act(slope (x - center) + offset) on the items; the coefficients of channel c are in place c -
-// base.
-template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
+// y = act(slope (x - center) + offset) on the items, with dropout or without; the coefficients of
+// channel c are in place c - base.
+template <typename T, bool ChannelsLast, int V, typename Source, typename Drop, typename Gate>
 __device__ __forceinline__ void apply_affine(T* y, Items<ChannelsLast, V>& items,
                                              const Source& source, const AffineTable& table,
-                                             int base, Gate gate) {
+                                             int base, const Drop& dropout, Gate gate) {
   using L = Lane<T, V>;
   using Float = typename L::Float;
   items.template walk<1>([&](const Item& item) {
@@ -89,21 +90,22 @@ __device__ __forceinline__ void apply_affine(T* y, Items<ChannelsLast, V>& items
     L::template coefficients<ChannelsLast>(table, c, kSlope, slope);
     L::template coefficients<ChannelsLast>(table, c, kOffset, offset);
     T* to = y + items.offset(item);
-    in_steps<Source::kVectors>(item.count, [&](auto R) {
+    auto masks = dropout.masks(items, item);
+    // Two masks at a time take more registers than there are, and hide no more latency.
+    in_steps<Drop::kDrops && Source::kOnChip ? 1 : Source::kVectors>(item.count, [&](auto R) {
       Vector<T, V> loaded[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) loaded[r] = vectors[r];
+      vectors.load(loaded);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         Float values[L::kFloats];
 #pragma unroll
         for (int j = 0; j < L::kFloats; ++j) {
           const Float d = add(L::widen(loaded[r], j), minus_center[j]);
-          values[j] = gate.activate(multiply_add(d, slope[j], offset[j]));
+          values[j] = dropout.scaled(gate.activate(multiply_add(d, slope[j], offset[j])));
         }
-        L::store(to + r * items.tiling.step, values);
+        L::store(to + r * items.tiling.step, masks.kept(r, L::narrow(values)));
       }
-      vectors.skip(R);
+      vectors.skip(R), masks.skip(R);
       to += R * items.tiling.step;
     });
   });
@@ -113,12 +115,11 @@ __device__ __forceinline__ float reciprocal_deviation(float variance, double eps
   return 1.0f / sqrtf(variance + static_cast<float>(eps));
 }
 
-// One pass: copies x once into shared memory, and writes y from there. Items of a unit are divided
-// among the blocks of a cluster, which read each other's partial sums.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                               const int64_t first_row) {
+// One pass: copies x, or the sum, once into shared memory, and writes y from there. Items of a unit
+// are divided among the blocks of a cluster, which read each other's partial sums.
+template <typename T, bool ChannelsLast, int V, typename Drop, bool Residual>
+__device__ __forceinline__ void one_pass_forward(const GroupNormSiluArgs& args,
+                                                 const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
   const GroupNormLayout& layout = args.layout;
   const UnitBlock block(plan, first_row);
@@ -130,13 +131,19 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   float* channels = floats + AffineTable::kCoefficients * plan.padded_channels;
   float* partials = channels + Moments::kFloats * plan.padded_channels;
 
-  copy_items(items, {x}, data, 0);
+  if constexpr (!Residual) copy_items(items, {x}, data, 0);
   // Under way meanwhile: operands, which wait in the places of the coefficients.
   for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
     const auto operands = load_operands<T>(args, block.sample(), block.channel() + c);
     table(c, kMinusCenter) = operands.added;
     table(c, kSlope) = operands.gamma;
     table(c, kOffset) = operands.beta;
+  }
+  if constexpr (Residual) {
+    const SumBias bias = {channels};  // until the sums take this place
+    load_sum_bias<T>(args, block.channel(), plan.tiling.channels, bias);
+    __syncthreads();
+    sum_items(items, SummedInMemory<T, V>{args, block.offset(layout), bias, 0}, data);
   }
   wait_for_copies();
   __syncwarp();  // a lane copied what it adds up, but not its item's pivot
@@ -181,23 +188,32 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   if (plan.cluster > 1) cluster_leave();
   __syncthreads();
 
+  const Drop dropout(args.dropout, layout, block.sample(), block.channel());
   with_gate(args.activation, [&](auto gate) {
-    apply_affine(static_cast<T*>(args.y) + block.offset(layout), items, source, table, 0, gate);
+    apply_affine(static_cast<T*>(args.y) + block.offset(layout), items, source, table, 0, dropout,
+                 gate);
   });
   if (plan.cluster > 1) cluster_wait();
 }
 
-// Split, first reading of x: the moments of every channel of every chunk.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                                   const int64_t first_row) {
+// Split, first reading of x, or of the summands: the moments of every channel of every chunk.
+template <typename T, bool ChannelsLast, int V, bool Residual>
+__device__ __forceinline__ void split_moments(const GroupNormSiluArgs& args,
+                                              const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
-  float* partials = reinterpret_cast<float*>(shared);
+  float* floats = reinterpret_cast<float*>(shared);
+  float* partials = floats + Residual * plan.padded_channels;
   const ChunkBlock block(plan, first_row);
   Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
   const int64_t base = block.sample() * args.layout.channels * args.layout.pixels;
-  item_moments<T>(items, InMemory<T, V>{args.x, base}, partials);
+  if constexpr (Residual) {
+    const SumBias bias = {floats};
+    load_sum_bias<T>(args, block.channel(), block.channels(), bias);
+    __syncthreads();
+    item_moments<T>(items, SummedInMemory<T, V>{args, base, bias, block.channel()}, partials);
+  } else {
+    item_moments<T>(items, InMemory<T, V>{args.x, base}, partials);
+  }
   __syncthreads();
   store_chunk<Moments>(args.layout, plan, block, partials, static_cast<float*>(args.workspace));
 }
@@ -247,11 +263,10 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
   }
 }
 
-// Split, second reading of x.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
-                                 const int64_t first_row) {
+// Split, second reading of x, or of the sum that the first one wrote.
+template <typename T, bool ChannelsLast, int V, typename Drop>
+__device__ __forceinline__ void split_apply(const GroupNormSiluArgs& args,
+                                            const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
   const AffineTable table = {reinterpret_cast<float*>(shared)};
   const GroupNormLayout& layout = args.layout;
@@ -269,10 +284,64 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
     table(c, kOffset) = operands.beta;
   }
   __syncthreads();
+  const Drop dropout(args.dropout, layout, block.sample(), 0);
   with_gate(args.activation, [&](auto gate) {
     apply_affine(static_cast<T*>(args.y) + base, items, InMemory<T, V>{args.x, base}, table,
-                 block.channel(), gate);
+                 block.channel(), dropout, gate);
   });
+}
+
+// ---- kernels ----
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                               const int64_t first_row) {
+  one_pass_forward<T, ChannelsLast, V, NoDropout, false>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                   const int64_t first_row) {
+  split_moments<T, ChannelsLast, V, false>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                 const int64_t first_row) {
+  split_apply<T, ChannelsLast, V, NoDropout>(args, plan, first_row);
+}
+
+// With dropout; the moments are as without.
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_dropout_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                       const int64_t first_row) {
+  one_pass_forward<T, ChannelsLast, V, SampleDropout, false>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_dropout_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                         const int64_t first_row) {
+  split_apply<T, ChannelsLast, V, SampleDropout>(args, plan, first_row);
+}
+
+// Of a sum; after its moments it is applied as any x.
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_residual_fwd_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                        const int64_t first_row) {
+  one_pass_forward<T, ChannelsLast, V, NoDropout, true>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_residual_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
+                                            const int64_t first_row) {
+  split_moments<T, ChannelsLast, V, true>(args, plan, first_row);
 }
 
 }  // namespace fastdiff

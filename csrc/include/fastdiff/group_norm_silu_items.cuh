@@ -66,6 +66,13 @@ class Items {
     }
     return item.channel * layout_.pixels + first_pixel(item) + side() * V;
   }
+  // The pixel of that element, and how many pixels the lane's vectors are apart.
+  __device__ __forceinline__ int64_t pixel(const Item& item) const {
+    return first_pixel(item) + (ChannelsLast ? team() : side() * V);
+  }
+  __device__ __forceinline__ int pixel_step() const {
+    return ChannelsLast ? teams() : tiling.lanes * V;
+  }
   // The place on chip of the lane's first vector, in vectors, and the distance of the next.
   __device__ __forceinline__ int slot(const Item& item) const {
     if constexpr (ChannelsLast) {
@@ -145,8 +152,11 @@ class Items {
 // walk that adds up, which follows that of the copies, if there are any.
 template <typename T, int V>
 struct OnChip {
-  static constexpr int kSumVectors = 2, kSumPairs = 2, kVectors = 2, kSumsWalk = -1;
-  const T* data;
+  template <bool>
+  static constexpr int kSumVectors = 2;
+  static constexpr int kSumPairs = 2, kVectors = 2, kSumsWalk = -1;
+  static constexpr bool kOnChip = true;
+  T* data;
 
   template <bool ChannelsLast>
   __device__ __forceinline__ LaneVectors<T, V, true> vectors(const Items<ChannelsLast, V>& items,
@@ -158,13 +168,13 @@ struct OnChip {
                                             const Item& item) const {
     return data + (items.slot(item) - items.slots_before()) * V;
   }
-  static __device__ __forceinline__ Vector<T, V> load(const T* from) {
-    return load_shared<T, V>(from);
-  }
 };
 template <typename T, int V>
 struct InMemory {
-  static constexpr int kSumVectors = 4, kSumPairs = 1, kVectors = 2, kSumsWalk = 1;
+  template <bool>
+  static constexpr int kSumVectors = 4;
+  static constexpr int kSumPairs = 1, kVectors = 2, kSumsWalk = 1;
+  static constexpr bool kOnChip = false;
   const void* tensor;
   int64_t base;  // element of the first item's channel 0
 
@@ -177,9 +187,6 @@ struct InMemory {
   __device__ __forceinline__ const T* first(const Items<ChannelsLast, V>& items,
                                             const Item& item) const {
     return static_cast<const T*>(tensor) + (base + items.offset(item) - items.elements_before());
-  }
-  static __device__ __forceinline__ Vector<T, V> load(const T* from) {
-    return load_global<T, V>(from);
   }
 };
 

@@ -74,9 +74,7 @@ struct Lane {
     }
   }
 
-  // An intrinsic, because the compiler splits a plain store of 16 bytes into its elements where it
-  // unrolls, and does not always join them again.
-  static __device__ __forceinline__ void store(T* to, const Float (&from)[kFloats]) {
+  static __device__ __forceinline__ Vector<T, V> narrow(const Float (&from)[kFloats]) {
     Vector<T, V> vector;
     if constexpr (V == 1) {
       vector.values[0] = from_float<T>(from[0]);
@@ -91,6 +89,12 @@ struct Lane {
       for (int j = 0; j < kFloats; ++j) words[j] = word_of(from[j]);
       memcpy(&vector, words, sizeof(words));
     }
+    return vector;
+  }
+
+  // An intrinsic, because the compiler splits a plain store of 16 bytes into its elements where it
+  // unrolls, and does not always join them again.
+  static __device__ __forceinline__ void store(T* to, const Vector<T, V>& vector) {
     __stwb(reinterpret_cast<typename Vector<T, V>::Access*>(to), vector.packets[0]);
   }
 
@@ -152,16 +156,28 @@ struct Lane {
 // Vectors of one lane, `step` elements apart, in shared or global memory.
 template <typename T, int V, bool Shared>
 struct LaneVectors {
-  const T* from;
+  std::conditional_t<Shared, T, const T>* from;
   std::conditional_t<Shared, int, int64_t> step;
 
-  __device__ __forceinline__ Vector<T, V> operator[](int k) const {
+  static __device__ __forceinline__ Vector<T, V> at(const T* address) {
     if constexpr (Shared) {
-      return load_shared<T, V>(from + k * step);
+      return load_shared<T, V>(address);
     } else {
-      return load_global<T, V>(from + k * step);
+      return load_global<T, V>(address);
     }
   }
+  __device__ __forceinline__ Vector<T, V> operator[](int k) const { return at(from + k * step); }
+  template <int R>
+  __device__ __forceinline__ void load(Vector<T, V> (&to)[R]) const {
+#pragma unroll
+    for (int r = 0; r < R; ++r) to[r] = (*this)[r];
+  }
+  __device__ __forceinline__ void replace(int k, const Vector<T, V>& vector) const {
+    using Access = typename Vector<T, V>::Access;
+    *reinterpret_cast<Access*>(from + k * step) = vector.packets[0];
+  }
+  // The first element.
+  __device__ __forceinline__ T element() const { return from[0]; }
   __device__ __forceinline__ void skip(int count) { from += count * step; }
 };
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdiff.reference.layout import memory_format_of
 
-from .launcher import DTYPES, NoiseSource, function, launch, pointer
+from .launcher import DTYPES, NoiseSource, function, launch, noise_source, pointer
 
+_TENSORS = ("x", "y", "residual", "sum", "grad", "grad_x", "grad_sum")
 _OPERANDS = ("weight", "bias", "channel_bias", "scale", "shift")
+
+
+class Dropped(Protocol):
+    """fastdiff.reference.dropout.Dropout, or whatever has its fields."""
+
+    threshold: int
+    keys: Tensor | None
+    seed: int | None
+    stream: int
 
 
 class GroupNormLayout(ctypes.Structure):
@@ -90,6 +100,22 @@ def _whole(x: Tensor | None) -> Tensor | None:
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
+def _as(given: Tensor, x: Tensor) -> Tensor:
+    """In the dtype and memory format of x."""
+    return given.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+
+
+def _drop(
+    args: ctypes.Structure, tensors: dict[str, Tensor | None], dropout: Dropped | None
+) -> None:
+    if dropout is None:
+        return
+    tensors["keys"] = dropout.keys
+    args.dropout = Dropout(
+        noise_source(dropout.keys, dropout.seed, dropout.stream), dropout.threshold
+    )
+
+
 def _fill(
     args: ctypes.Structure,
     x: Tensor,
@@ -120,7 +146,7 @@ def _launch(name: str, args: ctypes.Structure, tensors: dict[str, Tensor | None]
     # Halves of one chunked tensor lie in the same allocation, which is declared once.
     memory = {}
     for key, tensor in tensors.items():
-        whole = tensor if key in ("x", "y", "grad", "grad_x") else _whole(tensor)
+        whole = tensor if key in _TENSORS else _whole(tensor)
         if whole is None or any(
             whole.data_ptr() == other.data_ptr() and whole.nbytes <= other.nbytes
             for other in memory.values()
@@ -140,20 +166,31 @@ def group_norm_silu(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    dropout: Dropped | None = None,
+    residual: Tensor | None = None,
+    sum_bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """y, mean and rstd; with a residual the sum too."""
     args = GroupNormSiluArgs(eps=eps)
     operands = dict(zip(_OPERANDS, (weight, bias, channel_bias, scale, shift), strict=True))
     tensors = _fill(args, x, num_groups, operands, activation)
     tensors |= {
-        "y": torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format_of(x)),
+        "y": torch.empty_like(tensors["x"]),
         "mean": torch.empty(x.shape[0], num_groups),
         "rstd": torch.empty(x.shape[0], num_groups),
+        "residual": None if residual is None else _as(residual, tensors["x"]),
+        "sum": None if residual is None else torch.empty_like(tensors["x"]),
+        "sum_bias": _operand(sum_bias, x),
     }
-    for name in ("y", "mean", "rstd"):
+    for name in ("y", "mean", "rstd", "residual", "sum"):
         setattr(args, name, pointer(tensors[name]))
+    args.sum_bias = _vector(tensors["sum_bias"])
+    _drop(args, tensors, dropout)
     if x.numel():
         _launch("fastdiff_group_norm_silu", args, tensors)
-    return tensors["y"], tensors["mean"], tensors["rstd"]
+    results = ("y", "mean", "rstd", *(() if residual is None else ("sum",)))
+    return tuple(tensors[name] for name in results)
 
 
 def group_norm_silu_backward(
@@ -170,19 +207,29 @@ def group_norm_silu_backward(
     activation: int,
     need_x: bool,
     *needs: bool,
+    dropout: Dropped | None = None,
+    grad_sum: Tensor | None = None,
+    sum_bias_type: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
+    """`sum_bias_type`: of the gradient of sum_bias, which is the last result if asked for."""
     args = GroupNormSiluBackwardArgs()
     operands = dict(zip(_OPERANDS, (weight, bias, channel_bias, scale, shift), strict=True))
     tensors = _fill(args, x, num_groups, operands, activation)
-    memory_format = memory_format_of(x)
     tensors |= {
-        "grad": grad.to(x.dtype).contiguous(memory_format=memory_format),
+        "grad": _as(grad, tensors["x"]),
         "mean": mean.contiguous(),
         "rstd": rstd.contiguous(),
         "grad_x": torch.empty_like(tensors["x"]) if need_x else None,
+        "grad_sum": None if grad_sum is None else _as(grad_sum, tensors["x"]),
     }
-    for name in ("grad", "mean", "rstd", "grad_x"):
+    for name in ("grad", "mean", "rstd", "grad_x", "grad_sum"):
         setattr(args, name, pointer(tensors[name]))
+    _drop(args, tensors, dropout)
+    if sum_bias_type is not None:
+        tensors["grad_sum_bias"] = torch.empty(x.shape[1], dtype=sum_bias_type)
+        args.grad_sum_bias = ChannelGradient(
+            pointer(tensors["grad_sum_bias"]), DTYPES[sum_bias_type]
+        )
     for name, needed in zip(_OPERANDS, needs, strict=True):
         if needed:
             out = torch.zeros if x.numel() == 0 else torch.empty
@@ -197,4 +244,6 @@ def group_norm_silu_backward(
     gradients = [tensors["grad_x"]]
     for name, needed in zip(_OPERANDS, needs, strict=True):
         gradients.append(tensors[f"grad_{name}"].to(operands[name].dtype) if needed else None)
+    if sum_bias_type is not None:
+        gradients.append(tensors["grad_sum_bias"])
     return tuple(gradients)
