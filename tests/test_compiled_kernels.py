@@ -27,6 +27,7 @@ SCALAR = {
     "group_norm_silu_statistics_kernel",
     "group_norm_silu_bwd_means_kernel",
     "group_norm_silu_bwd_parameters_kernel",
+    "group_norm_silu_residual_bwd_parameters_kernel",
 }
 # Besides vectors, one value per channel or group: loads and stores in the code. An operand has an
 # instruction for either dtype.
@@ -34,12 +35,35 @@ PER_CHANNEL = {
     "group_norm_silu_moments_kernel": (5, 0),
     "group_norm_silu_fwd_kernel": (22, 2),
     "group_norm_silu_apply_kernel": (12, 0),
-    "group_norm_silu_bwd_kernel": (18, 12),
-    "group_norm_silu_bwd_sums_kernel": (12, 0),
-    "group_norm_silu_bwd_apply_kernel": (13, 0),
+    "group_norm_silu_bwd_kernel": (21, 12),
+    "group_norm_silu_bwd_sums_kernel": (15, 0),
+    "group_norm_silu_bwd_apply_kernel": (16, 0),
+    "group_norm_silu_dropout_fwd_kernel": (11, 2),
+    "group_norm_silu_dropout_apply_kernel": (11, 0),
+    "group_norm_silu_dropout_bwd_kernel": (22, 12),
+    "group_norm_silu_dropout_bwd_sums_kernel": (16, 0),
+    "group_norm_silu_dropout_bwd_apply_kernel": (17, 0),
+    "group_norm_silu_residual_fwd_kernel": (26, 2),
+    "group_norm_silu_residual_moments_kernel": (48, 4),
+    "group_norm_silu_residual_bwd_kernel": (21, 15),
+    "group_norm_silu_residual_bwd_apply_kernel": (16, 2),
+}
+# With 96 registers in place of 80, for masks, sums of eight channels or a second tensor.
+WIDE = {
+    "group_norm_silu_dropout_apply_kernel",
+    "group_norm_silu_dropout_bwd_kernel",
+    "group_norm_silu_dropout_bwd_sums_kernel",
+    "group_norm_silu_dropout_bwd_apply_kernel",
+    "group_norm_silu_residual_moments_kernel",
+    "group_norm_silu_residual_bwd_kernel",
+    "group_norm_silu_residual_bwd_apply_kernel",
 }
 # A load from another block's shared memory is a generic one in machine code.
-CLUSTERS = {"group_norm_silu_fwd_kernel", "group_norm_silu_bwd_kernel"}
+CLUSTERS = {
+    f"group_norm_silu_{variant}{which}_kernel"
+    for variant in ("", "dropout_", "residual_")
+    for which in ("fwd", "bwd")
+}
 # Sampler steps: a row has 15 coefficients, beside step and key.
 ROW = 17
 STEPS = {"ddim_step_fwd_kernel", "ddpm_step_fwd_kernel"}
@@ -48,6 +72,7 @@ RESULTS_PER_BLOCK = {
     "eps_loss_fwd_kernel": 1,
     "eps_loss_small_fwd_kernel": 1,
     "group_norm_silu_bwd_sums_kernel": 6,
+    "group_norm_silu_dropout_bwd_sums_kernel": 6,
     "group_norm_silu_moments_kernel": 4,
     "vlb_terms_fwd_kernel": 3,
 }
@@ -95,6 +120,15 @@ def operands(kernel: Kernel) -> list[str]:
         "group_norm_silu_bwd_kernel": lambda x, last, v: [x, x],
         "group_norm_silu_bwd_sums_kernel": lambda x, last, v: [x, x],
         "group_norm_silu_bwd_apply_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_dropout_fwd_kernel": lambda x, last, v: [x],
+        "group_norm_silu_dropout_apply_kernel": lambda x, last, v: [x],
+        "group_norm_silu_dropout_bwd_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_dropout_bwd_sums_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_dropout_bwd_apply_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_residual_fwd_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_residual_moments_kernel": lambda x, last, v: [x, x],
+        "group_norm_silu_residual_bwd_kernel": lambda x, last, v: [x, x, x],
+        "group_norm_silu_residual_bwd_apply_kernel": lambda x, last, v: [x, x, x],
         # x_t, noise; model_output and uncond, and for ddpm_step the variance channels. With a tile
         # both heads of an output are one load in a loop.
         "ddim_step_fwd_kernel": lambda x, out, tiled, v: [x, x, out, out],
@@ -188,12 +222,14 @@ def group_norm_kernels(arch: str) -> list[Kernel]:
 
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", ARCHS)
-def test_group_norm_silu_leaves_room_for_24_warps(arch):
+def test_group_norm_silu_leaves_room_for_warps(arch):
+    """For 24, or 20 of the kernels that do more than the norm."""
     kernels = group_norm_kernels(arch)
     assert {template(k)[0] for k in kernels} == set(PER_CHANNEL)
     for kernel in kernels:
-        assert kernel.registers <= 80, kernel
-        assert kernel.occupancy() >= 24 / 64, kernel
+        wide = template(kernel)[0] in WIDE
+        assert kernel.registers <= (96 if wide else 80), kernel
+        assert kernel.occupancy() >= (20 if wide else 24) / 64, kernel
 
 
 # Machine instructions per element of the loops of one pass, forward and backward.

@@ -46,8 +46,9 @@ struct Forward {
                     shared_bytes, cluster, stream);
     };
     if (plan.one_pass) return start(kernels.one_pass, plan.shared_bytes, plan.cluster);
-    cudaError_t error =
-        start(kernels.moments, plan.chunk_partials() * sizeof(float[Moments::kFloats]));
+    const int64_t biases = args.residual ? plan.padded_channels : 0;
+    const int64_t moments = plan.chunk_partials() * Moments::kFloats;
+    cudaError_t error = start(kernels.moments, (biases + moments) * sizeof(float));
     if (error != cudaSuccess) return error;
     if (args.residual) args.x = args.sum;  // as the moments kernel wrote it
     error = launch(kernels.statistics, args, plan, layout.batch * layout.groups, 1, plan.threads, 0,

@@ -110,7 +110,7 @@ struct GroupNormSiluBackwardArgs {
   ChannelVector scale;
   ChannelVector shift;
   const void* grad_sum;           // as x, or null
-  ChannelGradient grad_sum_bias;  // (C,)
+  ChannelGradient grad_sum_bias;  // (C,); only with grad_x
   Dropout dropout;
   GroupNormLayout layout;
   Activation activation;

@@ -1,174 +1,13 @@
 #pragma once
 
-#include "fastdiff/group_norm_silu_gradients.cuh"
+#include "fastdiff/group_norm_silu_backward_items.cuh"
 
 namespace fastdiff {
 
-// Of a group: base and rstd, and the bias of its first channel, which the base is relative to
-// (fastdiff/group_norm_silu.h).
-struct GroupStatistics {
-  float base, rstd, first_added;
-};
-
-// The mean was rounded with the first channel's bias in it. Any value that rounds to it may be the
-// base; where the group's first element does, it is the one that is exact in constant groups.
-template <typename T>
-__device__ __forceinline__ GroupStatistics load_statistics(const GroupNormSiluBackwardArgs& args,
-                                                           int64_t sample, int group) {
-  const GroupNormLayout& layout = args.layout;
-  const int64_t i = sample * layout.groups + group;
-  GroupStatistics s = {__ldg(static_cast<const float*>(args.mean) + i),
-                       __ldg(static_cast<const float*>(args.rstd) + i), 0.0f};
-  if (!args.channel_bias.data) return s;
-  const int64_t channel = group * layout.group_channels();
-  const int64_t element = sample * layout.channels * layout.pixels +
-                          channel * (layout.channels_last ? 1 : layout.pixels);
-  const float first = to_float(__ldg(static_cast<const T*>(args.x) + element));
-  s.first_added = load_operand<T>(args.channel_bias, sample, channel, 0.0f);
-  s.base = first + s.first_added == s.base ? first : s.base - s.first_added;
-  return s;
-}
-
-// dz is needed twice, for the sums and for dx, and made from x and grad both times:
-//   d = x - center,  z = slope d + offset,  dz = grad act'(z),  h_hat = rstd d,
-//   dx = slope dz - rstd (m0 + h_hat m1) = slope dz + (linear d + constant).
-// The sums are first of d in place of h_hat.
-struct GradientTable : ChannelTable<5> {
-  __device__ __forceinline__ void set(int c, const ChannelOperands& operands,
-                                      const GroupStatistics& group) const {
-    const auto& table = *this;
-    table(c, kMinusCenter) = (operands.added - group.first_added) - group.base;
-    table(c, kSlope) = group.rstd * operands.gamma;
-    table(c, kOffset) = operands.beta;
-    table(c, kRstd) = group.rstd;
-    table(c, kGamma) = operands.gamma;
-  }
-  // m: (m0, m1)
-  __device__ __forceinline__ void finish(int c, float2 m) const {
-    const float rstd = (*this)(c, kRstd);
-    (*this)(c, kLinear) = -(rstd * rstd * m.y);
-    (*this)(c, kConstant) = -(rstd * m.x);
-  }
-};
-
-// x - center and z of V channels, or of one.
-template <typename T, bool ChannelsLast, int V>
-struct Centered {
-  using L = Lane<T, V>;
-  using Float = typename L::Float;
-  Float minus_center[L::kFloats], slope[L::kFloats], offset[L::kFloats];
-
-  __device__ __forceinline__ Centered(const GradientTable& table, int c) {
-    L::template coefficients<ChannelsLast>(table, c, kMinusCenter, minus_center);
-    L::template coefficients<ChannelsLast>(table, c, kSlope, slope);
-    L::template coefficients<ChannelsLast>(table, c, kOffset, offset);
-  }
-  __device__ __forceinline__ Float d(int j, Float x) const { return add(x, minus_center[j]); }
-  __device__ __forceinline__ Float z(int j, Float d) const {
-    return multiply_add(d, slope[j], offset[j]);
-  }
-};
-
-// Sums of dz, dz d and d over the items, one per channel of an item, in `partials`; the
-// coefficients of channel c are in place c - base.
-template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
-__device__ __forceinline__ void item_gradient_sums(Items<ChannelsLast, V>& items, const Source& x,
-                                                   const Source& grad, const GradientTable& table,
-                                                   int base, Gate gate, float* partials) {
-  using L = Lane<T, V>;
-  using Float = typename L::Float;
-  constexpr int A = ChannelsLast ? V : 1, S = ChannelsLast ? L::kFloats : 1;
-  items.template walk<Source::kSumsWalk>([&](const Item& item) {
-    auto x_vectors = x.vectors(items, item), grad_vectors = grad.vectors(items, item);
-    Float s0[S], s1[S], s2[S];
-#pragma unroll
-    for (int j = 0; j < S; ++j) s0[j] = s1[j] = s2[j] = broadcast<Float>(0.0f);
-    in_steps<Source::kSumPairs>(item.count, [&](auto R) {
-      Vector<T, V> xs[R], grads[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) xs[r] = x_vectors[r], grads[r] = grad_vectors[r];
-      const Centered<T, ChannelsLast, V> centered(table, item.channel - base);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int j = 0; j < L::kFloats; ++j) {
-          const int a = j % S;
-          const Float d = centered.d(j, L::widen(xs[r], j));
-          const Float dz = gate.gradient(L::widen(grads[r], j), centered.z(j, d));
-          s0[a] = add(s0[a], dz);
-          s1[a] = multiply_add(dz, d, s1[a]);
-          s2[a] = add(s2[a], d);
-        }
-      }
-      x_vectors.skip(R), grad_vectors.skip(R);
-    });
-    float sums[GradientSums::kFloats][A];
-    L::split(s0, sums[0]);
-    L::split(s1, sums[1]);
-    L::split(s2, sums[2]);
-    const Share share = sum_lanes<ChannelsLast>(sums, items.tiling.lanes);
-    if (!items.inside(item) || !share.own) return;
-    float* to = partials + (items.place(item) + share.first) * GradientSums::kFloats;
-#pragma unroll
-    for (int a = 0; a < A; ++a) {
-      if (a >= share.width) break;
-#pragma unroll
-      for (int k = 0; k < GradientSums::kFloats; ++k) {
-        to[a * GradientSums::kFloats + k] = sums[k][a];
-      }
-    }
-  });
-}
-
-// dx on the items.
-template <typename T, bool ChannelsLast, int V, typename Source, typename Gate>
-__device__ __forceinline__ void write_grad_x(T* grad_x, Items<ChannelsLast, V>& items,
-                                             const Source& x, const Source& grad,
-                                             const GradientTable& table, int base, Gate gate) {
-  using L = Lane<T, V>;
-  using P = Lane<T, (V < 4 ? V : 4)>;
-  using Float = typename L::Float;
-  items.template walk<1>([&](const Item& item) {
-    if (item.count == 0) return;
-    auto x_vectors = x.vectors(items, item), grad_vectors = grad.vectors(items, item);
-    T* to = grad_x + items.offset(item);
-    in_steps<Source::kVectors>(item.count, [&](auto R) {
-      Vector<T, V> xs[R], grads[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) xs[r] = x_vectors[r], grads[r] = grad_vectors[r];
-      Float values[R][L::kFloats];
-      // Four channels after each other: coefficients of eight would not leave enough registers.
-#pragma unroll
-      for (int part = 0; part < L::kFloats; part += P::kFloats) {
-        const int c = item.channel - base + (ChannelsLast ? part * V / L::kFloats : 0);
-        const Centered<T, ChannelsLast, P::kElements> centered(table, c);
-        Float linear[P::kFloats], constant[P::kFloats];
-        P::template coefficients<ChannelsLast>(table, c, kLinear, linear);
-        P::template coefficients<ChannelsLast>(table, c, kConstant, constant);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-#pragma unroll
-          for (int j = 0; j < P::kFloats; ++j) {
-            const Float d = centered.d(j, L::widen(xs[r], part + j));
-            const Float dz = gate.gradient(L::widen(grads[r], part + j), centered.z(j, d));
-            values[r][part + j] =
-                multiply_add(centered.slope[j], dz, multiply_add(d, linear[j], constant[j]));
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r) L::store(to + r * items.tiling.step, L::narrow(values[r]));
-      x_vectors.skip(R), grad_vectors.skip(R);
-      to += R * items.tiling.step;
-    });
-  });
-}
-
 // One pass: copies x and grad once into shared memory, and writes dx from there.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_bwd_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                               const int64_t first_row) {
+template <typename T, bool ChannelsLast, int V, typename Drop, bool Residual>
+__device__ __forceinline__ void one_pass_backward(const GroupNormSiluBackwardArgs& args,
+                                                  const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared_of_block[];
   float4* shared = shared_of_block + threadIdx.y * (plan.shared_bytes / 16);
   const GroupNormLayout& layout = args.layout;
@@ -181,8 +20,9 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   float* floats = reinterpret_cast<float*>(shared + plan.data_bytes / 16);
   const GradientTable table = {floats};
   float* channels = floats + GradientTable::kCoefficients * plan.padded_channels;
+  float* sum_totals = channels + GradientSums::kFloats * plan.padded_channels;
   auto* statistics =
-      reinterpret_cast<GroupStatistics*>(channels + GradientSums::kFloats * plan.padded_channels);
+      reinterpret_cast<GroupStatistics*>(sum_totals + Residual * plan.padded_channels);
   float* partials = reinterpret_cast<float*>(statistics + plan.groups);
 
   copy_items(items, {x, grad}, data, distance);
@@ -199,8 +39,9 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   wait_for_copies();
   __syncthreads();
   const OnChip<T, V> on_chip = {data}, grad_on_chip = {data + distance};
+  const Drop dropout(args.dropout, layout, block.sample(), block.channel());
   with_gate(args.activation, [&](auto gate) {
-    item_gradient_sums<T>(items, on_chip, grad_on_chip, table, 0, gate, partials);
+    item_gradient_sums<T>(items, on_chip, grad_on_chip, table, 0, dropout, gate, partials);
   });
   __syncthreads();
   if (plan.cluster > 1) cluster_arrive(), cluster_wait();
@@ -260,19 +101,32 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
     }
   }
   if (args.grad_x) {
-    with_gate(args.activation, [&](auto gate) {
-      write_grad_x(static_cast<T*>(args.grad_x) + block.offset(layout), items, on_chip,
-                   grad_on_chip, table, 0, gate);
-    });
+    T* grad_x = static_cast<T*>(args.grad_x) + block.offset(layout);
+    const auto write = [&](const auto& added) {
+      with_gate(args.activation, [&](auto gate) {
+        write_grad_x(grad_x, items, on_chip, grad_on_chip, table, 0, dropout, added, gate);
+      });
+    };
+    if constexpr (Residual) {
+      // Others of the cluster may still read the sums before.
+      float* sum_partials =
+          partials + GradientSums::kFloats * plan.items_per_block * plan.tiling.block_channels;
+      const bool sums = args.grad_sum_bias.data;
+      write(SumGradient<T, V>{args.grad_sum, block.offset(layout), sums ? sum_partials : nullptr});
+      if (sums) {
+        store_sum_gradient<T>(args, plan, block, sum_partials, sum_totals, plan.shared_bytes);
+      }
+    } else {
+      write(NoSumGradient{});
+    }
   }
   if (plan.cluster > 1) cluster_wait();
 }
 
 // Split, first reading of x and grad: the sums of every channel of every chunk.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_bwd_sums_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                                    const int64_t first_row) {
+template <typename T, bool ChannelsLast, int V, typename Drop>
+__device__ __forceinline__ void split_sums(const GroupNormSiluBackwardArgs& args,
+                                           const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
   const GradientTable table = {reinterpret_cast<float*>(shared)};
   float* partials =
@@ -293,8 +147,9 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   }
   __syncthreads();
   const InMemory<T, V> x = {args.x, base}, grad = {args.grad, base};
+  const Drop dropout(args.dropout, args.layout, block.sample(), 0);
   with_gate(args.activation, [&](auto gate) {
-    item_gradient_sums<T>(items, x, grad, table, block.channel(), gate, partials);
+    item_gradient_sums<T>(items, x, grad, table, block.channel(), dropout, gate, partials);
   });
   __syncthreads();
   store_chunk<GradientSums>(args.layout, plan, block, partials,
@@ -353,10 +208,9 @@ __global__ void __launch_bounds__(kGroupNormSplitThreads, 1)
 }
 
 // Split, second reading of x and grad.
-template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
-    group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
-                                     const int64_t first_row) {
+template <typename T, bool ChannelsLast, int V, typename Drop, bool Residual>
+__device__ __forceinline__ void split_write(const GroupNormSiluBackwardArgs& args,
+                                            const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
   const GradientTable table = {reinterpret_cast<float*>(shared)};
   auto* statistics = reinterpret_cast<GroupStatistics*>(
@@ -381,9 +235,82 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
   }
   __syncthreads();
   const InMemory<T, V> x = {args.x, base}, grad = {args.grad, base};
-  with_gate(args.activation, [&](auto gate) {
-    write_grad_x(static_cast<T*>(args.grad_x) + base, items, x, grad, table, block.channel(), gate);
-  });
+  const Drop dropout(args.dropout, layout, block.sample(), 0);
+  const auto write = [&](const auto& added) {
+    with_gate(args.activation, [&](auto gate) {
+      write_grad_x(static_cast<T*>(args.grad_x) + base, items, x, grad, table, block.channel(),
+                   dropout, added, gate);
+    });
+  };
+  if constexpr (Residual) {
+    float* partials = reinterpret_cast<float*>(means + plan.padded_channels);
+    const bool sums = args.grad_sum_bias.data;
+    write(SumGradient<T, V>{args.grad_sum, base, sums ? partials : nullptr});
+    __syncthreads();
+    if (sums) store_chunk<ChannelSum>(layout, plan, block, partials, workspace.sums);
+  } else {
+    write(NoSumGradient{});
+  }
+}
+
+// ---- kernels ----
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_bwd_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
+                               const int64_t first_row) {
+  one_pass_backward<T, ChannelsLast, V, NoDropout, false>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_bwd_sums_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
+                                    const int64_t first_row) {
+  split_sums<T, ChannelsLast, V, NoDropout>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormBound, 1)
+    group_norm_silu_bwd_apply_kernel(const GroupNormSiluBackwardArgs args, const GroupNormPlan plan,
+                                     const int64_t first_row) {
+  split_write<T, ChannelsLast, V, NoDropout, false>(args, plan, first_row);
+}
+
+// With dropout; the means are as without.
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_dropout_bwd_kernel(const GroupNormSiluBackwardArgs args,
+                                       const GroupNormPlan plan, const int64_t first_row) {
+  one_pass_backward<T, ChannelsLast, V, SampleDropout, false>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_dropout_bwd_sums_kernel(const GroupNormSiluBackwardArgs args,
+                                            const GroupNormPlan plan, const int64_t first_row) {
+  split_sums<T, ChannelsLast, V, SampleDropout>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_dropout_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
+                                             const GroupNormPlan plan, const int64_t first_row) {
+  split_write<T, ChannelsLast, V, SampleDropout, false>(args, plan, first_row);
+}
+
+// Of a sum, whose own gradient is added; the sums for the norm are those of any x.
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_residual_bwd_kernel(const GroupNormSiluBackwardArgs args,
+                                        const GroupNormPlan plan, const int64_t first_row) {
+  one_pass_backward<T, ChannelsLast, V, NoDropout, true>(args, plan, first_row);
+}
+
+template <typename T, bool ChannelsLast, int V>
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
+    group_norm_silu_residual_bwd_apply_kernel(const GroupNormSiluBackwardArgs args,
+                                              const GroupNormPlan plan, const int64_t first_row) {
+  split_write<T, ChannelsLast, V, NoDropout, true>(args, plan, first_row);
 }
 
 }  // namespace fastdiff

@@ -64,21 +64,25 @@ struct LaneDropout {
     const int64_t p = pixel + k * step;
     const unsigned byte = static_cast<unsigned>(p) % Dropout::kSide;
     const uint64_t first = block + static_cast<uint64_t>(p) / Dropout::kSide;
+    // Of a key that it knows nothing of, the compiler keeps no ten pairs of round keys in
+    // registers.
+    uint64_t fresh = key;
+    asm volatile("" : "+l"(fresh));
     KeptElements<V> kept;
     if constexpr (V == 1) {
-      kept.signs[0] = signs(of_channel(words(first)) >> 8 * byte);
+      kept.signs[0] = signs(of_channel(words(first, fresh)) >> 8 * byte);
     } else {
 #pragma unroll
       for (int i = 0; i < V / Dropout::kSide; ++i) {
-        kept.signs[i] = signs(ChannelsLast ? of_pixel(words(first + i * row), byte)
-                                           : of_channel(words(first + i)));
+        kept.signs[i] = signs(ChannelsLast ? of_pixel(words(first + i * row, fresh), byte)
+                                           : of_channel(words(first + i, fresh)));
       }
     }
     return kept;
   }
-  __device__ __forceinline__ Words words(uint64_t counter) const {
+  __device__ __forceinline__ Words words(uint64_t counter, uint64_t fresh) const {
     return philox4x32(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream,
-                      key);
+                      fresh);
   }
   __device__ __forceinline__ uint32_t of_channel(const Words& words) const {
     const uint32_t low = word & 1 ? words.w1 : words.w0, high = word & 1 ? words.w3 : words.w2;

@@ -91,7 +91,8 @@ __device__ __forceinline__ void apply_affine(T* y, Items<ChannelsLast, V>& items
     L::template coefficients<ChannelsLast>(table, c, kOffset, offset);
     T* to = y + items.offset(item);
     auto masks = dropout.masks(items, item);
-    in_steps<Source::kVectors>(item.count, [&](auto R) {
+    // Two masks at a time take more registers than there are, and hide no more latency.
+    in_steps<Drop::kDrops && Source::kOnChip ? 1 : Source::kVectors>(item.count, [&](auto R) {
       Vector<T, V> loaded[R];
       vectors.load(loaded);
 #pragma unroll
@@ -130,17 +131,19 @@ __device__ __forceinline__ void one_pass_forward(const GroupNormSiluArgs& args,
   float* channels = floats + AffineTable::kCoefficients * plan.padded_channels;
   float* partials = channels + Moments::kFloats * plan.padded_channels;
 
-  if constexpr (Residual) {
-    sum_items(items, SummedInMemory<T, V>{args, block.offset(layout), block.channel()}, data);
-  } else {
-    copy_items(items, {x}, data, 0);
-  }
+  if constexpr (!Residual) copy_items(items, {x}, data, 0);
   // Under way meanwhile: operands, which wait in the places of the coefficients.
   for (int c = threadIdx.x; c < plan.tiling.channels; c += blockDim.x) {
     const auto operands = load_operands<T>(args, block.sample(), block.channel() + c);
     table(c, kMinusCenter) = operands.added;
     table(c, kSlope) = operands.gamma;
     table(c, kOffset) = operands.beta;
+  }
+  if constexpr (Residual) {
+    const SumBias bias = {channels};  // until the sums take this place
+    load_sum_bias<T>(args, block.channel(), plan.tiling.channels, bias);
+    __syncthreads();
+    sum_items(items, SummedInMemory<T, V>{args, block.offset(layout), bias, 0}, data);
   }
   wait_for_copies();
   __syncwarp();  // a lane copied what it adds up, but not its item's pivot
@@ -198,12 +201,16 @@ template <typename T, bool ChannelsLast, int V, bool Residual>
 __device__ __forceinline__ void split_moments(const GroupNormSiluArgs& args,
                                               const GroupNormPlan& plan, int64_t first_row) {
   extern __shared__ float4 shared[];
-  float* partials = reinterpret_cast<float*>(shared);
+  float* floats = reinterpret_cast<float*>(shared);
+  float* partials = floats + Residual * plan.padded_channels;
   const ChunkBlock block(plan, first_row);
   Items<ChannelsLast, V> items(args.layout, plan.tiling, block.begin(), block.end());
   const int64_t base = block.sample() * args.layout.channels * args.layout.pixels;
   if constexpr (Residual) {
-    item_moments<T>(items, SummedInMemory<T, V>{args, base, 0}, partials);
+    const SumBias bias = {floats};
+    load_sum_bias<T>(args, block.channel(), block.channels(), bias);
+    __syncthreads();
+    item_moments<T>(items, SummedInMemory<T, V>{args, base, bias, block.channel()}, partials);
   } else {
     item_moments<T>(items, InMemory<T, V>{args.x, base}, partials);
   }
@@ -316,7 +323,7 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
 }
 
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
     group_norm_silu_dropout_apply_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                          const int64_t first_row) {
   split_apply<T, ChannelsLast, V, SampleDropout>(args, plan, first_row);
@@ -331,7 +338,7 @@ __global__ void __launch_bounds__(kGroupNormBound, 1)
 }
 
 template <typename T, bool ChannelsLast, int V>
-__global__ void __launch_bounds__(kGroupNormBound, 1)
+__global__ void __launch_bounds__(kGroupNormWideBound, 1)
     group_norm_silu_residual_moments_kernel(const GroupNormSiluArgs args, const GroupNormPlan plan,
                                             const int64_t first_row) {
   split_moments<T, ChannelsLast, V, true>(args, plan, first_row);

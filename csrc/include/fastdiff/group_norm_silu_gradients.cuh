@@ -19,12 +19,14 @@ __device__ __forceinline__ void store_gradient(const ChannelGradient& gradient, 
 
 // Where the sums of a backward pass lie in the workspace: parts of the gradients of bias and
 // weight, one row for the samples of a block; if split, (m0, m1) per sample and group and the
-// chunks' sums too.
+// chunks' sums too. The sums of grad_x for the bias of a residual sum are one row for a block of
+// one pass, or for a chunk, where they take the place of its other sums.
 struct GradientWorkspace {
-  int64_t rows;
+  int64_t rows, sum_rows;
   float* parameters;  // (2, rows, C)
   float* means;       // (B, G, 2)
   float* chunks;      // as store_chunk
+  float* sums;        // (sum_rows, C)
 
   FASTDIFF_HD static int64_t parameters_floats(const GroupNormLayout& layout,
                                                const GroupNormPlan& plan) {
@@ -36,9 +38,11 @@ struct GradientWorkspace {
   FASTDIFF_HD GradientWorkspace(void* workspace, const GroupNormLayout& layout,
                                 const GroupNormPlan& plan)
       : rows(layout.batch / plan.samples),
+        sum_rows(plan.one_pass ? rows * plan.cluster : layout.batch * plan.chunks),
         parameters(static_cast<float*>(workspace)),
         means(parameters + parameters_floats(layout, plan)),
-        chunks(means + means_floats(layout)) {}
+        chunks(means + means_floats(layout)),
+        sums(plan.one_pass ? means : chunks) {}
 };
 
 // A row's parts of the gradients of bias and weight: the gradients themselves if it is the only

@@ -155,7 +155,8 @@ struct OnChip {
   template <bool>
   static constexpr int kSumVectors = 2;
   static constexpr int kSumPairs = 2, kVectors = 2, kSumsWalk = -1;
-  const T* data;
+  static constexpr bool kOnChip = true;
+  T* data;
 
   template <bool ChannelsLast>
   __device__ __forceinline__ LaneVectors<T, V, true> vectors(const Items<ChannelsLast, V>& items,
@@ -173,6 +174,7 @@ struct InMemory {
   template <bool>
   static constexpr int kSumVectors = 4;
   static constexpr int kSumPairs = 1, kVectors = 2, kSumsWalk = 1;
+  static constexpr bool kOnChip = false;
   const void* tensor;
   int64_t base;  // element of the first item's channel 0
 

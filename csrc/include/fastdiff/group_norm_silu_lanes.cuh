@@ -156,7 +156,7 @@ struct Lane {
 // Vectors of one lane, `step` elements apart, in shared or global memory.
 template <typename T, int V, bool Shared>
 struct LaneVectors {
-  const T* from;
+  std::conditional_t<Shared, T, const T>* from;
   std::conditional_t<Shared, int, int64_t> step;
 
   static __device__ __forceinline__ Vector<T, V> at(const T* address) {
@@ -171,6 +171,10 @@ struct LaneVectors {
   __device__ __forceinline__ void load(Vector<T, V> (&to)[R]) const {
 #pragma unroll
     for (int r = 0; r < R; ++r) to[r] = (*this)[r];
+  }
+  __device__ __forceinline__ void replace(int k, const Vector<T, V>& vector) const {
+    using Access = typename Vector<T, V>::Access;
+    *reinterpret_cast<Access*>(from + k * step) = vector.packets[0];
   }
   // The first element.
   __device__ __forceinline__ T element() const { return from[0]; }

@@ -21,6 +21,9 @@ constexpr int kGroupNormSplitThreads = 256;
 // each has at most 80 registers and 24 warps find room on a multiprocessor, whatever the blocks.
 constexpr int kGroupNormBound = 768;
 constexpr int kGroupNormRegisters = 80;
+// Of those that hold more than the plain ones beside the coefficients of eight channels: 96
+// registers, 21 warps.
+constexpr int kGroupNormWideBound = 640;
 constexpr int64_t kLaneElements = 64;  // of a thread, over which its other work is spread
 constexpr int64_t kSectorBytes = 32;
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters allows
@@ -96,6 +99,7 @@ struct GroupNormPass {
 };
 constexpr GroupNormPass kGroupNormForward = {1, 2, 3, 0, 0};
 constexpr GroupNormPass kGroupNormBackward = {2, 3, 5, 3, 2};
+constexpr GroupNormPass kGroupNormSumBackward = {2, 4, 5, 3, 3};  // of a residual sum
 
 namespace group_norm_plan {
 

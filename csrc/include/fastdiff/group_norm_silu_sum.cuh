@@ -60,7 +60,20 @@ struct SummedVectors {
   }
 };
 
-// The sum of a sample whose items begin with `channel`, at element `base` of the tensors.
+// Its bias, one value per channel: on chip, as every item reads it.
+using SumBias = ChannelTable<1>;
+
+// That of channels [first, first + count); followed by a barrier.
+template <typename T>
+__device__ __forceinline__ void load_sum_bias(const GroupNormSiluArgs& args, int first, int count,
+                                              const SumBias& bias) {
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    bias(c, 0) = load_operand<T>(args.sum_bias, 0, first + c, 0.0f);
+  }
+}
+
+// The sum from element `base` of the tensors on; the bias of an item's channel c is in place c -
+// first.
 template <typename T, int V>
 struct SummedInMemory {
   // Biases of eight channels leave no registers for a second one.
@@ -69,25 +82,20 @@ struct SummedInMemory {
   static constexpr int kSumsWalk = 1;
   const GroupNormSiluArgs& args;
   int64_t base;
-  int channel;
+  SumBias bias;
+  int first_channel;
 
   template <bool ChannelsLast>
   __device__ __forceinline__ SummedVectors<T, ChannelsLast, V> vectors(
       const Items<ChannelsLast, V>& items, const Item& item) const {
-    using Float = typename Lane<T, V>::Float;
+    using L = Lane<T, V>;
     SummedVectors<T, ChannelsLast, V> vectors = {args, base + items.offset(item),
                                                  items.tiling.step};
-    const int c = item.channel;
-    const bool inside = items.inside(item);
+    if (items.inside(item)) {
+      typename L::Float biases[L::kFloats];
+      L::template coefficients<ChannelsLast>(bias, item.channel - first_channel, 0, biases);
 #pragma unroll
-    for (int j = 0; j < vectors.kBiases; ++j) {
-      if (!inside) {
-        vectors.bias[j] = broadcast<Float>(0.0f);
-      } else if constexpr (V == 1 || !ChannelsLast) {
-        vectors.bias[j] = broadcast<Float>(bias(c));
-      } else {
-        vectors.bias[j] = {bias(c + 2 * j), bias(c + 2 * j + 1)};
-      }
+      for (int j = 0; j < vectors.kBiases; ++j) vectors.bias[j] = biases[j];
     }
     return vectors;
   }
@@ -100,7 +108,7 @@ struct SummedInMemory {
 
     __device__ __forceinline__ T operator[](int i) const {
       return from_float<T>(to_float(__ldg(x + i)) + to_float(__ldg(residual + i)) +
-                           source.bias(channel + i));
+                           source.bias(channel + i, 0));
     }
   };
   template <bool ChannelsLast>
@@ -108,12 +116,7 @@ struct SummedInMemory {
                                          const Item& item) const {
     const int64_t element = base + items.offset(item) - items.elements_before();
     return {*this, static_cast<const T*>(args.x) + element,
-            static_cast<const T*>(args.residual) + element, item.channel};
-  }
-
- private:
-  __device__ __forceinline__ float bias(int c) const {
-    return load_operand<T>(args.sum_bias, 0, channel + c, 0.0f);
+            static_cast<const T*>(args.residual) + element, item.channel - first_channel};
   }
 };
 
