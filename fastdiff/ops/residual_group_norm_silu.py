@@ -176,7 +176,7 @@ def residual_group_norm_silu(
         a = Arguments(*arguments)
         _check(a, check_range=True)
         summed = residual_sum(x, residual, sum_bias)
-        return summed, _normalized(a, summed)
+        return summed.to(x.dtype), _normalized(a, summed).to(x.dtype)
     differentiable = (x, residual, weight, bias, scale, shift, sum_bias)
     return _op.call(backend, arguments, differentiable)[:2]
 
@@ -227,8 +227,9 @@ def _normalized(a: Arguments, summed: Tensor) -> Tensor:
 
 
 def _reference(a: Arguments) -> _Results:
-    summed = residual_sum(a.x, a.residual, a.sum_bias)
-    return summed, _normalized(a, summed), *group_statistics(summed, a.num_groups, a.eps)
+    summed, dtype = residual_sum(a.x, a.residual, a.sum_bias), a.x.dtype
+    statistics = group_statistics(summed, a.num_groups, a.eps)
+    return summed.to(dtype), _normalized(a, summed).to(dtype), *statistics
 
 
 def _reference_backward(b: BackwardArguments) -> tuple[Tensor, ...]:

@@ -61,18 +61,28 @@ def residual_group_norm_silu(
     check_arguments(x, num_groups, weight, bias, eps, None, scale, shift, op=op)
     check_summands(x, residual, sum_bias)
     summed = residual_sum(x, residual, sum_bias)
-    return summed, unchecked_group_norm_silu(
+    y = unchecked_group_norm_silu(
         summed, num_groups, weight, bias, eps, None, scale, shift, activation
     )
+    return summed.to(x.dtype), y.to(x.dtype)
 
 
 def residual_sum(x: Tensor, residual: Tensor, sum_bias: Tensor | None) -> Tensor:
-    """(x + residual) + sum_bias in float32 (float64 for float64 x), rounded to the dtype of x."""
+    """(x + residual) + sum_bias, rounded to the dtype of x but still in float32 (float64 for it).
+
+    So gradients that come to the sum from several sides are added in float32.
+    """
     compute_dtype = compute_dtype_of(x)
-    summed = x.to(compute_dtype) + residual.to(compute_dtype)
+    exact = x.to(compute_dtype) + residual.to(compute_dtype)
     if sum_bias is not None:
-        summed = summed + sum_bias.to(compute_dtype).reshape(-1, *[1] * (x.dim() - 2))
-    return in_memory_format(summed.to(x.dtype), memory_format_of(x))
+        exact = exact + sum_bias.to(compute_dtype).reshape(-1, *[1] * (x.dim() - 2))
+    if x.dtype != compute_dtype:
+        rounded = exact.detach().to(x.dtype).to(compute_dtype)
+        # The difference is a float32: nothing is rounded here. Where there is none, as of
+        # infinities, the gradient is not defined either.
+        difference = rounded - exact.detach()
+        exact = torch.where(difference.isfinite(), exact + difference, rounded)
+    return in_memory_format(exact, memory_format_of(x))
 
 
 def check_summands(x: Tensor, residual: Tensor, sum_bias: Tensor | None) -> None:

@@ -77,6 +77,8 @@ class Case:
     operations: int = 8
     # Arguments that the float64 reference gets instead.
     in_double: Mapping[str, Any] = field(default_factory=dict)
+    # Outputs that gradients come from.
+    outputs: tuple[int, ...] = (0,)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -184,6 +186,21 @@ def _group_norm_silu(x: Inputs, **options: Any) -> dict[str, Any]:
     }
 
 
+def _residual_group_norm_silu(x: Inputs) -> dict[str, Any]:
+    """Of summands whose sum every dtype has: multiples of 1/8 below 8."""
+
+    def eighths(value: Tensor, largest: float) -> Tensor:
+        return (value * 8).round().clamp(-8 * largest, 8 * largest) / 8
+
+    arguments = _group_norm_silu(x, per_sample=("scale", "shift"))
+    return {
+        **arguments,
+        "x": eighths(arguments["x"], 3),
+        "residual": eighths(x.normal(), 3),
+        "sum_bias": eighths(x.per_channel(x.shape[1]), 1),
+    }
+
+
 # The longest sum is over one sample of at most 1,560 elements (40 = its square root), for the
 # parameters of a normalization over the batch too.
 CASES = (
@@ -242,5 +259,22 @@ CASES = (
         lambda x: _group_norm_silu(x, activation="identity"),
         ("x", "weight", "bias"),
         40 + 32,
+    ),
+    Case(
+        "group_norm_silu",
+        "time, dropout",
+        lambda x: _group_norm_silu(
+            x, per_sample=("channel_bias",), dropout_p=0.3, seed=_SEED, stream=_STREAM
+        ),
+        ("x", "weight", "bias", "channel_bias"),
+        40 + 56,
+    ),
+    Case(
+        "residual_group_norm_silu",
+        "sum, AdaGN",
+        _residual_group_norm_silu,
+        ("x", "residual", "weight", "bias", "scale", "shift", "sum_bias"),
+        40 + 64,
+        outputs=(0, 1),
     ),
 )

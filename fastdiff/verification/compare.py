@@ -71,8 +71,11 @@ def _evaluate(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
     results = {name: x.detach() for name, x in zip(names, outputs, strict=True)}
     if case.differentiable:
         inputs = [arguments[name] for name in case.differentiable]
-        gradient = _gradient_like(outputs[0])
-        gradients = torch.autograd.grad(outputs[0], inputs, gradient)
+        differentiated = [outputs[i] for i in case.outputs]
+        gradient = _gradient_like(differentiated[0])
+        # The second output's gradient is the first's mirrored: not the same.
+        several = [gradient, gradient.flip(-1)][: len(differentiated)]
+        gradients = torch.autograd.grad(differentiated, inputs, several)
         results |= {f"d {n}": g for n, g in zip(case.differentiable, gradients, strict=True)}
     return results
 
