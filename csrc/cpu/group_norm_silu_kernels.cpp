@@ -281,7 +281,8 @@ FASTDIFF_HD void pixel_grad_x(const void* x_data, const void* grad_data, const F
       if constexpr (kSecond == Second::kGain) dz *= gain[c];
       F result = a[c] * dz + (b[c] * d + constant[c]);
       if constexpr (adds(kSecond)) {
-        result += added_data ? S::load(added[c]) : F(0);
+        const F more = S::load(added[c]);
+        result += added_data ? more : F(0);
         total[c] += result;
       }
       out[c] = S::store(result);

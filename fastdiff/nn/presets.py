@@ -101,7 +101,7 @@ def preset_config(name: str, **overrides: Any) -> UNetConfig:
     known = PRESETS | RELEASED
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"unknown U-Net preset {shown(name)}; the presets are {', '.join(PRESETS)}, and the "
-            f"released networks {', '.join(RELEASED)}"
+            f"unknown U-Net preset {shown(name)}; the presets are {', '.join(PRESETS)}; "
+            "fastdiff.nn.RELEASED has OpenAI's"
         )
     return known[name].replace(**overrides)

@@ -13,7 +13,15 @@ _OP = "group_norm_statistics"
 
 
 class GroupNormStatistics(NamedTuple):
-    """Of the elements of each group so far; float64, as they are few and added up often."""
+    """Of the elements of each group so far; float64, as they are few and added up often.
+
+    Examples
+    --------
+    >>> import torch, fastdiff
+    >>> statistics = fastdiff.ops.group_norm_statistics(torch.ones(2, 4, 3), 2)
+    >>> [tuple(value.shape) for value in statistics.mean_rstd(eps=1e-5)]
+    [(2, 2), (2, 2)]
+    """
 
     count: Tensor
     """(): the number of elements in a group."""

@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "silu'(gamma x_hat) in place of silu'(gamma x_hat + beta) (CUDA)",
-        "csrc/include/fastdiff/group_norm_silu_backward.cuh",
+        "csrc/include/fastdiff/group_norm_silu_backward_items.cuh",
         "return multiply_add(d, slope[j], offset[j]);",
         "return multiply(d, slope[j]);",
         cuda("group_norm_silu", "test_gradients"),
@@ -161,7 +161,7 @@ MUTANTS = [
     ),
     Mutant(
         "a dropped mean term in dx (CUDA)",
-        "csrc/include/fastdiff/group_norm_silu_backward.cuh",
+        "csrc/include/fastdiff/group_norm_silu_backward_items.cuh",
         "(*this)(c, kConstant) = -(rstd * m.x);",
         "(*this)(c, kConstant) = 0.0f;",
         cuda("group_norm_silu", "test_gradients"),

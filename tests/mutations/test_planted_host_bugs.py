@@ -108,14 +108,6 @@ MUTANTS = [
         "Not equal to tolerance",
     ),
     Mutant(
-        "a generator of the device that is not put back on resuming",
-        "fastdiff/training/snapshot.py",
-        '        torch.cuda.set_rng_state(random["cuda"][rank], run.device)\n',
-        "        pass\n",
-        gpu(COMMANDS, "-k", "resuming"),
-        "assert",
-    ),
-    Mutant(
         "a value read by the host in the loop of a sampler",
         "fastdiff/samplers/base.py",
         "                x_next, pred_x0 = step(run, x, row, k + 1)\n",
