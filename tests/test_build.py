@@ -95,11 +95,11 @@ class Checkout:
         return process.returncode, output
 
     def files(self) -> dict[str, bytes]:
-        """Everything in the checkout."""
+        """Everything in the checkout but what Python keeps of what it imports."""
         return {
             str(path.relative_to(self.root)): path.read_bytes()
             for path in self.root.rglob("*")
-            if path.is_file()
+            if path.is_file() and path.parent.name != "__pycache__"
         }
 
     def libraries(self) -> dict[str, str]:
