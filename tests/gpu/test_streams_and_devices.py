@@ -32,7 +32,10 @@ def results(case: Case, arguments: dict[str, Any]) -> list[Tensor]:
     found = [x.detach() for x in outputs]
     if case.differentiable:
         inputs = [given[name] for name in case.differentiable]
-        found += torch.autograd.grad(outputs[0], inputs, torch.ones_like(outputs[0]))
+        differentiated = [outputs[i] for i in case.outputs]
+        found += torch.autograd.grad(
+            differentiated, inputs, [torch.ones_like(x) for x in differentiated]
+        )
     return found
 
 
