@@ -97,7 +97,9 @@ def _largest(
     seconds = _seconds_per_image(candidates[-1], dataset, device) * config.batch_size
     operations = [_operations(candidate, dataset) for candidate in candidates]
     step = [seconds * count / operations[-1] for count in operations]
-    in_time = (i for i, s in enumerate(step) if s * (steps or _FEWEST_STEPS) <= _SECONDS)
+    # A few steps for a first look are of the network that a whole run would have.
+    wanted = max(steps or 0, _FEWEST_STEPS)
+    in_time = (i for i, s in enumerate(step) if s * wanted <= _SECONDS)
     chosen = next(in_time, len(names) - 1)
     epochs = _MOST_EPOCHS * len(dataset) // config.batch_size
     fitting = min(round(_SECONDS / step[chosen]), epochs, _MOST_STEPS)

@@ -80,9 +80,14 @@ def test_what_is_given_stays(monkeypatch):
     assert {name: getattr(config, name) for name in given} == given
     config, _ = fitted(monkeypatch, 10.0, images, steps=30)
     assert (config.steps, config.preset, config.warmup) == (30, "small_64", 3)
-    # What is too slow for two thousand steps may do for thirty.
-    config, _ = fitted(monkeypatch, 0.01, images, steps=30)
-    assert config.preset == "ddim_celeba64"
+    # A first look is at the network of the whole run, and a longer run may need a smaller one.
+    whole, _ = fitted(monkeypatch, 1e-4, images)
+    look, _ = fitted(monkeypatch, 1e-4, images, steps=30)
+    longer, _ = fitted(monkeypatch, 1e-4, images, steps=2_000_000)
+    assert whole.preset == look.preset == "ddim_celeba64"
+    assert longer.preset == "small_64"
+    look, _ = fitted(monkeypatch, 0.01, images, steps=30)
+    assert look.preset == "small_64"
     config, _ = fitted(monkeypatch, 10.0, images, preset="digits")
     assert (config.preset, config.steps) == ("digits", 2000)
     digits = TrainConfig.for_data("digits")
