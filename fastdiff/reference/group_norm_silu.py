@@ -145,12 +145,7 @@ def unchecked_group_norm_silu(
             # Torch 2.10 cannot differentiate it with a bias alone: "tensor does not have a device".
             factors = torch.ones_like(terms)
         y = torch.group_norm(h, num_groups, factors, terms, eps, torch.backends.cudnn.enabled)
-    if scale is not None:
-        y = y * (1 + per_channel(scale))
-    if shift is not None:
-        y = y + per_channel(shift)
-    if activation == "silu":
-        y = F.silu(y)
+    y = _modulated(y, scale, shift, activation)
     if dropout is not None:
         y = torch.where(dropout_mask(x, dropout), y * dropout.scale, 0)
     # On CUDA torch.group_norm always returns the contiguous format; on the CPU this is a no-op.
@@ -183,12 +178,7 @@ def normalized_with(
         y = y * per_channel(weight)
     if bias is not None:
         y = y + per_channel(bias)
-    if scale is not None:
-        y = y * (1 + per_channel(scale))
-    if shift is not None:
-        y = y + per_channel(shift)
-    if activation == "silu":
-        y = F.silu(y)
+    y = _modulated(y, scale, shift, activation)
     return in_memory_format(y.to(x.dtype), memory_format_of(x))
 
 
@@ -343,6 +333,16 @@ def group_norm_silu_backward(
 def compute_dtype_of(x: Tensor) -> torch.dtype:
     """What statistics and arithmetic are in: float32, or float64 for float64 x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _modulated(y: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str) -> Tensor:
+    """What follows a normalization: act(y (1 + scale) + shift)."""
+    for_pixels = (...,) + (None,) * (y.dim() - 2)
+    if scale is not None:
+        y = y * (1 + scale.to(y.dtype)[for_pixels])
+    if shift is not None:
+        y = y + shift.to(y.dtype)[for_pixels]
+    return F.silu(y) if activation == "silu" else y
 
 
 def _biased(x: Tensor, channel_bias: Tensor | None) -> Tensor:

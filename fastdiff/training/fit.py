@@ -61,7 +61,9 @@ def fit(
     if "batch_size" in free:
         changes["batch_size"] = _batch_size(max(dataset.shape[:2]))
     names = _candidates(dataset.shape) if "preset" in free else (config.preset,)
-    if names and not {"preset", "steps"} <= set(given):
+    if not names:  # no preset takes images of this size, which building the network says
+        return config
+    if not {"preset", "steps"} <= set(given):
         steps = None if "steps" in free else config.steps
         found = _largest(dataclasses.replace(config, **changes), names, steps, dataset, device)
         changes |= {n: v for n, v in found.items() if n in free}

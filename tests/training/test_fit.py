@@ -93,7 +93,8 @@ def test_what_is_given_stays(monkeypatch):
     digits = TrainConfig.for_data("digits")
     assert fit.fit(digits, (), Images(1797, 8, 8, 1), CPU, said.append) is digits
     # No preset takes images of 33 pixels; building the network says what would.
-    config, _ = fitted(monkeypatch, 10.0, Images(10, 33, 33, 1))
+    config, said = fitted(monkeypatch, 10.0, Images(10, 33, 33, 1))
+    assert not said
     assert config.preset == TrainConfig.for_data("photos").preset
 
 
